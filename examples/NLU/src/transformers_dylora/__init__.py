@@ -1,0 +1,1 @@
+"""RoBERTa with DyLoRA, and what the GLUE recipes need around it."""

@@ -1,0 +1,3 @@
+from .modeling_roberta import RobertaForSequenceClassification, RobertaModel
+
+__all__ = ["RobertaForSequenceClassification", "RobertaModel"]

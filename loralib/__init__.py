@@ -1,0 +1,49 @@
+"""DyLoRA (arXiv 2210.07558): train one low-rank adapter, then use it at any rank from 1 to r_max.
+
+import loralib as lora
+"""
+
+from .checkpoint import load_adapter, save_adapter
+from .frozen import freeze_undrawn
+from .gate import matryoshka_gate
+from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
+from .model import (
+    get_rank,
+    inject,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    max_rank,
+    merge,
+    set_gate,
+    set_matryoshka_gate,
+    set_rank,
+    use_rank,
+)
+from .sampling import RankSampler
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergedLinear",
+    "RankSampler",
+    "freeze_undrawn",
+    "get_rank",
+    "inject",
+    "load_adapter",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "matryoshka_gate",
+    "max_rank",
+    "merge",
+    "save_adapter",
+    "set_gate",
+    "set_matryoshka_gate",
+    "set_rank",
+    "use_rank",
+]

@@ -1,0 +1,308 @@
+"""Adapters on disk, in PEFT's LoRA format, cut to any rank; microsoft/LoRA's and released DyLoRA's .bin files are read too.
+
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``, which stock ``peft`` loads with the same
+result, and ``dylora.json`` with what PEFT has no word for (r_max, the scaling rule, whatever the caller adds).
+"""
+
+import copy
+import json
+import os
+import pickle
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from . import peft_format
+from .gate import scale
+from .layers import LoRALayer
+from .model import _inside, has_lora, inject, lora_layers, modules_to_save
+
+CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
+
+
+def write_atomically(path: str | os.PathLike, write) -> None:
+    """Call ``write(temporary path)`` and rename the result to ``path``: a reader sees the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+# --- saving -------------------------------------------------------------------------------------------
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None
+) -> None:
+    """Write the adapter of ``model``, cut to ``rank`` (default: r_max), and its modules to save into directory ``path``.
+
+    The strength of rank ``rank`` is exact under stock PEFT: alpha/b and alpha/r as ``lora_alpha``, alpha/sqrt(b) as
+    ``use_rslora``. ``extra`` goes into ``dylora.json``. Raises ValueError for a rank outside 1..r_max. Every file is
+    written beside its place and renamed: a process killed while saving leaves whole files.
+    """
+    from safetensors.torch import save_file
+
+    layers = lora_layers(model)
+    r_max = max(layer.r for _, layer in layers)
+    rank = r_max if rank is None else rank
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= r_max:
+        raise ValueError(f"rank is {rank!r}; an adapter is saved at a rank from 1 to {r_max}.")
+
+    tensors, config = peft_format.entries(layers, rank)
+    heads = modules_to_save(model)
+    tensors |= {peft_format.PREFIX + key: value for key, value in model.state_dict().items() if _inside(key, heads)}
+    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    _, first = layers[0]
+    config |= {
+        "peft_type": "LORA",
+        "task_type": _task_type(model),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
+        "target_modules": _target_names(model, layers),
+        "modules_to_save": heads or None,
+        "lora_dropout": getattr(first.lora_dropout, "p", 0.0),
+        "bias": "none",
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    facts = {"rank": rank, "r_max": r_max, "lora_alpha": first.lora_alpha, "scaling": first.scaling}
+    facts |= {"base_sample": _base_sample(layers)} | (extra or {})
+
+    path = Path(path)
+    write_text(path / EXTRA, json.dumps(facts, indent=2) + "\n")
+    write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+
+
+def _task_type(model: nn.Module) -> str | None:
+    """PEFT's name for what the model's class does, None if it has none."""
+    names = " ".join(cls.__name__ for cls in type(model).__mro__)
+    kinds = {
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    }
+    return next((kind for ending, kind in kinds.items() if ending in names), None)
+
+
+def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list[str]:
+    """The shortest list of names that PEFT matches with the adapted layers and no others."""
+    adapted = {name for name, _ in layers}
+    endings = {name.rpartition(".")[2] for name in adapted}
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name and name not in adapted}
+    return sorted(adapted if endings & others else endings)
+
+
+def _base_sample(layers: list[tuple[str, LoRALayer]]) -> list[float]:
+    """16 values of the last adapted layer's W0, by which a file tells its base model from another of the same shape."""
+    layer = layers[-1][1]
+    weight = (layer._base_weight or [layer.weight])[0].detach().flatten()
+    return weight[torch.linspace(0, weight.numel() - 1, 16).long().to(weight.device)].float().tolist()
+
+
+# --- loading ------------------------------------------------------------------------------------------
+
+
+def load_adapter(
+    model: nn.Module, path: str | os.PathLike, rank: int | None = None, head: str = "require"
+) -> list[str]:
+    """Load an adapter, cut to ``rank`` if given, into ``model``; return the modules to save that keep their own weights.
+
+    ``path`` is a directory in PEFT's format (ours or PEFT's own; its rank becomes r_max) or a ``.bin`` state dict of
+    microsoft/LoRA or the released DyLoRA code. A model without loralib layers gets them from the directory's
+    configuration; a ``.bin`` needs a model that has them.
+
+    ``head``: "require" raises if an entry of a module to save is missing or has another shape; "fresh" leaves such a
+    module as it is. Raises FileNotFoundError or ValueError before anything of the model is changed.
+    """
+    path = Path(path)
+    if head not in ("require", "fresh"):
+        raise ValueError(f"head is {head!r}; choose 'require' or 'fresh'.")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; give an adapter's directory or a .bin file.")
+    tensors, config = _read_directory(path) if path.is_dir() else (_read_bin(path), None)
+
+    to_inject = []
+    skeleton = model
+    if not has_lora(model):
+        if config is None:
+            raise ValueError(f"{type(model).__name__} has no loralib layer to load {path} into; call loralib.inject first.")
+        to_inject = _layers_of(model, tensors, config, path)
+        weights = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
+        skeleton = copy.deepcopy(model, weights)
+        for options in to_inject:
+            inject(skeleton, **_cut(options, rank))
+
+    plan = _adapter_plan(skeleton, tensors, config, path, rank)
+    head_plan, fresh = _head_plan(skeleton, tensors, path, head)
+    if config is not None and not to_inject:
+        _check_base(lora_layers(model), config, path)
+
+    for options in to_inject:
+        inject(model, **_cut(options, rank))
+    state = model.state_dict()
+    with torch.no_grad():
+        for name, value in (plan | head_plan).items():
+            state[name].copy_(value)
+    return fresh
+
+
+def _read_directory(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not (path / CONFIG).exists():
+        raise FileNotFoundError(f"{path} holds no {CONFIG}; give an adapter's directory.")
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        facts = json.loads((path / EXTRA).read_text(encoding="utf-8")) if (path / EXTRA).exists() else {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} has a configuration that is no JSON ({error}); the adapter must be saved anew.") from None
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
+    if config.get("use_dora"):
+        raise ValueError(f"{path} is a DoRA adapter, which is no plain low-rank update; loralib cannot load it.")
+    config["scaling"] = facts.get("scaling") or ("alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b")
+    config["base_sample"] = facts.get("base_sample")
+    file = path / WEIGHTS
+    if not file.exists():
+        older = path / "adapter_model.bin"
+        if older.exists():
+            return _read_bin(older), config
+        raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
+    try:
+        return load_file(file), config
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged ({error}); save the adapter anew or fetch it again.") from None
+
+
+def _read_bin(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict through torch.load(weights_only=True), names without DistributedDataParallel's ``module.``."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path} is no plain state dict, is damaged or holds code, and was not loaded ({reason}).") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ValueError(f"{path} is no state dict of tensors; save one with torch.save(lora.lora_state_dict(model), path).")
+    return {name.removeprefix("module."): value for name, value in state.items()}
+
+
+def _cut(options: dict, rank: int | None) -> dict:
+    """The options of ``inject`` for the adapter cut to ``rank``; a strength of alpha/r stays what it is."""
+    b = options["r"] if rank is None else min(rank, options["r"])
+    alpha = options["lora_alpha"]
+    if options["scaling"] == "alpha/r":
+        alpha = scale(b, options["r"], alpha, "alpha/r") * b
+    return options | {"r": b, "lora_alpha": alpha}
+
+
+def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict]:
+    """The calls of ``inject`` that make the layers which the file holds: one per rank and strength."""
+    modules = dict(model.named_modules())
+    groups = defaultdict(list)
+    for key, value in tensors.items():
+        name, found, _ = key.removeprefix(peft_format.PREFIX).partition(".lora_" + ("embedding_A" if "embedding_A" in key else "A"))
+        if not found:
+            continue
+        if name not in modules:
+            raise ValueError(f"{path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model.")
+        kernel = getattr(modules[name], "kernel_size", ())
+        expansion = 1
+        for size in kernel:
+            expansion *= size
+        alpha = next((a for n, a in config.get("alpha_pattern", {}).items() if name.endswith(n)), config["lora_alpha"])
+        root = expansion**0.5 if config["scaling"] == "alpha/sqrt(b)" else expansion
+        groups[value.shape[0] // expansion, alpha / root].append(name)
+    if not groups:
+        raise ValueError(f"{path} holds no LoRA factors.")
+    heads = config.get("modules_to_save")
+    return [
+        {"target_modules": names, "r": r, "lora_alpha": alpha, "scaling": config["scaling"], "modules_to_save": heads}
+        for (r, alpha), names in groups.items()
+    ]
+
+
+def _adapter_plan(model: nn.Module, tensors, config: dict | None, path: Path, rank: int | None) -> dict[str, torch.Tensor]:
+    """The value of every factor of ``model``, checked: {parameter's name: tensor}."""
+    plan, used = {}, set()
+    for name, layer in lora_layers(model):
+        names = peft_format.keys(layer, name) if config is not None else (f"{name}.lora_A", f"{name}.lora_B")
+        if any(key not in tensors for key in names):
+            raise ValueError(f"{path} holds no factors for layer {name!r}: it was made for another model or other target modules.")
+        used.update(names)
+        A, B = (tensors[key] for key in names)
+        if config is not None:
+            A, B = peft_format.from_peft(layer, name, A, B)
+        at = A.shape[0] // (layer.projections * layer.rows)
+        wanted = layer.r if rank is None else min(rank, at)
+        if at != layer.r and not (rank is not None and layer.r == wanted):
+            raise ValueError(
+                f"{path} has rank {at} at layer {name!r}, the model r = {layer.r}; build the model with r={at}"
+                + (f", or load with rank={layer.r}." if at > layer.r else ".")
+            )
+        shape_A, shape_B = (tuple(factor.shape) for factor in (layer.lora_A, layer.lora_B))
+        A = A.view(layer.projections, at, layer.rows, -1)[:, :wanted].flatten(0, 2) if A.numel() else A
+        B = B.view(B.shape[0], at, layer.rows)[:, :wanted].flatten(1)
+        if tuple(A.shape) != shape_A or tuple(B.shape) != shape_B:
+            raise ValueError(
+                f"{path} has factors of shape {tuple(A.shape)} and {tuple(B.shape)} for layer {name!r}, the model "
+                f"{shape_A} and {shape_B}: it is for another base model."
+            )
+        plan |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
+    left = [key for key in tensors if ".lora_" in key and key not in used]
+    if left:
+        raise ValueError(f"{path} holds {left[0]!r}, for which the model has no loralib layer; adapt the same target modules.")
+    return plan
+
+
+def _check_base(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -> None:
+    """Raise ValueError if the file was trained at another strength, or on other base weights (to bf16's precision)."""
+    name, layer = layers[0]
+    if config["scaling"] != layer.scaling:
+        raise ValueError(f"{path} was trained with scaling {config['scaling']!r}, the model has {layer.scaling!r}; use the file's.")
+    alpha = next((a for n, a in config.get("alpha_pattern", {}).items() if name.endswith(n)), config["lora_alpha"])
+    own = peft_format.entries(layers[:1], layer.r)[1]["lora_alpha"]
+    if layer.scaling == "alpha/r":  # a file cut to rank b says alpha * b / r
+        alpha = alpha / config["r"] * layer.r
+    if abs(alpha - own) > 1e-6 * own:
+        raise ValueError(f"{path} was trained with lora_alpha = {alpha:g}, the model has {own:g}; use the file's.")
+    sample = config.get("base_sample")
+    if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_base_sample(layers)), rtol=0.02, atol=1e-4):
+        raise ValueError(f"{path} was trained on other base weights ({config.get('base_model_name_or_path')}); load that model first.")
+
+
+def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The modules to save: the values to load, and the modules that keep their own."""
+    plan, fresh = {}, []
+    state = model.state_dict()
+    for module in modules_to_save(model):
+        own = {key: value for key, value in state.items() if _inside(key, [module])}
+        found = {key: tensors.get(peft_format.PREFIX + key, tensors.get(key)) for key in own}
+        wrong = [key for key in own if found[key] is None or found[key].shape != own[key].shape]
+        if not wrong:
+            plan |= found
+        elif head == "fresh":
+            fresh.append(module)
+        else:
+            what = "does not hold it" if found[wrong[0]] is None else f"has it with shape {tuple(found[wrong[0]].shape)}"
+            raise ValueError(
+                f"the model needs {wrong[0]!r} of shape {tuple(own[wrong[0]].shape)}, and {path} {what}; build the model "
+                f"with the adapter's number of labels, or train the head anew."
+            )
+    return plan, fresh

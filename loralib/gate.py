@@ -1,0 +1,79 @@
+"""Ranks and gates: what a rank means for the components of one adapter.
+
+A rank is an ``int`` (the whole batch runs at it) or a ``LongTensor`` of shape ``(batch,)`` (every
+example its own). A gate is what multiplies the components: for example i and component j, from 0,
+
+    gate[i, j] = (j < b_i) * scale(b_i)
+
+with scale(b) = alpha/b (DyLoRA, arXiv 2210.07558, eq. 5 and 7), alpha/r or alpha/sqrt(b) (rsLoRA,
+arXiv 2312.03732). Ranks are 1-based: rank b uses the first b components, rank 0 none of them.
+"""
+
+import math
+
+import torch
+
+SCALINGS = ("alpha/b", "alpha/r", "alpha/sqrt(b)")
+
+
+def check_scaling(scaling: str, alpha: float) -> None:
+    if scaling not in SCALINGS:
+        raise ValueError(f"scaling is {scaling!r}; choose one of {', '.join(map(repr, SCALINGS))}.")
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
+        raise ValueError(f"lora_alpha is {alpha!r}; give a number above 0, for example 16.")
+
+
+def check_rank(rank, r: int):
+    """Return ``rank`` if it is an int in 0..r or an integer tensor ``(batch,)`` of such, else raise.
+
+    Raises TypeError for another type (a bool and a float included), ValueError for another value.
+    """
+    if isinstance(rank, torch.Tensor):
+        if rank.is_floating_point() or rank.is_complex() or rank.dtype == torch.bool:
+            raise TypeError(
+                f"rank is a tensor of {rank.dtype}; give an int from 0 to {r} or a LongTensor of shape (batch,)."
+            )
+        if rank.ndim != 1 or not len(rank):
+            raise ValueError(
+                f"rank is a tensor of shape {tuple(rank.shape)}; give one rank per example, shape (batch,)."
+            )
+        low, high = (int(v) for v in torch.aminmax(rank))
+        if low < 0 or high > r:
+            raise ValueError(f"rank holds {low if low < 0 else high}; every rank lies in 0..{r}.")
+        return rank.long()
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(
+            f"rank is {rank!r} ({type(rank).__name__}); give an int from 0 to {r} or a LongTensor of shape (batch,)."
+        )
+    if not 0 <= rank <= r:
+        raise ValueError(f"rank is {rank}; this adapter takes 0 (the base model) to {r}.")
+    return rank
+
+
+def scale(rank, r: int, alpha: float, scaling: str):
+    """scale(b) for an int (a float comes back) or a tensor of ranks (a float tensor); b = 0 counts as 1."""
+    if isinstance(rank, torch.Tensor):
+        b = rank.clamp(min=1).to(torch.get_default_dtype())
+        strength = {"alpha/b": lambda: alpha / b, "alpha/sqrt(b)": lambda: alpha / b.sqrt()}
+        return strength.get(scaling, lambda: torch.full_like(b, alpha / r))()
+    b = max(rank, 1)
+    return alpha / {"alpha/b": b, "alpha/r": r, "alpha/sqrt(b)": math.sqrt(b)}[scaling]
+
+
+def rank_gate(ranks: torch.Tensor, r: int, alpha: float, scaling: str) -> torch.Tensor:
+    """The gate of a tensor of ranks: (batch,) -> (batch, r)."""
+    component = torch.arange(r, device=ranks.device)
+    return (component < ranks[:, None]) * scale(ranks, r, alpha, scaling)[:, None]
+
+
+def matryoshka_gate(r: int, alpha: float, scaling: str, ranks=None, reduce: str = "sum") -> torch.Tensor:
+    """One fixed gate that trains all ``ranks`` at once: (r,).
+
+    The sum (MatryoshkaLoRA's diagonal P, arXiv 2605.07850) or the mean over ``ranks`` (default 1..r)
+    of their gates.
+    """
+    if reduce not in ("sum", "mean"):
+        raise ValueError(f"reduce is {reduce!r}; choose 'sum' or 'mean'.")
+    ranks = torch.as_tensor(list(ranks) if ranks is not None else range(1, r + 1))
+    gates = rank_gate(check_rank(ranks, r), r, alpha, scaling)
+    return getattr(gates, reduce)(0)

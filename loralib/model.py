@@ -1,0 +1,285 @@
+"""The whole model at once: put layers in, set ranks, choose what trains, merge."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from .gate import check_rank, matryoshka_gate, rank_gate
+from .layers import Conv2d, Embedding, Linear, LoRALayer
+
+# Classifier classes of transformers: their head is new, trained in full and saved with the adapter.
+_CLASSIFIER = re.compile(r"For(\w*Classification|MultipleChoice|QuestionAnswering)$")
+
+
+def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
+    """The adapted layers with their names, in the model's order. Raises ValueError if there are none."""
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no loralib layer with r > 0; call loralib.inject(model, ...) first.")
+    return layers
+
+
+def has_lora(model: nn.Module) -> bool:
+    return any(isinstance(m, LoRALayer) and m.r for m in model.modules())
+
+
+# --- putting layers in --------------------------------------------------------------------------------
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Hugging Face's Conv1D (GPT-2): a Linear whose weight is stored as (in, out)."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+
+
+def _adapted(base: nn.Module, **lora) -> LoRALayer | None:
+    """The layer that replaces ``base`` and shares its parameters, or None if there is none for its type.
+
+    Exact types only: a subclass (a quantised layer, nn.MultiheadAttention's out_proj) computes in its own way.
+    """
+    if type(base) is nn.Linear:
+        layer = Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", **lora)
+    elif _is_conv1d(base):
+        layer = Linear(*base.weight.shape, fan_in_fan_out=True, device="meta", **lora)
+    elif type(base) is nn.Embedding:
+        lora.pop("lora_dropout")  # as in microsoft/LoRA, an index has no dropout
+        options = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+        kept = {name: getattr(base, name) for name in options}
+        layer = Embedding(base.num_embeddings, base.embedding_dim, device="meta", **kept, **lora)
+    elif type(base) is nn.Conv2d:
+        options = ("stride", "padding", "dilation", "groups", "padding_mode")
+        kept = {name: getattr(base, name) for name in options}
+        layer = Conv2d(
+            base.in_channels, base.out_channels, base.kernel_size, bias=base.bias is not None, device="meta", **kept, **lora
+        )  # fmt: skip
+    else:
+        return None
+    layer.weight = base.weight
+    if getattr(base, "bias", None) is not None:
+        layer.bias = base.bias
+    layer.base_type = type(base)
+    layer.add_adapter()
+    layer._rank = layer.r
+    return layer.train(base.training)
+
+
+def _matches(name: str, targets) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, name) is not None or name.endswith("." + targets)
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | list[str],
+    r: int,
+    lora_alpha: float = 1,
+    lora_dropout: float = 0.0,
+    scaling: str = "alpha/b",
+    modules_to_save: list[str] | None = None,
+) -> nn.Module:
+    """Replace the matching layers of ``model`` in place by loralib's and return the model.
+
+    Handles nn.Linear, nn.Embedding, nn.Conv2d and Hugging Face's Conv1D; the new layers share the old ones'
+    parameters, which are frozen. As in PEFT a list gives names or endings of names, a string a regular expression
+    for the whole name (or one ending).
+
+    Args:
+        modules_to_save: names of modules that train in full and are saved with the adapter. Default: the head of a
+            transformers classifier, nothing otherwise. They are never adapted.
+
+    Raises ValueError if r < 1, if nothing matches (naming what could have) or if a module to save does not exist.
+    """
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        raise ValueError(f"r is {r!r}; inject needs a maximum rank of 1 or more.")
+    heads = _default_head(model) if modules_to_save is None else list(modules_to_save)
+    modules = dict(model.named_modules())
+    for head in heads:
+        if not any(_matches(name, [head]) for name in modules):
+            raise ValueError(f"modules_to_save names {head!r}, which {type(model).__name__} does not have.")
+    lora = dict(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, scaling=scaling)
+    replaced, candidates = 0, set()
+    for name, module in modules.items():
+        if not name or isinstance(module, LoRALayer) or _inside(name, heads):
+            continue
+        if not _matches(name, target_modules):
+            if type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) or _is_conv1d(module):
+                candidates.add(name.rpartition(".")[2])
+            continue
+        layer = _adapted(module, **lora)
+        if layer is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, layer)
+            replaced += 1
+    if not replaced:
+        raise ValueError(
+            f"target_modules = {target_modules!r} matches no layer of {type(model).__name__} that can be adapted; "
+            f"it has {', '.join(sorted(candidates)) or 'none'}."
+        )
+    model.lora_modules_to_save = heads
+    return model
+
+
+def _default_head(model: nn.Module) -> list[str]:
+    """The direct children of a transformers classifier that are not its base model."""
+    if not any(_CLASSIFIER.search(cls.__name__) for cls in type(model).__mro__):
+        return []
+    base = getattr(model, "base_model_prefix", "")
+    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
+
+
+def modules_to_save(model: nn.Module) -> list[str]:
+    """The modules that train in full beside the adapter: what ``inject`` was told, else a classifier's head."""
+    return getattr(model, "lora_modules_to_save", _default_head(model))
+
+
+def _inside(name: str, heads: list[str]) -> bool:
+    """Whether a module or parameter name is one of ``heads`` or within it."""
+    return any(f".{head}." in f".{name}." for head in heads)
+
+
+# --- ranks --------------------------------------------------------------------------------------------
+
+
+def max_rank(model: nn.Module) -> int:
+    """r_max: the highest rank of any layer."""
+    return max(layer.r for _, layer in lora_layers(model))
+
+
+def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
+    """Run the whole model at ``rank``: an int in 0..r_max, or a LongTensor (batch,), one rank per example.
+
+    A layer with a smaller r runs at min(rank, r). ``frozen``: see ``LoRALayer.set_rank``. Raises TypeError or
+    ValueError for what is no rank, RuntimeError if a layer is merged; no layer is changed then.
+    """
+    layers = lora_layers(model)
+    rank = check_rank(rank, max(layer.r for _, layer in layers))
+    gates = {}  # layers of one kind share the tensor
+    states = []
+    for _, layer in layers:
+        if isinstance(rank, int):
+            states.append((min(rank, layer.r), None))
+            continue
+        key = (layer.r, layer.lora_alpha, layer.scaling, layer.weight.device)
+        if key not in gates:
+            ranks = rank.clamp(max=layer.r).to(layer.weight.device)
+            gates[key] = ranks, rank_gate(ranks, *key[:3])
+        states.append(gates[key])
+    _set_states(layers, states, frozen)
+
+
+def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
+    """Multiply the components of every layer by ``gate``, a float tensor (r_max,) or (batch, r_max), scaling included.
+
+    A layer with a smaller r uses the first r columns. ``set_rank`` replaces the gate.
+    """
+    layers = lora_layers(model)
+    r_max = max(layer.r for _, layer in layers)
+    if isinstance(gate, torch.Tensor) and gate.ndim in (1, 2) and gate.shape[-1] != r_max:
+        raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({r_max},) or (batch, {r_max}).")
+    for name, layer in layers:
+        layer.module_name = name
+        layer.set_gate(gate[..., : layer.r] if isinstance(gate, torch.Tensor) and gate.ndim in (1, 2) else gate)
+
+
+def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> None:
+    """Train all ``ranks`` (default: 1..r_max) at once through one fixed gate: see ``loralib.matryoshka_gate``."""
+    for name, layer in lora_layers(model):
+        layer.module_name = name
+        own = None if ranks is None else [min(b, layer.r) for b in ranks]
+        layer.set_gate(matryoshka_gate(layer.r, layer.lora_alpha, layer.scaling, own, reduce))
+
+
+def get_rank(model: nn.Module):
+    """The rank that the model runs at: an int, a LongTensor (batch,), or None after ``set_gate``."""
+    layers = lora_layers(model)
+    return max((layer for _, layer in layers), key=lambda layer: layer.r).get_rank()
+
+
+@contextlib.contextmanager
+def use_rank(model: nn.Module, rank) -> Iterator[nn.Module]:
+    """``with use_rank(model, 4): ...`` runs the body at a rank and puts the former state back, also on an exception."""
+    layers = lora_layers(model)
+    before = [(layer._rank, layer._gate, layer._frozen) for _, layer in layers]
+    set_rank(model, rank)
+    try:
+        yield model
+    finally:
+        for (_, layer), state in zip(layers, before, strict=True):
+            layer._set_state(*state)
+
+
+def _set_states(layers, states, frozen: bool) -> None:
+    for name, layer in layers:
+        layer.module_name = name
+        layer.check_unmerged()
+    for (_, layer), (rank, gate) in zip(layers, states, strict=True):
+        layer._set_state(rank, gate, frozen)
+
+
+# --- what trains, what is kept ------------------------------------------------------------------------
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Freeze all but the adapters (as in microsoft/LoRA) and the modules to save (a classifier's head).
+
+    ``bias``: "none", "all" (train every bias) or "lora_only" (the biases of the adapted layers).
+    """
+    _check_bias(bias)
+    heads = modules_to_save(model)
+    adapted = {f"{name}.bias" for name, _ in lora_layers(model)}
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        parameter.requires_grad = (
+            leaf in ("lora_A", "lora_B")
+            or _inside(name, heads)
+            or (bias == "all" and leaf == "bias")
+            or (bias == "lora_only" and name in adapted)
+        )
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, torch.Tensor]:
+    """The adapters' entries of ``model.state_dict()``, with the biases that ``bias`` names, as in microsoft/LoRA."""
+    _check_bias(bias)
+    state = model.state_dict()
+    kept = {key for key in state if key.rpartition(".")[2] in ("lora_A", "lora_B")}
+    if bias == "all":
+        kept |= {key for key in state if key.rpartition(".")[2] == "bias"}
+    elif bias == "lora_only":
+        kept |= {f"{name}.bias" for name, _ in lora_layers(model)} & state.keys()
+    return {key: value for key, value in state.items() if key in kept}
+
+
+def _check_bias(bias: str) -> None:
+    if bias not in ("none", "all", "lora_only"):
+        raise ValueError(f"bias is {bias!r}; choose 'none', 'all' or 'lora_only'.")
+
+
+# --- merging ------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> nn.Module:
+    """A plain model, no loralib layer left, that computes what ``model`` computes at ``rank`` (default: the one in use).
+
+    Works on a copy unless ``inplace``. Raises ValueError while per-example ranks are set and no rank is given.
+    """
+    if not inplace:
+        model = copy.deepcopy(model)
+    if rank is not None:
+        for _, layer in lora_layers(model):
+            layer.unmerge()
+        if isinstance(rank, torch.Tensor):
+            raise TypeError("rank is a tensor; a merged model has one rank, give an int.")
+        set_rank(model, rank)
+    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
+        parent, _, child = name.rpartition(".")
+        plain = layer.to_plain()
+        if not name:
+            return plain
+        setattr(model.get_submodule(parent), child, plain)
+    if getattr(getattr(model, "config", None), "apply_lora", False):
+        model.config.apply_lora = False
+    return model

@@ -1,0 +1,103 @@
+"""How each layer's factors stand in PEFT's LoRA format, and back.
+
+PEFT computes ``(lora_alpha / R) * B' A'`` (``lora_alpha / sqrt(R)`` with ``use_rslora``). For most layers A' and B' are the
+factors themselves and R is the rank; a MergedLinear becomes one block-diagonal update of rank projections * b, a
+convolution one of rank b * (product of the kernel sizes).
+"""
+
+import math
+from collections import Counter
+
+import torch
+
+from .gate import scale
+from .layers import Embedding, LoRALayer, MergedLinear, _Conv
+
+PREFIX = "base_model.model."
+
+
+def expansion(layer: LoRALayer) -> int:
+    """R / b: how many of PEFT's components one of the layer's is."""
+    return math.prod(layer.kernel_size) if isinstance(layer, _Conv) else layer.projections
+
+
+def keys(layer: LoRALayer, name: str) -> tuple[str, str]:
+    """The names of A' and B' in a file."""
+    kind = "lora_embedding_{}" if isinstance(layer, Embedding) else "lora_{}.weight"
+    return f"{PREFIX}{name}.{kind.format('A')}", f"{PREFIX}{name}.{kind.format('B')}"
+
+
+def to_peft(layer: LoRALayer, name: str, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' and B' of the layer cut to rank b."""
+    A, B = (factor.detach() for factor in layer.first_components(b))
+    if isinstance(layer, MergedLinear):
+        blocks = torch.block_diag(*B.chunk(layer.projections))
+        parts = iter(blocks.chunk(layer.projections))
+        empty = torch.zeros_like(blocks[: len(blocks) // layer.projections])
+        B = torch.cat([next(parts) if enabled else empty for enabled in layer.enable_lora])
+    elif isinstance(layer, _Conv):
+        if layer.groups != 1:
+            raise ValueError(f"layer {name!r} is a convolution with groups = {layer.groups}, which PEFT's format has no place for.")
+        # Row m of A fills one of the equal blocks of the flattened kernel: component (m, p) is row m in block p.
+        blocks = math.prod(layer.kernel_size) // layer.rows
+        A = torch.einsum("mi,pq->mpqi", A, torch.eye(blocks, dtype=A.dtype, device=A.device))
+        A = A.reshape(-1, layer.in_channels, *layer.kernel_size)
+        B = B.view(layer.out_channels, blocks, -1).transpose(1, 2).reshape(layer.out_channels, -1)
+        B = B.reshape(*B.shape, *[1] * len(layer.kernel_size))
+    return A, B
+
+
+def from_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's own factors (at the file's rank) from A' and B'. Raises ValueError if they cannot be expressed."""
+    if isinstance(layer, MergedLinear):
+        parts = B.chunk(len(layer.enable_lora))
+        parts = [part for part, enabled in zip(parts, layer.enable_lora, strict=True) if enabled]
+        b = B.shape[1] // layer.projections
+        own = A, torch.cat([part[:, g * b : (g + 1) * b] for g, part in enumerate(parts)])
+    elif isinstance(layer, _Conv):
+        blocks = math.prod(layer.kernel_size) // layer.rows
+        own = (
+            A.reshape(-1, blocks, blocks, layer.in_channels * layer.rows)[:, 0, 0],
+            B.reshape(layer.out_channels, -1, blocks).transpose(1, 2).reshape(layer.out_channels * blocks, -1),
+        )
+    else:
+        return A, B
+    probe = _at_rank(layer, own[1].shape[1] // layer.rows)
+    probe.lora_A, probe.lora_B = (torch.nn.Parameter(factor) for factor in own)
+    if not all(torch.equal(x, y) for x, y in zip(to_peft(probe, name, probe.r), (A, B), strict=True)):
+        raise ValueError(f"the entry for {name!r} is no loralib {type(layer).__name__} adapter; it cannot be loaded into one.")
+    return own
+
+
+def _at_rank(layer: LoRALayer, r: int) -> LoRALayer:
+    """A layer like ``layer`` but for its rank, without weights."""
+    probe = object.__new__(type(layer))
+    probe.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_")})
+    probe.__dict__.update(_parameters={}, _buffers={}, _modules={}, r=r)
+    return probe
+
+
+def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, torch.Tensor], dict]:
+    """The file's tensors at ``rank`` and the part of its configuration that gives each layer rank and strength."""
+    rslora = all(layer.scaling == "alpha/sqrt(b)" for _, layer in layers)
+    tensors, sizes = {}, {}
+    for name, layer in layers:
+        b = min(rank, layer.r)
+        tensors.update(zip(keys(layer, name), to_peft(layer, name, b), strict=True))
+        R = b * expansion(layer)
+        strength = scale(b, layer.r, layer.lora_alpha, layer.scaling)
+        sizes[name] = R, _tidy(strength * math.sqrt(R) if rslora else strength * R)
+    (r, alpha), _ = Counter(sizes.values()).most_common(1)[0]
+    return tensors, {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: R for name, (R, _) in sizes.items() if R != r},
+        "alpha_pattern": {name: a for name, (_, a) in sizes.items() if a != alpha},
+        "use_rslora": rslora,
+        "fan_in_fan_out": all(getattr(layer, "fan_in_fan_out", False) for _, layer in layers),
+    }
+
+
+def _tidy(alpha: float) -> float | int:
+    """16.000000000000004, which a product of roots may give, is 16."""
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

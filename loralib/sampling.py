@@ -1,0 +1,60 @@
+"""How training draws its ranks (the paper's p_B), as a pure function of the step."""
+
+import random
+
+import torch
+
+DISTRIBUTIONS = ("uniform", "geometric")
+
+
+class RankSampler:
+    """Draws ranks b ~ p_B on {r_min..r_max}: the same ones for the same seed and arguments, on every machine.
+
+    Args:
+        r_max: highest rank, 1 or more.
+        r_min: lowest rank, 1..r_max.
+        distribution: "uniform", or "geometric" with p(b) ~ (1 - p)^(b - r_min), renormalised over the ranks.
+        p: parameter of the geometric distribution, between 0 and 1 (the paper: 0.15).
+        per: "example" draws one rank for each example, "step" one for a whole update: every micro-batch of it and
+            every process then has the same rank, with nothing to communicate.
+        seed: any int.
+
+    Source: DyLoRA, arXiv 2210.07558, section 3 (p_B); drawing per example is nested dropout's own form.
+    """
+
+    def __init__(
+        self,
+        r_max: int,
+        r_min: int = 1,
+        distribution: str = "uniform",
+        p: float = 0.15,
+        per: str = "example",
+        seed: int = 0,
+    ):
+        if not 1 <= r_min <= r_max:
+            raise ValueError(f"r_min is {r_min} and r_max {r_max}; they need 1 <= r_min <= r_max.")
+        if distribution not in DISTRIBUTIONS:
+            raise ValueError(f"distribution is {distribution!r}; choose one of {', '.join(map(repr, DISTRIBUTIONS))}.")
+        if not 0 < p < 1:
+            raise ValueError(f"p is {p}; the geometric distribution needs a number between 0 and 1.")
+        if per not in ("example", "step"):
+            raise ValueError(f"per is {per!r}; choose 'example' or 'step'.")
+        self.r_max, self.r_min, self.distribution, self.p, self.per, self.seed = r_max, r_min, distribution, p, per, seed
+        self.ranks = list(range(r_min, r_max + 1))
+
+    def probabilities(self) -> list[float]:
+        """p(b) for b = r_min..r_max; they sum to 1."""
+        if self.distribution == "uniform":
+            weights = [1.0] * len(self.ranks)
+        else:
+            weights = [(1 - self.p) ** (b - self.r_min) for b in self.ranks]
+        return [w / sum(weights) for w in weights]
+
+    def __call__(self, step: int, batch_size: int, micro_step: int = 0, process: int = 0):
+        """The ranks of one micro-batch: an int (per="step") or a LongTensor (batch_size,)."""
+        # A str seed is hashed with SHA-512, so that neighbouring steps have unrelated streams.
+        key = (self.seed, step) if self.per == "step" else (self.seed, step, micro_step, process)
+        draw = random.Random(":".join(map(str, key))).choices(
+            self.ranks, self.probabilities(), k=1 if self.per == "step" else batch_size
+        )
+        return draw[0] if self.per == "step" else torch.tensor(draw)

@@ -1,0 +1,352 @@
+"""``transformers.Trainer`` that draws ranks in training and measures every rank in evaluation."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import has_length
+
+from .batching import ByLength, GroupedBatches
+from .checkpoint import load_adapter, save_adapter
+from .frozen import freeze_undrawn
+from .gate import check_rank
+from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank
+from .report import aurac
+from .sampling import RankSampler
+
+SAMPLINGS = ("example", "step", "matryoshka", "fixed")
+
+
+class DyLoRATrainer(Trainer):
+    """Trainer for a model with loralib layers; for a model without any it is a plain Trainer with exact batches.
+
+    Training. Before each micro-batch the model is set to ranks drawn by ``RankSampler`` from the seed and the step. The
+    examples of an update, their order and (per example) their ranks do not depend on how the update is split into
+    micro-batches and processes, nor do the loss and the gradient: every example weighs 1/n in an update of n.
+
+    Evaluation. One pass over the data gives the logits of every rank, (batch, ranks, classes). ``compute_metrics`` is
+    called once per rank, unchanged, and reported as ``eval_r1_accuracy`` .. ``eval_r8_accuracy``, their mean
+    ``eval_mean_accuracy`` and the area under the rank-quality curve ``eval_aurac_accuracy``; ``eval_loss`` is the mean
+    over ranks. Without ``compute_metrics`` the losses alone are reported. Predictions come in the data's order.
+
+    Checkpoints hold the adapter and the modules to save, in PEFT's format.
+
+    Args (beside Trainer's):
+        rank_sampling: "example" (each example its own rank), "step" (one for an update, as in the paper), "matryoshka"
+            (a fixed gate: see ``set_matryoshka_gate``), "fixed" (always r_max: plain LoRA).
+        rank_distribution, r_min: see ``RankSampler``.
+        frozen: train component b alone (paper, eq. 10), and move no other.
+        matryoshka_reduce: "sum" or "mean" of the gates.
+        eval_ranks: the ranks to measure, default 1..r_max.
+        group_by_length: put examples of like length into an update (default), or shuffle only.
+        adapter_facts: what to add to ``dylora.json`` beside a saved adapter.
+
+    Raises ValueError for settings that contradict each other.
+    """
+
+    def __init__(
+        self,
+        *args,
+        rank_sampling: str = "example",
+        rank_distribution: str = "uniform",
+        r_min: int = 1,
+        frozen: bool = False,
+        matryoshka_reduce: str = "sum",
+        eval_ranks: list[int] | None = None,
+        group_by_length: bool = True,
+        adapter_facts: dict | None = None,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if rank_sampling not in SAMPLINGS:
+            raise ValueError(f"rank_sampling is {rank_sampling!r}; choose one of {', '.join(map(repr, SAMPLINGS))}.")
+        if frozen and rank_sampling not in ("example", "step"):
+            raise ValueError(f"frozen training needs drawn ranks; rank_sampling={rank_sampling!r} draws none.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
+                f"GPU: torchrun --nproc_per_node={self.args.n_gpu} ..."
+            )
+        if self.args.train_sampling_strategy == "batch_rebalance" or self.args.batch_eval_metrics:
+            raise ValueError(
+                "DyLoRATrainer orders its batches itself and measures all ranks at the end: leave out "
+                "--train_sampling_strategy batch_rebalance and --batch_eval_metrics."
+            )
+        self.rank_sampling, self.frozen, self.matryoshka_reduce = rank_sampling, frozen, matryoshka_reduce
+        self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
+        self.eval_ranks, self.rank_sampler, self.r_min = [], None, r_min
+        if has_lora(self.model):
+            r_max = max_rank(self.model)
+            self.eval_ranks = sorted({check_rank(b, r_max) for b in eval_ranks or range(1, r_max + 1)})
+            per = rank_sampling if rank_sampling == "step" else "example"
+            self.rank_sampler = RankSampler(r_max, r_min, rank_distribution, per=per, seed=self.args.seed)
+        # Trainer takes a forward with **kwargs for one that divides its loss by num_items_in_batch; few do.
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and _loss_uses_num_items(self.model)
+        self.loss_is_scaled_for_ga = True  # compute_loss below weighs every micro-batch
+        self.task_metrics, self.compute_metrics = self.compute_metrics, self._metrics_of_all_ranks
+        self._batches: GroupedBatches | None = None
+        self._iterator, self._update, self._micro, self._micro_batches = None, 0, 0, 1
+        self._eval_order, self._loss_only = None, False
+
+    # --- batches --------------------------------------------------------------------------------------
+
+    def _lengths(self, dataset) -> list[int]:
+        """Tokens per example (all 1 where they cannot be told, which leaves the order to the shuffle)."""
+        columns = getattr(dataset, "column_names", None)
+        if columns is not None and self.args.length_column_name in columns:
+            return list(dataset[self.args.length_column_name])
+        if columns is not None and "input_ids" in columns:
+            return [len(ids) for ids in dataset["input_ids"]]
+        if columns is None and len(dataset) and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
+            return [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+        return [1] * len(dataset)
+
+    def get_train_dataloader(self) -> DataLoader:
+        args = self.args
+        self._batches = None
+        if self.train_dataset is None or not has_length(self.train_dataset):
+            return super().get_train_dataloader()
+        # Trainer's own loader settings (collator, removed columns, workers), with our batches in place of a sampler.
+        strategy = args.train_sampling_strategy
+        grouped = strategy == "group_by_length" or (strategy == "random" and self.group_by_length)
+        lengths = self._lengths(self.train_dataset) if grouped else [1] * len(self.train_dataset)
+        self._batches = GroupedBatches(
+            lengths,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=strategy != "sequential",
+            drop_last=args.dataloader_drop_last,
+        )
+        if not len(self._batches):
+            raise ValueError(
+                f"The training set has {len(lengths)} examples, fewer than one update of {self._batches.global_batch}; "
+                f"leave out --dataloader_drop_last or use a smaller batch."
+            )
+        is_hf_dataset = hasattr(self.train_dataset, "column_names")
+        dataset, collator = self.train_dataset, self.data_collator
+        if is_hf_dataset:
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="training")
+        loader = DataLoader(
+            dataset,
+            batch_sampler=self._batches,
+            collate_fn=collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        # The batches are this process's own already: nothing is left for accelerate to share out.
+        return prepare_data_loader(
+            loader, device=self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def _get_eval_sampler(self, eval_dataset):
+        if eval_dataset is None or not has_length(eval_dataset):
+            return None
+        return ByLength(self._lengths(eval_dataset))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        if epoch_iterator is not self._iterator:
+            skipped = self._batches is not None and not self.args.ignore_data_skip
+            self._iterator, self._update = epoch_iterator, self.state.global_step if skipped else 0
+        else:
+            self._update += 1
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._micro, self._micro_batches = -1, len(samples)
+        return samples, items
+
+    # --- training -------------------------------------------------------------------------------------
+
+    def train(self, *args, **kwargs):
+        """As Trainer's; afterwards the model runs at r_max."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.rank_sampler is not None:
+                set_rank(self.model, self.rank_sampler.r_max)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self._micro += 1
+        if self.rank_sampler is not None:
+            self._set_training_ranks(_batch_size(inputs))
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _places(self) -> range | None:
+        """Where this micro-batch's examples stand in the update; None where the data has no length."""
+        if self._batches is None:
+            return None
+        return self._batches.places(self._update % self._batches.updates(), self._micro)
+
+    def _set_training_ranks(self, batch_size: int) -> None:
+        step, places = self.state.global_step, self._places()
+        if self.rank_sampling == "fixed":
+            set_rank(self.model, self.rank_sampler.r_max)
+        elif self.rank_sampling == "matryoshka":
+            set_matryoshka_gate(self.model, self.rank_sampler.ranks, self.matryoshka_reduce)
+        elif self.rank_sampling == "step":
+            set_rank(self.model, self.rank_sampler(step, batch_size), self.frozen)
+        elif places is None:
+            ranks = self.rank_sampler(step, batch_size, self._micro, self.args.process_index)
+            set_rank(self.model, ranks, self.frozen)
+        else:
+            # Drawn for the whole update and cut: an example's rank does not depend on how the update is split.
+            ranks = self.rank_sampler(step, self._batches.update_size(self._update % self._batches.updates()))
+            set_rank(self.model, ranks[list(places) or [0]], self.frozen)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training:
+            loss = loss * self._weight()
+        return (loss, outputs) if return_outputs else loss
+
+    def _weight(self) -> float:
+        """What makes the sum of the micro-batches' mean losses, averaged over processes, the update's mean loss."""
+        places = self._places()
+        if places is not None and not len(places):
+            return 0.0
+        if self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
+            return 1.0  # scaled by num_items_in_batch
+        if places is None:
+            return 1 / self._micro_batches
+        size = self._batches.update_size(self._update % self._batches.updates())
+        return len(places) * self.args.world_size / size
+
+    def create_optimizer(self, *args, **kwargs):
+        new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if new and self.frozen and self.rank_sampler is not None:
+            freeze_undrawn(self.optimizer, self.model)
+        return optimizer
+
+    # --- evaluation -----------------------------------------------------------------------------------
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Logits (batch, ranks, ...) of every rank in ``eval_ranks``; the losses come from them at the end.
+
+        Where losses alone are wanted they take the logits' place, (batch, ranks), so that they are gathered alike.
+        """
+        if not self.eval_ranks:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        outputs, labels = [], None
+        for b in self.eval_ranks:
+            with use_rank(self.model, b):
+                loss, logits, labels = super().prediction_step(model, inputs, self._loss_only, ignore_keys)
+            outputs.append(loss.expand(_batch_size(inputs)) if self._loss_only else _first(logits))
+        if self._loss_only:
+            labels = torch.zeros(_batch_size(inputs), device=outputs[0].device)
+        return None, torch.stack(outputs, dim=1), labels
+
+    def evaluation_loop(self, dataloader, description, prediction_loss_only=None, *args, **kwargs):
+        self._loss_only = bool(self.eval_ranks) and description == "Evaluation" and (
+            self.task_metrics is None or self.args.prediction_loss_only
+        )  # fmt: skip
+        self._eval_order = _length_order(dataloader)
+        only = self.task_metrics is None and not self.eval_ranks and description == "Evaluation"
+        output = super().evaluation_loop(dataloader, description, only or None, *args, **kwargs)
+        return output._replace(
+            predictions=self._in_order(output.predictions), label_ids=self._in_order(output.label_ids)
+        )
+
+    def _in_order(self, values):
+        """Put what was computed from the longest to the shortest example back into the data's order."""
+        if self._eval_order is None or values is None:
+            return values
+        if isinstance(values, (tuple, list)):
+            return type(values)(self._in_order(value) for value in values)
+        back = np.empty_like(values)
+        back[self._eval_order[: len(values)]] = values
+        return back
+
+    def _metrics_of_all_ranks(self, prediction: EvalPrediction) -> dict[str, float]:
+        predictions, labels = (self._in_order(v) for v in (prediction.predictions, prediction.label_ids))
+        if not self.eval_ranks:
+            return self.task_metrics(EvalPrediction(predictions, labels))
+        by_rank = []
+        for k in range(len(self.eval_ranks)):
+            if self._loss_only:
+                by_rank.append({"loss": float(predictions[:, k].mean())})
+                continue
+            scores = dict(self.task_metrics(EvalPrediction(predictions[:, k], labels))) if self.task_metrics else {}
+            loss = mean_loss(predictions[:, k], labels)
+            by_rank.append(scores | ({} if loss is None else {"loss": loss}))
+        metrics = {f"r{b}_{key}": v for b, scores in zip(self.eval_ranks, by_rank, strict=True) for key, v in scores.items()}
+        for key in by_rank[0]:
+            curve = [scores[key] for scores in by_rank]
+            mean = float(np.mean(curve))
+            metrics |= {"loss": mean} if key == "loss" else {f"mean_{key}": mean, f"aurac_{key}": aurac(self.eval_ranks, curve)}
+        return metrics
+
+    # --- checkpoints ----------------------------------------------------------------------------------
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.rank_sampler is None:
+            return super()._save(output_dir, state_dict)
+        output_dir = Path(output_dir or self.args.output_dir)
+        facts = {
+            "sampling": self.rank_sampling,
+            "distribution": self.rank_sampler.distribution,
+            "r_min": self.r_min,
+            "frozen": self.frozen,
+        }
+        save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, output_dir / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.rank_sampler is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_adapter(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.rank_sampler is None:
+            return super()._load_best_model()
+        load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+def mean_loss(logits: np.ndarray, labels) -> float | None:
+    """The mean loss of a classifier (cross-entropy) or of a regression with one output (squared error), from its logits.
+
+    None where the shapes are neither's.
+    """
+    if labels is None or logits.ndim != 2 or np.ndim(labels) != 1:
+        return None
+    logits, labels = torch.as_tensor(logits).float(), torch.as_tensor(labels)
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits[:, 0], labels.float()).item()
+    return F.cross_entropy(logits, labels.long()).item()
+
+
+def _first(logits):
+    return logits[0] if isinstance(logits, (tuple, list)) else logits
+
+
+def _batch_size(inputs) -> int:
+    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def _length_order(dataloader) -> list[int] | None:
+    """The order of the ``ByLength`` sampler within a data loader, however accelerate wrapped it."""
+    inner = dataloader
+    while inner is not None and not isinstance(inner, ByLength):
+        inner = getattr(inner, "batch_sampler", None) or getattr(inner, "sampler", None)
+    return None if inner is None else inner.order
+
+
+def _loss_uses_num_items(model: nn.Module) -> bool:
+    """Whether the model's forward hands its keyword arguments to transformers' ``loss_function``, which divides by them."""
+    try:
+        return "self.loss_function(" in inspect.getsource(inspect.unwrap(type(model).forward))
+    except (OSError, TypeError):
+        return False
