@@ -21,7 +21,7 @@ from .model import (
 )
 from .sampling import RankSampler
 
-__version__ = "1.0.0"
+from .version import __version__
 
 __all__ = [
     "Conv1d",

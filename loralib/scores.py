@@ -26,7 +26,6 @@ SCORES = {
 }
 
 
-
 def score(name: str, predictions, labels, parts: tuple[str, ...] = ()) -> float:
     """The score called ``name``; ``combined_score`` is the mean of ``parts``."""
     if name == "combined_score":

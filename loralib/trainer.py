@@ -151,6 +151,10 @@ class DyLoRATrainer(Trainer):
             loader, device=self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
         )
 
+    def batches(self) -> GroupedBatches:
+        """The micro-batches (lists of indices) that training used last."""
+        return self._batches
+
     def _get_eval_sampler(self, eval_dataset):
         if eval_dataset is None or not has_length(eval_dataset):
             return None

@@ -1,0 +1,180 @@
+#!/usr/bin/env python
+"""Fine-tune a classifier on GLUE (or your own files) with DyLoRA, and measure every rank.
+
+    python run_glue.py --model_name_or_path roberta-base --task_name rte --apply_lora --lora_r 8 --lora_alpha 16 \\
+        --do_train --do_eval --learning_rate 5e-4 --num_train_epochs 80 --output_dir rte/model
+
+The recipes two folders up (roberta_base_rte.sh, ...) hold the settings of each task. A run reads from top to bottom in
+``run``; its parts are in ``transformers_dylora``.
+"""
+
+import os
+import sys
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers fork
+
+import numpy as np
+import torch
+import transformers
+from transformers import DataCollatorWithPadding, default_data_collator, set_seed
+
+from loralib.report import print_table
+from loralib.trainer import DyLoRATrainer
+from transformers_dylora import results
+from transformers_dylora.arguments import parse
+from transformers_dylora.data import glue_task, load_files, load_glue, padding_share, tokenize
+from transformers_dylora.errors import UsageError
+from transformers_dylora.modeling import load_model, load_tokenizer
+from transformers_dylora.output_dir import clear_checkpoints, resume_point
+
+FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run one command line; returns the content of rank_results.json (empty without --do_eval)."""
+    argv = sys.argv[1:] if argv is None else argv
+    return run(*parse(argv), argv)
+
+
+def run(model_args, data_args, training_args, argv: list[str]) -> dict:
+    say = print if training_args.should_log else lambda *_: None
+    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    for note in training_args.notes:
+        say(note)
+    if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
+        raise UsageError(f"Nothing to do; add {', '.join(FLAGS.values())}.")
+    checkpoint = resume_point(training_args)
+    if checkpoint:
+        say(f"going on from {checkpoint}")
+    torch.use_deterministic_algorithms(training_args.full_determinism or model_args.use_deterministic_algorithms)
+    set_seed(training_args.seed)
+
+    # The data: raw splits, then tokens. Process 0 tokenises, the others read its cache.
+    with training_args.main_process_first(desc="loading and tokenising the data"):
+        task, raw = load_data(data_args, model_args)
+        tokenizer = load_tokenizer(model_args)
+        data = {
+            kind: tokenized(kind, raw, task, tokenizer, data_args) if getattr(training_args, flag.strip("-")) else {}
+            for kind, flag in FLAGS.items()
+        }
+    for name, split in [*data["train"].items(), *data["validation"].items()]:
+        say(f"{name}: {len(split)} examples, {np.mean(split['length']):.0f} tokens on average, {max(split['length'])} at most")
+
+    # The model, its adapter, and the trainer.
+    model, note = load_model(model_args, task, training_args.do_train)
+    if note:
+        say(note)
+    to_multiple = 8 if (training_args.fp16 or training_args.bf16) and not training_args.use_cpu else None
+    trainer = DyLoRATrainer(
+        model=model,
+        args=training_args,
+        train_dataset=data["train"].get("train"),
+        eval_dataset=next(iter(data["validation"].values()), None),
+        processing_class=tokenizer,
+        data_collator=default_data_collator
+        if data_args.pad_to_max_length
+        else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=to_multiple),
+        compute_metrics=metrics_of(task),
+        rank_sampling=model_args.rank_sampling,
+        rank_distribution=model_args.rank_distribution,
+        r_min=model_args.lora_r_min,
+        frozen=model_args.lora_frozen,
+        matryoshka_reduce=model_args.matryoshka_reduce,
+        eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,
+        group_by_length=data_args.group_by_length,
+        adapter_facts={"task": task.name, "labels": list(task.labels)},
+    )
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    say(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train")
+
+    if training_args.do_train:
+        if training_args.overwrite_output_dir and not checkpoint and training_args.should_save:
+            clear_checkpoints(training_args)
+        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()
+        trainer.save_state()
+        trainer.log_metrics("train", trained.metrics)
+        trainer.save_metrics("train", trained.metrics, combined=False)
+        if not data_args.pad_to_max_length:
+            share = padding_share(data["train"]["train"]["length"], trainer.batches())
+            say(f"padding: {100 * share:.1f} percent of the training tokens")
+
+    found = {}
+    if training_args.do_eval:
+        splits = {name: measure(trainer, name, split, task) for name, split in data["validation"].items()}
+        if trainer.is_world_process_zero():
+            found = results.assemble(model_args, training_args, task, trainer, splits, argv)
+            results.write_results(training_args.output_dir, found, splits)
+            print_table(found)
+            say(f"the curve: {training_args.output_dir}/rank_curve.png")
+
+    for name, split in data["test"].items():
+        logits = all_ranks(trainer.predict(split, metric_key_prefix="test").predictions)
+        if trainer.is_world_process_zero():
+            name = task.name + ("-mm" if name.endswith("mismatched") else "")
+            results.write_predictions(training_args.output_dir, name, task, trainer.eval_ranks, logits)
+
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+    return found
+
+
+def load_data(data_args, model_args):
+    """The task and its raw splits."""
+    if data_args.task_name:
+        task = glue_task(data_args.task_name)
+        return task, load_glue(task, data_args.dataset_dir, model_args.cache_dir)
+    return load_files({kind: getattr(data_args, f"{kind}_file") for kind in FLAGS}, model_args.cache_dir)
+
+
+def tokenized(kind: str, raw, task, tokenizer, data_args) -> dict:
+    """The splits of a kind, cut to --max_..._samples and tokenised; a test split without its hidden labels."""
+    names = [name for name in task.splits(kind) if name in raw]
+    if not names:
+        raise UsageError(f"{FLAGS[kind]} needs the split {task.splits(kind)[0]!r}; the data has only {', '.join(raw)}.")
+    limit = getattr(data_args, {"train": "max_train_samples", "validation": "max_val_samples", "test": "max_test_samples"}[kind])
+    found = {}
+    for name in names:
+        split = raw[name] if limit is None else raw[name].select(range(min(limit, len(raw[name]))))
+        if kind == "test" and "label" in split.column_names:
+            split = split.remove_columns("label")
+        found[name] = tokenize(
+            split,
+            task,
+            tokenizer,
+            min(data_args.max_seq_length, tokenizer.model_max_length),
+            data_args.pad_to_max_length,
+            data_args.overwrite_cache,
+        )
+    return found
+
+
+def metrics_of(task):
+    from transformers_dylora.metrics import metrics_function  # evaluate takes seconds to import
+
+    return metrics_function(task)
+
+
+def all_ranks(logits: np.ndarray) -> np.ndarray:
+    """(samples, ranks, classes), for a model without adapter too."""
+    return logits if logits.ndim == 3 else logits[:, None]
+
+
+def measure(trainer, name: str, split, task) -> dict:
+    """One pass over a validation split: its table's rows, and the logits, labels and indices for predictions_<name>.npz."""
+    prefix = "eval_mm" if name.endswith("mismatched") else "eval"
+    output = trainer.predict(split, metric_key_prefix=prefix)
+    return {
+        "rows": results.rank_rows(output.metrics, prefix, trainer.eval_ranks, task, len(split), trainer.model),
+        "logits": all_ranks(output.predictions),
+        "labels": output.label_ids,
+        "idx": np.asarray(split["idx"] if "idx" in split.column_names else range(len(split))),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UsageError as error:
+        sys.exit(f"run_glue.py: {error}")

@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# DyLoRA on GLUE's rte with RoBERTa-base, settings of the released DyLoRA recipe. Arguments are passed on to run_glue.py.
+task=rte model=roberta-base
+lr=5e-4 epochs=80 batch=16 global_batch=128 length=512
+from_mnli=yes recipe_of_mnli="bash roberta_base_mnli.sh"
+. "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

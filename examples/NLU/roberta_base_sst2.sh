@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# DyLoRA on GLUE's sst2 with RoBERTa-base, settings of the released DyLoRA recipe. Arguments are passed on to run_glue.py.
+task=sst2 model=roberta-base
+lr=5e-4 epochs=60 batch=16 global_batch=128 length=512
+. "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

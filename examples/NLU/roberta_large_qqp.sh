@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# DyLoRA on GLUE's qqp with RoBERTa-large, settings of microsoft/LoRA's recipe. Arguments are passed on to run_glue.py.
+task=qqp model=roberta-large
+lr=3e-4 epochs=20 batch=4 global_batch=32 length=512
+. "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"

@@ -1,0 +1,203 @@
+"""The command line of run_glue.py: the installed TrainingArguments, the released code's flags, and DyLoRA's own."""
+
+import os
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from transformers import HfArgumentParser, TrainingArguments
+
+from loralib.gate import SCALINGS
+
+from .errors import UsageError
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how it is cut and padded."""
+
+    task_name: str | None = field(
+        default=None, metadata={"help": "A GLUE task: cola, mnli, mrpc, qnli, qqp, rte, sst2, stsb or wnli."}
+    )
+    dataset_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Local GLUE data instead of the hub's: DIR or DIR/<task> holds train, validation (MNLI: "
+            "validation_matched and validation_mismatched) and test as .jsonl or .parquet, or what save_to_disk wrote."
+        },
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Your own training data, CSV or JSON lines."})
+    validation_file: str | None = field(default=None, metadata={"help": "Your own validation data, CSV or JSON lines."})
+    test_file: str | None = field(default=None, metadata={"help": "Your own test data, CSV or JSON lines."})
+    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this many tokens."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad all to max_seq_length. Default: to the longest of a batch."}
+    )
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenise anew instead of using the cache."})
+    group_by_length: bool = field(
+        default=True, metadata={"help": "Train on batches of examples of like length; false: shuffle only."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training examples."})
+    max_val_samples: int | None = field(default=None, metadata={"help": "Use the first N validation examples."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Use the first N test examples."})
+
+    def __post_init__(self):
+        own = [path for path in (self.train_file, self.validation_file, self.test_file) if path]
+        if (self.task_name is None) == (not own):
+            raise UsageError("Give either --task_name (a GLUE task) or your own --train_file, --validation_file, --test_file.")
+        for path in own:
+            if not path.endswith((".csv", ".json", ".jsonl")):
+                raise UsageError(f"{path} is no .csv, .json or .jsonl file; convert it to one of these.")
+        for name in ("max_seq_length", "max_train_samples", "max_val_samples", "max_test_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name} is {value}; give 1 or more.")
+
+
+@dataclass
+class ModelArguments:
+    """Which model, and its adapter."""
+
+    model_name_or_path: str = field(metadata={"help": "A checkpoint: a directory, or a name on the Hugging Face hub."})
+    config_name: str | None = field(default=None, metadata={"help": "Its configuration, if it lies elsewhere."})
+    tokenizer_name: str | None = field(default=None, metadata={"help": "Its tokenizer, if it lies elsewhere."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a fast tokenizer where there is one."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
+    use_auth_token: bool = field(default=False, metadata={"help": "Use the token of `hf auth login` for a private model."})
+    cls_dropout: float | None = field(default=None, metadata={"help": "Dropout of the classification head."})
+    use_deterministic_algorithms: bool = field(
+        default=False, metadata={"help": "torch.use_deterministic_algorithms(True)."}
+    )
+
+    apply_lora: bool = field(
+        default=False, metadata={"help": "Train a DyLoRA adapter and the head. Without it, the whole model."}
+    )
+    lora_r: int = field(default=8, metadata={"help": "r_max: the adapter works at every rank from 1 to this."})
+    lora_alpha: float = field(default=16, metadata={"help": "alpha of the scaling rule."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    lora_scaling: Literal["alpha/b", "alpha/r", "alpha/sqrt(b)"] = field(
+        default="alpha/b", metadata={"help": "Strength of the update at rank b."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Which layers to adapt, by the ends of their names. Default: query value."}
+    )
+    lora_path: str | None = field(
+        default=None,
+        metadata={"help": "Start from this adapter: a directory, or a .bin of microsoft/LoRA or released DyLoRA; 'none': from scratch."},
+    )
+    rank_sampling: Literal["example", "step", "matryoshka", "fixed"] = field(
+        default="example",
+        metadata={
+            "help": "How training chooses ranks: each example its own, one per update (the paper), MatryoshkaLoRA's "
+            "fixed gate, or always r_max (plain LoRA)."
+        },
+    )
+    rank_distribution: Literal["uniform", "geometric"] = field(default="uniform", metadata={"help": "p_B of the paper."})
+    matryoshka_reduce: Literal["sum", "mean"] = field(
+        default="sum", metadata={"help": "With --rank_sampling matryoshka: sum or mean of the ranks' gates."}
+    )
+    lora_r_min: int = field(default=1, metadata={"help": "The lowest rank that training draws."})
+    lora_frozen: bool = field(default=False, metadata={"help": "Update component b alone (paper, eq. 10)."})
+    eval_ranks: str | None = field(default=None, metadata={"help": "Ranks to measure, as in 1,2,4,8. Default: all."})
+
+    def __post_init__(self):
+        if self.lora_path in ("none", "None", ""):
+            self.lora_path = None
+        if self.lora_path and not os.path.exists(self.lora_path):
+            raise UsageError(f"--lora_path {self.lora_path} does not exist; give an adapter's directory, a .bin file or 'none'.")
+        if self.lora_path and not self.apply_lora:
+            raise UsageError("--lora_path loads an adapter; add --apply_lora.")
+        if self.lora_target_modules:
+            self.lora_target_modules = [n for given in self.lora_target_modules for n in given.split(",") if n]
+        if not self.apply_lora:
+            return
+        if self.lora_r < 1:
+            raise UsageError(f"--lora_r is {self.lora_r}; give 1 or more.")
+        if not self.lora_alpha > 0:
+            raise UsageError(f"--lora_alpha is {self.lora_alpha}; give a number above 0.")
+        if not 0 <= self.lora_dropout < 1:
+            raise UsageError(f"--lora_dropout is {self.lora_dropout}; give a number from 0 to below 1.")
+        if not 1 <= self.lora_r_min <= self.lora_r:
+            raise UsageError(f"--lora_r_min is {self.lora_r_min}; give 1 to --lora_r, which is {self.lora_r}.")
+        if self.lora_frozen and self.rank_sampling not in ("example", "step"):
+            raise UsageError(f"--lora_frozen needs drawn ranks; --rank_sampling {self.rank_sampling} draws none.")
+        self.measured_ranks()
+        assert self.lora_scaling in SCALINGS
+
+    def measured_ranks(self) -> list[int]:
+        """The ranks of --eval_ranks, in order. Raises UsageError for what is no rank."""
+        if not self.eval_ranks:
+            return list(range(1, self.lora_r + 1))
+        try:
+            ranks = sorted({int(rank) for rank in self.eval_ranks.split(",")})
+        except ValueError:
+            ranks = [0]
+        if not all(1 <= rank <= self.lora_r for rank in ranks):
+            raise UsageError(f"--eval_ranks is {self.eval_ranks!r}; give ranks from 1 to {self.lora_r}, as in 1,2,4.")
+        return ranks
+
+
+@dataclass
+class GlueTrainingArguments(TrainingArguments):
+    """The installed TrainingArguments, and what earlier releases called differently."""
+
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples per update over all processes; the accumulation steps follow from it."},
+    )
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a directory that is not empty."})
+    evaluation_strategy: str | None = field(default=None, metadata={"help": "Earlier name of --eval_strategy."})
+    warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
+    logging_dir: str | None = field(default=None, metadata={"help": "Where TensorBoard's log goes."})
+    no_cuda: bool = field(default=False, metadata={"help": "Earlier name of --use_cpu."})
+    save_safetensors: bool = field(default=True, metadata={"help": "Accepted; checkpoints are always safetensors."})
+
+    def __post_init__(self):
+        self.notes = []
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise UsageError(f"--warmup_ratio is {self.warmup_ratio}; give a share from 0 to below 1.")
+            self.warmup_steps = self.warmup_ratio
+        if self.no_cuda or not torch.accelerator.is_available():
+            self.use_cpu = True  # --bf16 and the gloo backend ask for this word where there is no accelerator
+        if not self.save_safetensors:
+            self.notes.append("--save_safetensors false has no effect any more: checkpoints are always safetensors.")
+        if self.logging_dir is not None:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+            if find_spec("tensorboard") and self.report_to in (None, "none", ["none"]):
+                self.report_to = ["tensorboard"]
+            elif not find_spec("tensorboard"):
+                self.notes.append("--logging_dir: TensorBoard is not installed; the log is in trainer_state.json instead.")
+        super().__post_init__()
+        if self.global_batch_size is not None:
+            self._accumulate_to_global_batch()
+
+    def _accumulate_to_global_batch(self) -> None:
+        at_once = self.per_device_train_batch_size * max(1, self.world_size)
+        if self.global_batch_size < 1 or self.global_batch_size % at_once:
+            raise UsageError(
+                f"--global_batch_size {self.global_batch_size} is no multiple of {self.per_device_train_batch_size} per device "
+                f"x {max(1, self.world_size)} processes; change it or --per_device_train_batch_size."
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // at_once
+        self.notes.append(
+            f"global batch {self.global_batch_size} = {self.per_device_train_batch_size} per device x "
+            f"{max(1, self.world_size)} processes x {self.gradient_accumulation_steps} accumulation steps"
+        )
+
+
+def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:
+    """Parse the command line, or the one JSON file that it names. Raises UsageError, SystemExit for an unknown flag."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, GlueTrainingArguments))
+    try:
+        if len(argv) == 1 and argv[0].endswith(".json"):
+            return parser.parse_json_file(argv[0])
+        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error
