@@ -51,19 +51,19 @@ def check_rank(rank, r: int):
 
 
 def scale(rank, r: int, alpha: float, scaling: str):
-    """scale(b) for an int (a float comes back) or a tensor of ranks (a float tensor); b = 0 counts as 1."""
+    """scale(b) for an int (a float comes back) or a float tensor of ranks (another); b = 0 counts as 1."""
     if isinstance(rank, torch.Tensor):
-        b = rank.clamp(min=1).to(torch.get_default_dtype())
+        b = rank.clamp(min=1)
         strength = {"alpha/b": lambda: alpha / b, "alpha/sqrt(b)": lambda: alpha / b.sqrt()}
         return strength.get(scaling, lambda: torch.full_like(b, alpha / r))()
     b = max(rank, 1)
     return alpha / {"alpha/b": b, "alpha/r": r, "alpha/sqrt(b)": math.sqrt(b)}[scaling]
 
 
-def rank_gate(ranks: torch.Tensor, r: int, alpha: float, scaling: str) -> torch.Tensor:
+def rank_gate(ranks: torch.Tensor, r: int, alpha: float, scaling: str, dtype=torch.float32) -> torch.Tensor:
     """The gate of a tensor of ranks: (batch,) -> (batch, r)."""
     component = torch.arange(r, device=ranks.device)
-    return (component < ranks[:, None]) * scale(ranks, r, alpha, scaling)[:, None]
+    return (component < ranks[:, None]) * scale(ranks.to(dtype), r, alpha, scaling)[:, None]
 
 
 def matryoshka_gate(r: int, alpha: float, scaling: str, ranks=None, reduce: str = "sum") -> torch.Tensor:

@@ -116,7 +116,7 @@ class LoRALayer(nn.Module):
         rank = check_rank(rank, self.r)
         gate = None
         if isinstance(rank, torch.Tensor):
-            gate = rank_gate(rank.to(self.weight.device), self.r, self.lora_alpha, self.scaling)
+            gate = rank_gate(rank.to(self.weight.device), self.r, self.lora_alpha, self.scaling, self.weight.dtype)
         self._set_state(rank, gate, frozen)
 
     def set_gate(self, gate: torch.Tensor) -> None:
@@ -125,7 +125,7 @@ class LoRALayer(nn.Module):
             raise TypeError(f"gate is {type(gate).__name__}; give a float tensor of shape ({self.r},) or (batch, {self.r}).")
         if gate.ndim not in (1, 2) or gate.shape[-1] != self.r or not len(gate):
             raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({self.r},) or (batch, {self.r}).")
-        self._set_state(None, gate.to(self.weight.device), False)
+        self._set_state(None, gate.to(self.weight), False)
 
     def _set_state(self, rank, gate, frozen) -> None:
         self.check_unmerged()
@@ -345,7 +345,7 @@ class MergedLinear(Linear):
         return torch.cat([zeros if part is None else part for part in parts], dim)
 
     def update(self, x, A, B, gate):
-        B = B.view(self.projections, -1, B.shape[-1])
+        B = B.unflatten(0, (self.projections, self.out_features // len(self.enable_lora)))
         z = F.linear(x, A).unflatten(-1, (self.projections, B.shape[-1]))
         if isinstance(gate, torch.Tensor) and gate.ndim == 2:
             gate = gate.to(z.dtype).view(gate.shape[0], *[1] * (z.ndim - 2), gate.shape[1])
@@ -353,8 +353,8 @@ class MergedLinear(Linear):
         return self.spread(h.flatten(-2), -1)
 
     def delta(self, A, B, gate):
-        A = A.view(self.projections, -1, A.shape[-1])
-        B = B.view(self.projections, -1, B.shape[-1]) * gate
+        A = A.unflatten(0, (self.projections, B.shape[-1]))
+        B = B.unflatten(0, (self.projections, self.out_features // len(self.enable_lora))) * gate
         delta = self.spread((B @ A).flatten(0, 1), 0)
         return delta.T if self.fan_in_fan_out else delta
 

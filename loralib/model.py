@@ -163,10 +163,10 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
         if isinstance(rank, int):
             states.append((min(rank, layer.r), None))
             continue
-        key = (layer.r, layer.lora_alpha, layer.scaling, layer.weight.device)
+        key = (layer.r, layer.lora_alpha, layer.scaling, layer.weight.dtype, layer.weight.device)
         if key not in gates:
             ranks = rank.clamp(max=layer.r).to(layer.weight.device)
-            gates[key] = ranks, rank_gate(ranks, *key[:3])
+            gates[key] = ranks, rank_gate(ranks, *key[:4])
         states.append(gates[key])
     _set_states(layers, states, frozen)
 

@@ -1,0 +1,102 @@
+"""Frozen means frozen, under optimizers with momentum, history and weight decay."""
+
+import pytest
+import torch
+from torch import nn
+
+import loralib as lora
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
+    "Adam with L2": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1),
+    "SGD with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+}
+
+
+def setup(optimizer):
+    model = nn.Sequential(
+        lora.Linear(6, 6, r=4), lora.MergedLinear(6, 9, r=4, enable_lora=[True, False, True]), nn.Unflatten(1, (1, 3, 3)),
+        lora.Conv2d(1, 2, 3, r=4),
+    )  # fmt: skip
+    for layer in (model[0], model[1], model[3]):
+        nn.init.normal_(layer.lora_B)
+    lora.mark_only_lora_as_trainable(model)
+    optimizer = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    lora.freeze_undrawn(optimizer, model)
+    return model, optimizer
+
+
+def components(model):
+    """Every component's numbers, as one row each: (layer, component)."""
+    layers = (model[0], model[1], model[3])
+    return [
+        [torch.cat([m.split_A(m.lora_A)[:, j].flatten(), m.split_B(m.lora_B)[:, j].flatten()]).detach().clone() for j in range(4)]
+        for m in layers
+    ]
+
+
+def step(model, optimizer, *micro_batches, frozen=True):
+    optimizer.zero_grad()
+    for ranks in micro_batches:
+        lora.set_rank(model, ranks, frozen)
+        model(torch.randn(3, 6)).square().mean().backward()
+    optimizer.step()
+
+
+def moved(model, before):
+    return [[not torch.equal(x, y) for x, y in zip(a, b, strict=True)] for a, b in zip(before, components(model), strict=True)]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_drawn_components_move(name):
+    model, optimizer = setup(name)
+    step(model, optimizer, torch.tensor([1, 2, 3]), 4)  # all have a history now
+    for ranks, drawn in [((2,), {2}), ((torch.tensor([1, 4, 4]),), {1, 4}), ((3, torch.tensor([1, 3, 0])), {1, 3})]:
+        before = components(model)
+        step(model, optimizer, *ranks)
+        assert moved(model, before) == [[b in drawn for b in (1, 2, 3, 4)]] * 3
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_first_step_too_and_the_momenta_wait(name):
+    model, optimizer = setup(name)
+    before = components(model)
+    step(model, optimizer, 2)
+    assert moved(model, before) == [[False, True, False, False]] * 3
+    for parameter, split in ((model[0].lora_A, model[0].split_A), (model[0].lora_B, model[0].split_B)):
+        for moment in optimizer.state[parameter].values():
+            if isinstance(moment, torch.Tensor) and moment.shape == parameter.shape:
+                assert not split(moment)[:, [0, 2, 3]].any()
+
+
+def test_without_frozen_the_components_up_to_the_highest_rank_move():
+    model, optimizer = setup("AdamW")
+    step(model, optimizer, 4, frozen=False)
+    before = components(model)
+    step(model, optimizer, torch.tensor([1, 2, 1]), frozen=False)
+    assert moved(model, before) == [[True, True, False, False]] * 3
+
+
+def test_evaluation_between_steps_draws_nothing():
+    model, optimizer = setup("AdamW")
+    step(model, optimizer, 4, frozen=False)
+    before = components(model)
+    lora.set_rank(model, 1, frozen=True)
+    model(torch.randn(3, 6)).square().mean().backward()
+    with torch.no_grad(), lora.use_rank(model, 3):
+        model(torch.randn(3, 6))
+    model.eval()
+    with lora.use_rank(model, 2):
+        model(torch.randn(3, 6))
+    optimizer.step()
+    assert moved(model, before) == [[True, False, False, False]] * 3
+
+
+def test_a_zero_gradient_alone_is_not_enough():
+    """What the hook is for: without it AdamW moves components that were not drawn."""
+    model, _ = setup("AdamW")
+    plain = OPTIMIZERS["AdamW"]([p for p in model.parameters() if p.requires_grad])
+    step(model, plain, 4)
+    before = components(model)
+    step(model, plain, 1)
+    assert moved(model, before)[0] == [True] * 4

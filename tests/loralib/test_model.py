@@ -1,0 +1,204 @@
+"""inject, ranks of a whole model, what trains, merging."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
+
+import loralib as lora
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.query, self.key = nn.Linear(6, 6), nn.Linear(6, 6, bias=False)
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.classifier = nn.Linear(6, 2)
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        h = self.query(h) + self.key(h)
+        return self.classifier(h + self.conv(h[:, None]).mean(1))
+
+
+def adapted(targets=("embed", "query", "conv"), r=4):
+    model = lora.inject(Net(), list(targets), r=r, lora_alpha=8, modules_to_save=["classifier"])
+    for layer in model.modules():
+        if isinstance(layer, lora.LoRALayer):
+            nn.init.normal_(layer.lora_A)
+            nn.init.normal_(layer.lora_B)
+    return model
+
+
+IDS = torch.arange(12).view(3, 4) % 9
+
+
+def test_inject_keeps_the_parameters_and_the_output():
+    model = Net()
+    before, weights = model(IDS), dict(model.named_parameters())
+    assert lora.inject(model, ["embed", "query", "conv"], r=4) is model
+    assert torch.equal(model(IDS), before)
+    for name, parameter in weights.items():
+        assert dict(model.named_parameters())[name] is parameter
+    assert isinstance(model.query, lora.Linear) and isinstance(model.embed, lora.Embedding)
+
+
+def test_targets_match_as_in_peft():
+    assert type(lora.inject(Net(), r".*e(y|mbed)|key", r=1).key) is lora.Linear
+    assert type(lora.inject(Net(), "key", r=1).query) is nn.Linear
+
+
+@pytest.mark.parametrize("targets", [["quer"], [], "nothing.*", ["attention"], ["out_proj"]])
+def test_no_match_names_what_could_have(targets):
+    """out_proj of nn.MultiheadAttention is a Linear that attention never calls: adapting it would do nothing."""
+    with pytest.raises(ValueError, match="classifier, conv, embed, key, query"):
+        lora.inject(Net(), targets, r=2)
+
+
+@pytest.mark.parametrize("r", [0, -1, True, 2.0])
+def test_inject_needs_a_rank(r):
+    with pytest.raises(ValueError, match="r is"):
+        lora.inject(Net(), ["query"], r=r)
+
+
+def test_a_module_to_save_must_exist_and_is_never_adapted():
+    with pytest.raises(ValueError, match="'head'"):
+        lora.inject(Net(), ["query"], r=2, modules_to_save=["head"])
+    model = lora.inject(Net(), ".*", r=2, modules_to_save=["classifier"])
+    assert type(model.classifier) is nn.Linear and type(model.key) is lora.Linear
+
+
+def test_a_batch_of_mixed_ranks_is_each_example_alone():
+    model = adapted()
+    lora.set_rank(model, torch.tensor([0, 2, 4]))
+    mixed = model(IDS)
+    for i, b in enumerate((0, 2, 4)):
+        with lora.use_rank(model, b):
+            assert torch.allclose(model(IDS[i : i + 1])[0], mixed[i], atol=1e-5)
+    assert lora.get_rank(model).tolist() == [0, 2, 4]
+
+
+def test_layers_of_different_r_run_at_what_they_have():
+    model = adapted(("query",), r=4)
+    lora.inject(model, ["key"], r=2, lora_alpha=8)
+    nn.init.normal_(model.key.lora_B)
+    assert lora.max_rank(model) == 4
+    lora.set_rank(model, 3)
+    assert (lora.get_rank(model), model.query.get_rank(), model.key.get_rank()) == (3, 3, 2)
+    high = model(IDS)
+    lora.set_rank(model, torch.tensor([3, 3, 3]))
+    assert torch.allclose(model(IDS), high, atol=1e-5)
+
+
+def test_use_rank_puts_the_state_back_also_after_an_exception():
+    model = adapted()
+    lora.set_gate(model, torch.ones(4))
+    before = model(IDS)
+    with pytest.raises(KeyError), lora.use_rank(model, 1):
+        assert lora.get_rank(model) == 1
+        raise KeyError
+    assert lora.get_rank(model) is None
+    assert torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("ranks", [None, [1, 2, 4]])
+def test_the_matryoshka_gate_combines_the_updates_of_all_ranks(reduce, ranks):
+    model = adapted(("query",))
+    lora.set_matryoshka_gate(model, ranks, reduce)
+    x = torch.randn(3, 6)
+    found = model.query(x) - model.query.base(x)
+    updates = []
+    for b in ranks or [1, 2, 3, 4]:
+        model.query.set_rank(b)
+        updates.append(model.query(x) - model.query.base(x))
+    assert torch.allclose(found, getattr(torch.stack(updates), reduce)(0), atol=1e-4)
+
+
+@pytest.mark.parametrize("gate", [torch.ones(3), torch.ones(3, 5), torch.ones(1, 1, 4), torch.ones(4, dtype=torch.long), 1.0])
+def test_a_wrong_gate_is_refused(gate):
+    with pytest.raises((TypeError, ValueError), match="gate"):
+        lora.set_gate(adapted(), gate)
+
+
+def test_without_layers_there_is_one_clear_error():
+    with pytest.raises(ValueError, match="inject"):
+        lora.set_rank(Net(), 1)
+
+
+def test_set_rank_changes_nothing_where_one_layer_is_merged():
+    model = adapted()
+    model.conv.merge()
+    with pytest.raises(RuntimeError, match="layer 'conv' is merged"):
+        lora.set_rank(model, 2)
+    assert model.embed.get_rank() == 4
+
+
+@pytest.mark.parametrize(
+    ("bias", "also"),
+    [("none", set()), ("lora_only", {"query.bias", "conv.bias"}), ("all", {"query.bias", "conv.bias", "attention.out_proj.bias"})],
+)
+def test_what_trains(bias, also):
+    model = adapted()
+    lora.mark_only_lora_as_trainable(model, bias)
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    factors = {f"{m}.lora_{f}" for m in ("embed", "query", "conv") for f in "AB"}
+    assert trains == factors | {"classifier.weight", "classifier.bias"} | also
+    state = set(lora.lora_state_dict(model, bias))
+    assert state == factors | also | ({"classifier.bias"} if bias == "all" else set())
+
+
+def test_a_transformers_classifier_keeps_its_head(roberta_config):
+    model = lora.inject(RobertaForSequenceClassification(roberta_config), ["query", "value"], r=2)
+    lora.mark_only_lora_as_trainable(model)
+    trains = {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert trains == {"classifier"}
+
+
+@pytest.mark.parametrize("b", [0, 1, 3])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_merge_gives_a_plain_model_with_equal_outputs(b, inplace):
+    model = adapted()
+    with lora.use_rank(model, b):
+        wanted = model(IDS)
+    weights = copy.deepcopy(model.state_dict())
+    plain = lora.merge(model, b, inplace=inplace)
+    assert torch.allclose(plain(IDS), wanted, atol=1e-5)
+    assert not any(type(m).__module__.startswith("loralib") for m in plain.modules())
+    assert plain.state_dict().keys() == Net().state_dict().keys()
+    assert (plain is model) == inplace
+    if not inplace:
+        assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_merge_of_a_gpt2_keeps_conv1d_and_the_tied_embedding():
+    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(config).eval()
+    ids = torch.arange(6)[None]
+    stock = model(ids).logits
+    lora.inject(model, ["c_attn", "wte"], r=2)
+    lora.set_rank(model, 0)
+    assert torch.allclose(model(ids).logits, stock, atol=1e-6)
+    lora.set_rank(model, 2)
+    for _, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, lora.LoRALayer)]:
+        nn.init.normal_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+    wanted = model(ids).logits
+    plain = lora.merge(model, 2)
+    assert type(plain.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+    assert torch.allclose(plain(ids).logits, wanted, atol=1e-4)
+
+
+def test_importing_loralib_needs_torch_alone():
+    code = (
+        "import sys; import torch; before = set(sys.modules); import loralib; "
+        "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "assert not new & {'transformers', 'peft', 'matplotlib', 'safetensors', 'numpy', 'scipy', 'sklearn'}, new"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

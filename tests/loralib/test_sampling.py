@@ -1,0 +1,51 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+
+from loralib import RankSampler
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "geometric"])
+@pytest.mark.parametrize("r_min", [1, 3])
+@pytest.mark.parametrize("per", ["example", "step"])
+def test_the_distribution(distribution, r_min, per):
+    sampler = RankSampler(8, r_min, distribution, p=0.15, per=per, seed=5)
+    weights = [1.0 if distribution == "uniform" else 0.85 ** (b - r_min) for b in range(r_min, 9)]
+    if per == "step":
+        draws = torch.tensor([sampler(step, 4) for step in range(8000)])
+    else:
+        draws = torch.cat([sampler(step, 400) for step in range(20)])
+    counts = torch.bincount(draws, minlength=9)
+    assert counts[:r_min].sum() == 0
+    expected = [w / sum(weights) * len(draws) for w in weights]
+    assert chisquare(counts[r_min:].numpy(), expected).pvalue > 1e-3
+    assert sampler.probabilities() == pytest.approx([w / sum(weights) for w in weights])
+
+
+@given(st.integers(0, 10**6), st.integers(1, 64), st.integers(0, 8), st.integers(0, 8), st.integers(0, 100))
+def test_it_is_a_pure_function_of_seed_and_arguments(step, batch_size, micro_step, process, seed):
+    one, other = RankSampler(8, seed=seed), RankSampler(8, seed=seed)
+    other(step + 1, 3)  # what was drawn before does not matter
+    assert torch.equal(one(step, batch_size, micro_step, process), other(step, batch_size, micro_step, process))
+    per_step = RankSampler(8, per="step", seed=seed)
+    assert per_step(step, batch_size, micro_step, process) == per_step(step, 1)
+
+
+def test_the_global_generators_are_left_alone():
+    before = torch.get_rng_state()
+    RankSampler(8)(0, 100)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_steps_micro_steps_processes_and_seeds_differ():
+    sampler = RankSampler(8)
+    draws = [sampler(0, 64), sampler(1, 64), sampler(0, 64, 1), sampler(0, 64, 0, 1), RankSampler(8, seed=1)(0, 64)]
+    assert len({tuple(d.tolist()) for d in draws}) == 5
+
+
+@pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": 9}, {"distribution": "zipf"}, {"p": 1.0}, {"per": "batch"}])
+def test_wrong_settings_are_refused(options):
+    with pytest.raises(ValueError):
+        RankSampler(8, **options)
