@@ -232,6 +232,8 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
     if not groups:
         raise ValueError(f"{path} holds no LoRA factors.")
     heads = config.get("modules_to_save")
+    if heads is not None:  # PEFT lists the usual names of heads, whether the model has them or not
+        heads = [head for head in heads if any(_inside(name, [head]) for name in modules)]
     return [
         {"target_modules": names, "r": r, "lora_alpha": alpha, "scaling": config["scaling"], "modules_to_save": heads}
         for (r, alpha), names in groups.items()

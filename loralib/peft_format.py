@@ -27,9 +27,8 @@ def keys(layer: LoRALayer, name: str) -> tuple[str, str]:
     return f"{PREFIX}{name}.{kind.format('A')}", f"{PREFIX}{name}.{kind.format('B')}"
 
 
-def to_peft(layer: LoRALayer, name: str, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A' and B' of the layer cut to rank b."""
-    A, B = (factor.detach() for factor in layer.first_components(b))
+def to_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A' and B' from the layer's own factors, whole or cut. Raises ValueError where PEFT's format has no place for them."""
     if isinstance(layer, MergedLinear):
         blocks = torch.block_diag(*B.chunk(layer.projections))
         parts = iter(blocks.chunk(layer.projections))
@@ -62,19 +61,9 @@ def from_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> 
         )
     else:
         return A, B
-    probe = _at_rank(layer, own[1].shape[1] // layer.rows)
-    probe.lora_A, probe.lora_B = (torch.nn.Parameter(factor) for factor in own)
-    if not all(torch.equal(x, y) for x, y in zip(to_peft(probe, name, probe.r), (A, B), strict=True)):
+    if not all(torch.equal(x, y) for x, y in zip(to_peft(layer, name, *own), (A, B), strict=True)):
         raise ValueError(f"the entry for {name!r} is no loralib {type(layer).__name__} adapter; it cannot be loaded into one.")
     return own
-
-
-def _at_rank(layer: LoRALayer, r: int) -> LoRALayer:
-    """A layer like ``layer`` but for its rank, without weights."""
-    probe = object.__new__(type(layer))
-    probe.__dict__.update({k: v for k, v in layer.__dict__.items() if not k.startswith("_")})
-    probe.__dict__.update(_parameters={}, _buffers={}, _modules={}, r=r)
-    return probe
 
 
 def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -83,7 +72,8 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
     tensors, sizes = {}, {}
     for name, layer in layers:
         b = min(rank, layer.r)
-        tensors.update(zip(keys(layer, name), to_peft(layer, name, b), strict=True))
+        factors = (factor.detach() for factor in layer.first_components(b))
+        tensors.update(zip(keys(layer, name), to_peft(layer, name, *factors), strict=True))
         R = b * expansion(layer)
         strength = scale(b, layer.r, layer.lora_alpha, layer.scaling)
         sizes[name] = R, _tidy(strength * math.sqrt(R) if rslora else strength * R)

@@ -257,7 +257,9 @@ class DyLoRATrainer(Trainer):
         )  # fmt: skip
         self._eval_order = _length_order(dataloader)
         only = self.task_metrics is None and not self.eval_ranks and description == "Evaluation"
-        output = super().evaluation_loop(dataloader, description, only or None, *args, **kwargs)
+        # A data loader draws a seed from the global generator; training must not depend on when it is evaluated.
+        with torch.random.fork_rng(devices=[]):
+            output = super().evaluation_loop(dataloader, description, only or None, *args, **kwargs)
         return output._replace(
             predictions=self._in_order(output.predictions), label_ids=self._in_order(output.label_ids)
         )

@@ -1,0 +1,269 @@
+"""Adapters on disk: stock PEFT gives the same logits at every rank; damage is one clear error and changes nothing."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    RobertaForSequenceClassification,
+)
+
+import loralib as lora
+
+SCALINGS = ["alpha/b", "alpha/r", "alpha/sqrt(b)"]
+
+
+def stock(kind, roberta_config):
+    torch.manual_seed(1)
+    if kind == "roberta":
+        return RobertaForSequenceClassification(roberta_config).eval(), ["query", "value"]
+    if kind == "roberta with embeddings":
+        return RobertaForSequenceClassification(roberta_config).eval(), ["word_embeddings", "key"]
+    if kind == "gpt2":
+        config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+        return GPT2LMHeadModel(config).eval(), ["c_attn", "c_fc"]
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    return LlamaForCausalLM(config).eval(), ["q_proj", "v_proj"]
+
+
+def randomise(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)
+
+
+def close(x, y):
+    return (x - y).abs().max().item() <= 1e-5 * max(1.0, y.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", ["roberta", "roberta with embeddings", "gpt2", "llama"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_stock_peft_gives_the_same_logits_at_every_rank(kind, scaling, roberta_config, tmp_path):
+    model, targets = stock(kind, roberta_config)
+    lora.inject(model, targets, r=4, lora_alpha=6, scaling=scaling)
+    randomise(model)
+    if hasattr(model, "classifier"):
+        nn.init.normal_(model.classifier.out_proj.weight)
+    ids = torch.randint(3, 40, (3, 7))
+    sizes = []
+    for b in range(1, 5):
+        lora.save_adapter(model, tmp_path / str(b), rank=b)
+        with torch.no_grad(), lora.use_rank(model, b):
+            wanted = model(ids).logits
+            peft = PeftModel.from_pretrained(stock(kind, roberta_config)[0], tmp_path / str(b)).eval()
+            assert close(peft(ids).logits, wanted)
+        reloaded = stock(kind, roberta_config)[0]
+        lora.load_adapter(reloaded, tmp_path / str(b))
+        assert lora.max_rank(reloaded) == b
+        with torch.no_grad():
+            assert close(reloaded(ids).logits, wanted)
+        tensors = load_file(tmp_path / str(b) / "adapter_model.safetensors")
+        sizes.append(sum(v.numel() for k, v in tensors.items() if "lora_" in k))
+    assert [4 * size for size in sizes] == [b * sizes[-1] for b in range(1, 5)]
+
+
+class Images(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.qkv = nn.Linear(16, 12)
+
+    def forward(self, x):
+        return self.qkv(self.conv(x).flatten(2).mean(1))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_convolutions_and_merged_projections_too(scaling, tmp_path):
+    x = torch.randn(3, 2, 6, 6)
+    for b in (1, 2, 3):
+        torch.manual_seed(2)
+        model = Images()
+        base = {k: v.clone() for k, v in model.state_dict().items()}
+        lora.inject(model, ["conv"], r=3, lora_alpha=5, scaling=scaling)
+        merged = lora.MergedLinear(16, 12, r=3, lora_alpha=5, enable_lora=[True, False, True], scaling=scaling)
+        merged.weight, merged.bias, model.qkv = model.qkv.weight, model.qkv.bias, merged
+        randomise(model)
+        lora.save_adapter(model, tmp_path / str(b), rank=b)
+        plain = Images()
+        plain.load_state_dict(base)
+        lora.set_rank(model, b)
+        assert close(PeftModel.from_pretrained(plain, tmp_path / str(b))(x), model(x))
+        wanted = {k: v.clone() for k, v in lora.lora_state_dict(model).items()}
+        if b == 3:
+            for p in wanted:
+                model.get_parameter(p).data.zero_()
+            lora.load_adapter(model, tmp_path / str(b))
+            assert all(torch.equal(v, wanted[k]) for k, v in lora.lora_state_dict(model).items())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pefts_own_adapters_load(rslora, roberta_config, tmp_path):
+    base, _ = stock("roberta", roberta_config)
+    options = LoraConfig(
+        task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=["query", "value"], use_rslora=rslora, init_lora_weights=False,
+        rank_pattern={"layer.0.attention.self.query": 2}, alpha_pattern={"layer.0.attention.self.query": 3},
+    )  # fmt: skip
+    peft = get_peft_model(base, options).eval()
+    peft.save_pretrained(tmp_path)
+    model, _ = stock("roberta", roberta_config)
+    assert lora.load_adapter(model, tmp_path) == []
+    ids = torch.randint(3, 40, (3, 7))
+    with torch.no_grad():
+        assert close(model(ids).logits, peft(ids).logits)
+    assert lora.max_rank(model) == 4
+
+
+def saved(roberta_config, path, r=4, **options):
+    model, targets = stock("roberta", roberta_config)
+    lora.inject(model, targets, r=r, **{"lora_alpha": 6, **options})
+    randomise(model)
+    lora.save_adapter(model, path)
+    return model
+
+
+def other(roberta_config, r=4, **options):
+    model, targets = stock("roberta", roberta_config)
+    return lora.inject(model, targets, r=r, **{"lora_alpha": 6, **options})
+
+
+def cut(path):
+    data = (path / "adapter_model.safetensors").read_bytes()
+    (path / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def without_head(path):
+    tensors = load_file(path / "adapter_model.safetensors")
+    from safetensors.torch import save_file
+
+    save_file({k: v for k, v in tensors.items() if "classifier" not in k}, path / "adapter_model.safetensors")
+
+
+DAMAGE = {
+    "truncated": (cut, {}, "damaged"),
+    "no weights": (lambda p: (p / "adapter_model.safetensors").unlink(), {}, "incomplete"),
+    "no configuration": (lambda p: (p / "adapter_config.json").unlink(), {}, "adapter_config.json"),
+    "no JSON": (lambda p: (p / "adapter_config.json").write_text("{"), {}, "JSON"),
+    "another method": (lambda p: (p / "adapter_config.json").write_text('{"peft_type": "IA3"}'), {}, "IA3"),
+    "no head": (without_head, {}, "classifier"),
+    "another rank": (lambda p: None, {"r": 2}, "rank 4"),
+    "another alpha": (lambda p: None, {"lora_alpha": 7}, "lora_alpha = 6"),
+    "another scaling": (lambda p: None, {"scaling": "alpha/r"}, "scaling"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_bad_directory_is_one_error_and_changes_nothing(what, roberta_config, tmp_path):
+    saved(roberta_config, tmp_path)
+    damage, options, message = DAMAGE[what]
+    damage(tmp_path)
+    model = other(roberta_config, **options)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        lora.load_adapter(model, tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_other_base_weights_and_other_models_are_refused(roberta_config, tmp_path):
+    saved(roberta_config, tmp_path)
+    model = other(roberta_config)
+    nn.init.normal_(model.roberta.encoder.layer[-1].attention.self.value.weight)
+    with pytest.raises(ValueError, match="other base weights"):
+        lora.load_adapter(model, tmp_path)
+    gpt2, _ = stock("gpt2", roberta_config)
+    with pytest.raises(ValueError, match="another model"):
+        lora.load_adapter(gpt2, tmp_path)
+    assert not any(isinstance(m, lora.LoRALayer) for m in gpt2.modules())
+
+
+def test_a_larger_file_loads_cut_to_the_models_rank(roberta_config, tmp_path):
+    trained = saved(roberta_config, tmp_path)
+    model = other(roberta_config, r=2)
+    lora.load_adapter(model, tmp_path, rank=2)
+    ids = torch.randint(3, 40, (3, 7))
+    with torch.no_grad(), lora.use_rank(trained, 2):
+        assert close(model(ids).logits, trained(ids).logits)
+
+
+def test_a_head_of_another_shape_stays_fresh_on_request(roberta_config, tmp_path):
+    saved(roberta_config, tmp_path)
+    roberta_config = type(roberta_config).from_dict(roberta_config.to_dict() | {"num_labels": 2})
+    model = other(roberta_config)
+    before = model.classifier.dense.weight.clone()
+    with pytest.raises(ValueError, match="number of labels"):
+        lora.load_adapter(model, tmp_path)
+    assert lora.load_adapter(model, tmp_path, head="fresh") == ["classifier"]
+    assert torch.equal(model.classifier.dense.weight, before)
+    assert lora.get_rank(model) == 4 and model.roberta.encoder.layer[0].attention.self.query.lora_B.any()
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch hacked",)
+
+
+def test_a_bin_with_code_is_refused_and_not_run(roberta_config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"query.lora_A": Malicious()}, "evil.bin")
+    with pytest.raises(ValueError, match="code"):
+        lora.load_adapter(other(roberta_config), "evil.bin")
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_released_bin_files_load_with_distributed_prefixes_and_whole_models(roberta_config, tmp_path):
+    trained = saved(roberta_config, tmp_path / "dir")
+    torch.save({f"module.{k}": v for k, v in lora.lora_state_dict(trained).items()}, tmp_path / "lora.bin")
+    torch.save(trained.state_dict(), tmp_path / "whole.bin")
+    model = other(roberta_config)
+    assert lora.load_adapter(model, tmp_path / "lora.bin", head="fresh") == ["classifier"]
+    assert lora.load_adapter(model, tmp_path / "whole.bin") == []
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("rank", [0, 5, True, 2.0])
+def test_a_rank_that_cannot_be_saved(rank, roberta_config, tmp_path):
+    with pytest.raises(ValueError, match="rank"):
+        lora.save_adapter(other(roberta_config), tmp_path / "x", rank=rank)
+    assert not (tmp_path / "x").exists()
+
+
+WRITER = """
+import sys, torch, loralib as lora
+model = torch.nn.Sequential(torch.nn.Linear(600, 600), torch.nn.Linear(600, 600))
+lora.inject(model, ["0", "1"], r=64)
+i = 0
+while True:
+    i += 1
+    for p in model.parameters():
+        p.data.fill_(i)
+    lora.save_adapter(model, sys.argv[1])
+    print(i, flush=True)
+"""
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_adapter(tmp_path):
+    """Killed at many moments; what is on disk always loads and holds one version throughout."""
+    for kill in range(6):
+        target = tmp_path / str(kill)
+        writer = subprocess.Popen([sys.executable, "-c", WRITER, str(target)], stdout=subprocess.PIPE)
+        writer.stdout.readline()
+        time.sleep(0.003 * kill)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        values = {float(v.flatten()[k]) for v in load_file(target / "adapter_model.safetensors").values() for k in (0, -1)}
+        assert len(values) == 1 and math.isfinite(values.pop())
+        json.loads((target / "adapter_config.json").read_text())

@@ -1,0 +1,258 @@
+"""DyLoRATrainer on a tiny RoBERTa: exact splits, exact resuming, all ranks in one pass."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, DataCollatorWithPadding, RobertaForSequenceClassification, TrainingArguments
+
+import loralib as lora
+from loralib.trainer import DyLoRATrainer
+
+
+def data(n, seed=0, labels=True):
+    generator = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        ids = [1, *generator.integers(4, 100, generator.integers(3, 20)).tolist(), 2]
+        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), **({"labels": int(sum(ids) % 3)} if labels else {}), "row": i})
+    return datasets.Dataset.from_list(rows)
+
+
+def accuracy(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def trainer(config, checkpoint, output, n=22, rank=None, **options):
+    torch.manual_seed(0)
+    model = lora.inject(RobertaForSequenceClassification(config), ["query", "value"], r=4, lora_alpha=8)
+    lora.mark_only_lora_as_trainable(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    own = {k: options.pop(k) for k in list(options) if k in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min")}
+    args = TrainingArguments(
+        output_dir=str(output), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
+        **{"per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no", **options},
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    return DyLoRATrainer(
+        model=model, args=args, train_dataset=data(n), eval_dataset=data(13, 1), processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer), **{"compute_metrics": accuracy, **own},
+    )  # fmt: skip
+
+
+def log(t):
+    t.train()
+    return [(entry["loss"], entry["grad_norm"]) for entry in t.state.log_history if "grad_norm" in entry]
+
+
+@pytest.mark.parametrize("sampling", ["example", "step", "matryoshka", "fixed"])
+def test_every_split_into_micro_batches_gives_the_same_losses_and_gradients(sampling, roberta_config, roberta_checkpoint, tmp_path):
+    """22 examples in updates of 8: the last one is incomplete."""
+    runs = [
+        log(trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_train_batch_size=b, gradient_accumulation_steps=8 // b,
+                    rank_sampling=sampling))
+        for b in (8, 4, 1)
+    ]  # fmt: skip
+    assert len(runs[0]) == 3
+    for run in runs[1:]:
+        assert np.allclose(run, runs[0], rtol=2e-4)
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from transformers import RobertaConfig
+from tests.loralib.test_trainer import log, trainer
+config = RobertaConfig.from_dict(json.loads(sys.argv[2]))
+t = trainer(config, sys.argv[3], sys.argv[4], per_device_train_batch_size=2, gradient_accumulation_steps=2, frozen=sys.argv[5] == "frozen",
+            n=int(sys.argv[6]))
+run = log(t)
+metrics = t.evaluate()
+logits = t.predict(t.eval_dataset).predictions
+if t.is_world_process_zero():
+    Path(sys.argv[4], "out.json").write_text(json.dumps([run, metrics, logits.tolist()]))
+"""
+
+
+@pytest.mark.parametrize(("frozen", "n"), [("free", 22), ("frozen", 17)])
+def test_two_processes_give_what_one_gives(frozen, n, roberta_config, roberta_checkpoint, tmp_path):
+    """With n = 17 the last update has one example for two processes; evaluation has an odd count, 13."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python", sys.executable]
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    arguments = [str(root), json.dumps(roberta_config.to_dict()), str(roberta_checkpoint), str(tmp_path), frozen, str(n)]
+    done = subprocess.run([*command, str(script), *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run, metrics, logits = json.loads((tmp_path / "out.json").read_text())
+    alone = trainer(roberta_config, roberta_checkpoint, tmp_path, frozen=frozen == "frozen", n=n)
+    assert np.allclose(run, log(alone), rtol=5e-4)
+    wanted = alone.evaluate()
+    assert all(metrics[k] == pytest.approx(wanted[k], abs=2e-4) for k in wanted if "accuracy" in k or "loss" in k)
+    assert np.allclose(logits, alone.predict(alone.eval_dataset).predictions, atol=2e-3)
+
+
+def test_all_ranks_in_one_pass_are_each_rank_alone_in_the_datas_order(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_eval_batch_size=4)
+    output = t.predict(t.eval_dataset)
+    assert output.predictions.shape == (13, 4, 3)
+    for b in range(1, 5):
+        lora.set_rank(t.model, b)
+        for i, row in enumerate(t.eval_dataset):
+            alone = t.model.eval()(torch.tensor([row["input_ids"]])).logits[0]
+            assert np.allclose(output.predictions[i, b - 1], alone.detach(), atol=1e-5)
+    assert output.label_ids.tolist() == t.eval_dataset["labels"]
+    logits, labels = torch.tensor(output.predictions), torch.tensor(output.label_ids)
+    for k in range(4):
+        assert output.metrics[f"test_r{k + 1}_accuracy"] == pytest.approx(float((logits[:, k].argmax(-1) == labels).float().mean()))
+        assert output.metrics[f"test_r{k + 1}_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[:, k], labels).item(), rel=1e-5)
+    curve = [output.metrics[f"test_r{b}_accuracy"] for b in range(1, 5)]
+    assert output.metrics["test_mean_accuracy"] == pytest.approx(np.mean(curve))
+    assert output.metrics["test_aurac_accuracy"] == pytest.approx(np.trapezoid(curve) / 3)
+    assert output.metrics["test_loss"] == pytest.approx(np.mean([output.metrics[f"test_r{b}_loss"] for b in range(1, 5)]))
+
+
+def test_one_pass_over_the_data(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path)
+    seen = []
+    collate = t.data_collator
+    t.data_collator = lambda rows: seen.append(len(rows)) or collate(rows)
+    t.evaluate()
+    assert sum(seen) == 13
+
+
+def test_some_ranks_only(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, eval_ranks=[4, 1])
+    metrics = t.evaluate()
+    assert t.predict(t.eval_dataset).predictions.shape == (13, 2, 3)
+    assert "eval_r2_accuracy" not in metrics
+    assert metrics["eval_aurac_accuracy"] == pytest.approx((metrics["eval_r1_accuracy"] + metrics["eval_r4_accuracy"]) / 2)
+
+
+def test_without_a_metric_the_losses_of_all_ranks_are_reported(roberta_config, roberta_checkpoint, tmp_path):
+    with_metric = trainer(roberta_config, roberta_checkpoint, tmp_path).evaluate()
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, compute_metrics=None)
+    metrics = t.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(with_metric["eval_loss"], rel=0.05)
+    assert {f"eval_r{b}_loss" for b in range(1, 5)} <= metrics.keys()
+    assert t.predict(data(5, labels=False)).predictions.shape == (5, 4, 3)
+
+
+def test_evaluation_during_training_is_of_fixed_ranks_and_leaves_training_alone(roberta_config, roberta_checkpoint, tmp_path):
+    """The released code evaluates at whatever rank was drawn last."""
+    config = type(roberta_config).from_dict(roberta_config.to_dict() | {"hidden_dropout_prob": 0.1})
+    quiet = log(trainer(config, roberta_checkpoint, tmp_path))
+    t = trainer(config, roberta_checkpoint, tmp_path, eval_strategy="steps", eval_steps=1)
+    assert log(t) == quiet
+    last = [entry for entry in t.state.log_history if "eval_r1_accuracy" in entry][-1]
+    assert all(last[k] == pytest.approx(v) for k, v in t.evaluate().items() if "accuracy" in k)
+
+
+def drawn_ranks(t, monkeypatch):
+    found = []
+
+    def record(model, rank, frozen=False):
+        if model.training:
+            found.append((t.state.global_step, rank if isinstance(rank, int) else tuple(rank.tolist())))
+        return lora.set_rank(model, rank, frozen)
+
+    monkeypatch.setattr("loralib.trainer.set_rank", record)
+    t.train()
+    return found[:-1]  # the last one restores r_max
+
+
+def test_a_rank_per_step_is_the_same_for_all_micro_batches(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=4, rank_sampling="step")
+    drawn = drawn_ranks(trainer(roberta_config, roberta_checkpoint, tmp_path, **options), monkeypatch)
+    assert len(drawn) == 4 * 11
+    by_step = {step: {rank for s, rank in drawn if s == step} for step, _ in drawn}
+    assert all(len(ranks) == 1 for ranks in by_step.values()) and len({r for s in by_step.values() for r in s}) > 1
+
+
+def test_a_rank_per_example_and_r_min(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+    drawn = drawn_ranks(trainer(roberta_config, roberta_checkpoint, tmp_path, r_min=3), monkeypatch)
+    assert [len(ranks) for _, ranks in drawn] == [8, 8, 6]
+    assert {r for _, ranks in drawn for r in ranks} == {3, 4}
+
+
+def test_frozen_training_moves_only_what_was_drawn(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="step", frozen=True, weight_decay=0.1)
+    before = t.model.roberta.encoder.layer[0].attention.self.query.lora_A.detach().clone()
+    t.train()
+    ranks = {t.rank_sampler(step, 0) for step in range(3)}
+    after = t.model.roberta.encoder.layer[0].attention.self.query.lora_A
+    assert {j + 1 for j in range(4) if not torch.equal(after[j], before[j])} == ranks
+
+
+@pytest.mark.parametrize("stop", [3, 2], ids=["at the end of an epoch", "within one"])
+def test_resuming_ends_where_the_uninterrupted_run_ends(stop, roberta_config, roberta_checkpoint, tmp_path):
+    config = type(roberta_config).from_dict(roberta_config.to_dict() | {"hidden_dropout_prob": 0.1})
+    options = dict(num_train_epochs=3, save_strategy="steps", save_steps=stop, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    whole = trainer(config, roberta_checkpoint, tmp_path / "whole", eval_strategy="epoch", **options)
+    whole.train()
+    again = trainer(config, roberta_checkpoint, tmp_path / "again", eval_strategy="epoch", **options)
+    for parameter in again.model.parameters():
+        if parameter.requires_grad:
+            parameter.data.zero_()  # all comes from the checkpoint
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop}"))
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[name]), name
+
+
+def test_checkpoints_hold_the_adapter_and_the_head_alone(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, save_strategy="epoch")
+    t.train()
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "checkpoint-3" / "adapter_model.safetensors", "pt") as file:
+        assert all("lora_" in key or "classifier" in key for key in file.keys())
+    assert not (tmp_path / "checkpoint-3" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("metric", ["r2_accuracy", "aurac_accuracy", "mean_accuracy", "loss"])
+def test_the_best_model_by_any_of_the_metrics(metric, roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(
+        roberta_config, roberta_checkpoint, tmp_path, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch",
+        load_best_model_at_end=True, metric_for_best_model=metric, greater_is_better=metric != "loss",
+    )  # fmt: skip
+    t.train()
+    history = [entry[f"eval_{metric}"] for entry in t.state.log_history if f"eval_{metric}" in entry]
+    best = min(history) if metric == "loss" else max(history)
+    assert t.evaluate()[f"eval_{metric}"] == pytest.approx(best)
+
+
+def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, roberta_checkpoint, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(roberta_checkpoint)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+    t = DyLoRATrainer(
+        model=RobertaForSequenceClassification(roberta_config), args=args, train_dataset=data(9), eval_dataset=data(5),
+        processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
+    )  # fmt: skip
+    t.train()
+    metrics = t.evaluate()
+    assert "eval_accuracy" in metrics and math.isfinite(metrics["eval_loss"])
+    assert t.predict(data(5)).predictions.shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank_sampling": "random"}, "rank_sampling"),
+        ({"rank_sampling": "fixed", "frozen": True}, "frozen"),
+        ({"eval_ranks": [5]}, "rank is 5"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+    ],
+)
+def test_settings_that_contradict_each_other(options, message, roberta_config, roberta_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(roberta_config, roberta_checkpoint, tmp_path, **options)
