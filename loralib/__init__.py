@@ -20,7 +20,6 @@ from .model import (
     use_rank,
 )
 from .sampling import RankSampler
-
 from .version import __version__
 
 __all__ = [
@@ -32,6 +31,7 @@ __all__ = [
     "LoRALayer",
     "MergedLinear",
     "RankSampler",
+    "__version__",
     "freeze_undrawn",
     "get_rank",
     "inject",

@@ -43,9 +43,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 # --- saving -------------------------------------------------------------------------------------------
 
 
-def save_adapter(
-    model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None
-) -> None:
+def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:
     """Write the adapter of ``model``, cut to ``rank`` (default: r_max), and its modules to save into directory ``path``.
 
     The strength of rank ``rank`` is exact under stock PEFT: alpha/b and alpha/r as ``lora_alpha``, alpha/sqrt(b) as
@@ -140,7 +138,9 @@ def load_adapter(
     skeleton = model
     if not has_lora(model):
         if config is None:
-            raise ValueError(f"{type(model).__name__} has no loralib layer to load {path} into; call loralib.inject first.")
+            raise ValueError(
+                f"{type(model).__name__} has no loralib layer to load {path} into; call loralib.inject first."
+            )
         to_inject = _layers_of(model, tensors, config, path)
         weights = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
         skeleton = copy.deepcopy(model, weights)
@@ -171,7 +171,9 @@ def _read_directory(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
         config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
         facts = json.loads((path / EXTRA).read_text(encoding="utf-8")) if (path / EXTRA).exists() else {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} has a configuration that is no JSON ({error}); the adapter must be saved anew.") from None
+        raise ValueError(
+            f"{path} has a configuration that is no JSON ({error}); the adapter must be saved anew."
+        ) from None
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
     if config.get("use_dora"):
@@ -196,10 +198,14 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is no plain state dict, is damaged or holds code, and was not loaded ({reason}).") from None
+        raise ValueError(
+            f"{path} is no plain state dict, is damaged or holds code, and was not loaded ({reason})."
+        ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{path} is no state dict of tensors; save one with torch.save(lora.lora_state_dict(model), path).")
+        raise ValueError(
+            f"{path} is no state dict of tensors; save one with torch.save(lora.lora_state_dict(model), path)."
+        )
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
@@ -217,16 +223,20 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
     modules = dict(model.named_modules())
     groups = defaultdict(list)
     for key, value in tensors.items():
-        name, found, _ = key.removeprefix(peft_format.PREFIX).partition(".lora_" + ("embedding_A" if "embedding_A" in key else "A"))
+        name, found, _ = key.removeprefix(peft_format.PREFIX).partition(
+            ".lora_" + ("embedding_A" if "embedding_A" in key else "A")
+        )
         if not found:
             continue
         if name not in modules:
-            raise ValueError(f"{path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model.")
+            raise ValueError(
+                f"{path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model."
+            )
         kernel = getattr(modules[name], "kernel_size", ())
         expansion = 1
         for size in kernel:
             expansion *= size
-        alpha = next((a for n, a in config.get("alpha_pattern", {}).items() if name.endswith(n)), config["lora_alpha"])
+        _, alpha = _rank_and_alpha(config, name)
         root = expansion**0.5 if config["scaling"] == "alpha/sqrt(b)" else expansion
         groups[value.shape[0] // expansion, alpha / root].append(name)
     if not groups:
@@ -240,13 +250,26 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
     ]
 
 
-def _adapter_plan(model: nn.Module, tensors, config: dict | None, path: Path, rank: int | None) -> dict[str, torch.Tensor]:
+def _rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
+    """A layer's rank and alpha in PEFT's configuration, whose patterns are endings of names."""
+    found = []
+    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        own = (value for ending, value in (config.get(pattern) or {}).items() if f".{name}".endswith(f".{ending}"))
+        found.append(next(own, config[default]))
+    return found[0], found[1]
+
+
+def _adapter_plan(
+    model: nn.Module, tensors, config: dict | None, path: Path, rank: int | None
+) -> dict[str, torch.Tensor]:
     """The value of every factor of ``model``, checked: {parameter's name: tensor}."""
     plan, used = {}, set()
     for name, layer in lora_layers(model):
         names = peft_format.keys(layer, name) if config is not None else (f"{name}.lora_A", f"{name}.lora_B")
         if any(key not in tensors for key in names):
-            raise ValueError(f"{path} holds no factors for layer {name!r}: it was made for another model or other target modules.")
+            raise ValueError(
+                f"{path} holds no factors for layer {name!r}: it was made for another model or other target modules."
+            )
         used.update(names)
         A, B = (tensors[key] for key in names)
         if config is not None:
@@ -269,7 +292,9 @@ def _adapter_plan(model: nn.Module, tensors, config: dict | None, path: Path, ra
         plan |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
     left = [key for key in tensors if ".lora_" in key and key not in used]
     if left:
-        raise ValueError(f"{path} holds {left[0]!r}, for which the model has no loralib layer; adapt the same target modules.")
+        raise ValueError(
+            f"{path} holds {left[0]!r}, for which the model has no loralib layer; adapt the same target modules."
+        )
     return plan
 
 
@@ -277,16 +302,21 @@ def _check_base(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -
     """Raise ValueError if the file was trained at another strength, or on other base weights (to bf16's precision)."""
     name, layer = layers[0]
     if config["scaling"] != layer.scaling:
-        raise ValueError(f"{path} was trained with scaling {config['scaling']!r}, the model has {layer.scaling!r}; use the file's.")
-    alpha = next((a for n, a in config.get("alpha_pattern", {}).items() if name.endswith(n)), config["lora_alpha"])
-    own = peft_format.entries(layers[:1], layer.r)[1]["lora_alpha"]
+        raise ValueError(
+            f"{path} was trained with scaling {config['scaling']!r}, the model has {layer.scaling!r}; use the file's."
+        )
+    r, alpha = _rank_and_alpha(config, name)
+    whole = peft_format.entries(layers[:1], layer.r)[1]
+    own = whole["lora_alpha"]
     if layer.scaling == "alpha/r":  # a file cut to rank b says alpha * b / r
-        alpha = alpha / config["r"] * layer.r
+        alpha *= whole["r"] / r
     if abs(alpha - own) > 1e-6 * own:
         raise ValueError(f"{path} was trained with lora_alpha = {alpha:g}, the model has {own:g}; use the file's.")
     sample = config.get("base_sample")
     if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_base_sample(layers)), rtol=0.02, atol=1e-4):
-        raise ValueError(f"{path} was trained on other base weights ({config.get('base_model_name_or_path')}); load that model first.")
+        raise ValueError(
+            f"{path} was trained on other base weights ({config.get('base_model_name_or_path')}); load that model first."
+        )
 
 
 def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -302,7 +332,9 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
         elif head == "fresh":
             fresh.append(module)
         else:
-            what = "does not hold it" if found[wrong[0]] is None else f"has it with shape {tuple(found[wrong[0]].shape)}"
+            what = (
+                "does not hold it" if found[wrong[0]] is None else f"has it with shape {tuple(found[wrong[0]].shape)}"
+            )
             raise ValueError(
                 f"the model needs {wrong[0]!r} of shape {tuple(own[wrong[0]].shape)}, and {path} {what}; build the model "
                 f"with the adapter's number of labels, or train the head anew."

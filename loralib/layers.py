@@ -45,9 +45,7 @@ class LoRALayer(nn.Module):
     projections = 1  # MergedLinear: how many of its projections are adapted
     rows = 1  # Conv: rows of lora_A that make one component
 
-    def __init__(
-        self, *args, r=0, lora_alpha=1, lora_dropout=0.0, scaling="alpha/b", merge_weights=True, **kwargs
-    ):
+    def __init__(self, *args, r=0, lora_alpha=1, lora_dropout=0.0, scaling="alpha/b", merge_weights=True, **kwargs):
         super().__init__(*args, **kwargs)
         if isinstance(r, bool) or not isinstance(r, int) or r < 0:
             raise ValueError(f"r is {r!r}; give the maximum rank as an int, 1 or more (0: no adapter).")
@@ -122,7 +120,9 @@ class LoRALayer(nn.Module):
     def set_gate(self, gate: torch.Tensor) -> None:
         """Multiply the components by ``gate``, a float tensor (r,) or (batch, r), scaling included."""
         if not isinstance(gate, torch.Tensor) or not gate.is_floating_point():
-            raise TypeError(f"gate is {type(gate).__name__}; give a float tensor of shape ({self.r},) or (batch, {self.r}).")
+            raise TypeError(
+                f"gate is {type(gate).__name__}; give a float tensor of shape ({self.r},) or (batch, {self.r})."
+            )
         if gate.ndim not in (1, 2) or gate.shape[-1] != self.r or not len(gate):
             raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({self.r},) or (batch, {self.r}).")
         self._set_state(None, gate.to(self.weight), False)
@@ -395,9 +395,7 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def new_plain(self):
         options = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-        return nn.Embedding(
-            self.num_embeddings, self.embedding_dim, **{name: getattr(self, name) for name in options}
-        )
+        return nn.Embedding(self.num_embeddings, self.embedding_dim, **{name: getattr(self, name) for name in options})
 
 
 class _Conv(LoRALayer):

@@ -19,7 +19,9 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The adapted layers with their names, in the model's order. Raises ValueError if there are none."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no loralib layer with r > 0; call loralib.inject(model, ...) first.")
+        raise ValueError(
+            f"{type(model).__name__} has no loralib layer with r > 0; call loralib.inject(model, ...) first."
+        )
     return layers
 
 

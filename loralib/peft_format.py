@@ -36,7 +36,9 @@ def to_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> tu
         B = torch.cat([next(parts) if enabled else empty for enabled in layer.enable_lora])
     elif isinstance(layer, _Conv):
         if layer.groups != 1:
-            raise ValueError(f"layer {name!r} is a convolution with groups = {layer.groups}, which PEFT's format has no place for.")
+            raise ValueError(
+                f"layer {name!r} is a convolution with groups = {layer.groups}, which PEFT's format has no place for."
+            )
         # Row m of A fills one of the equal blocks of the flattened kernel: component (m, p) is row m in block p.
         blocks = math.prod(layer.kernel_size) // layer.rows
         A = torch.einsum("mi,pq->mpqi", A, torch.eye(blocks, dtype=A.dtype, device=A.device))
@@ -62,7 +64,9 @@ def from_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> 
     else:
         return A, B
     if not all(torch.equal(x, y) for x, y in zip(to_peft(layer, name, *own), (A, B), strict=True)):
-        raise ValueError(f"the entry for {name!r} is no loralib {type(layer).__name__} adapter; it cannot be loaded into one.")
+        raise ValueError(
+            f"the entry for {name!r} is no loralib {type(layer).__name__} adapter; it cannot be loaded into one."
+        )
     return own
 
 
@@ -81,7 +85,7 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
     return tensors, {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {name: R for name, (R, _) in sizes.items() if R != r},
+        "rank_pattern": {name: R for name, (R, _) in sizes.items() if r != R},
         "alpha_pattern": {name: a for name, (_, a) in sizes.items() if a != alpha},
         "use_rslora": rslora,
         "fan_in_fan_out": all(getattr(layer, "fan_in_fan_out", False) for _, layer in layers),

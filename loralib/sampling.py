@@ -39,7 +39,14 @@ class RankSampler:
             raise ValueError(f"p is {p}; the geometric distribution needs a number between 0 and 1.")
         if per not in ("example", "step"):
             raise ValueError(f"per is {per!r}; choose 'example' or 'step'.")
-        self.r_max, self.r_min, self.distribution, self.p, self.per, self.seed = r_max, r_min, distribution, p, per, seed
+        self.r_max, self.r_min, self.distribution, self.p, self.per, self.seed = (
+            r_max,
+            r_min,
+            distribution,
+            p,
+            per,
+            seed,
+        )
         self.ranks = list(range(r_min, r_max + 1))
 
     def probabilities(self) -> list[float]:

@@ -286,11 +286,17 @@ class DyLoRATrainer(Trainer):
             scores = dict(self.task_metrics(EvalPrediction(predictions[:, k], labels))) if self.task_metrics else {}
             loss = mean_loss(predictions[:, k], labels)
             by_rank.append(scores | ({} if loss is None else {"loss": loss}))
-        metrics = {f"r{b}_{key}": v for b, scores in zip(self.eval_ranks, by_rank, strict=True) for key, v in scores.items()}
+        metrics = {
+            f"r{b}_{key}": v for b, scores in zip(self.eval_ranks, by_rank, strict=True) for key, v in scores.items()
+        }
         for key in by_rank[0]:
             curve = [scores[key] for scores in by_rank]
             mean = float(np.mean(curve))
-            metrics |= {"loss": mean} if key == "loss" else {f"mean_{key}": mean, f"aurac_{key}": aurac(self.eval_ranks, curve)}
+            metrics |= (
+                {"loss": mean}
+                if key == "loss"
+                else {f"mean_{key}": mean, f"aurac_{key}": aurac(self.eval_ranks, curve)}
+            )
         return metrics
 
     # --- checkpoints ----------------------------------------------------------------------------------

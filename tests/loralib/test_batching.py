@@ -62,7 +62,12 @@ def test_epochs_and_seeds_differ_and_lengths_are_grouped():
 
 
 def test_sequential_order_on_request():
-    assert updates([3, 1, 2] * 5, (4, 1, 1), 0, shuffle=False) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13, 14]]
+    assert updates([3, 1, 2] * 5, (4, 1, 1), 0, shuffle=False) == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+        [12, 13, 14],
+    ]
 
 
 def test_by_length_goes_from_the_longest_to_the_shortest():

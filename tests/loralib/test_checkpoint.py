@@ -36,7 +36,12 @@ def stock(kind, roberta_config):
         config = GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2)
         return GPT2LMHeadModel(config).eval(), ["c_attn", "c_fc"]
     config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     return LlamaForCausalLM(config).eval(), ["q_proj", "v_proj"]
 
@@ -264,6 +269,8 @@ def test_a_process_killed_while_saving_leaves_a_whole_adapter(tmp_path):
         time.sleep(0.003 * kill)
         writer.send_signal(signal.SIGKILL)
         writer.wait()
-        values = {float(v.flatten()[k]) for v in load_file(target / "adapter_model.safetensors").values() for k in (0, -1)}
+        values = {
+            float(v.flatten()[k]) for v in load_file(target / "adapter_model.safetensors").values() for k in (0, -1)
+        }
         assert len(values) == 1 and math.isfinite(values.pop())
         json.loads((target / "adapter_config.json").read_text())

@@ -30,7 +30,10 @@ def components(model):
     """Every component's numbers, as one row each: (layer, component)."""
     layers = (model[0], model[1], model[3])
     return [
-        [torch.cat([m.split_A(m.lora_A)[:, j].flatten(), m.split_B(m.lora_B)[:, j].flatten()]).detach().clone() for j in range(4)]
+        [
+            torch.cat([m.split_A(m.lora_A)[:, j].flatten(), m.split_B(m.lora_B)[:, j].flatten()]).detach().clone()
+            for j in range(4)
+        ]
         for m in layers
     ]
 
@@ -44,7 +47,10 @@ def step(model, optimizer, *micro_batches, frozen=True):
 
 
 def moved(model, before):
-    return [[not torch.equal(x, y) for x, y in zip(a, b, strict=True)] for a, b in zip(before, components(model), strict=True)]
+    return [
+        [not torch.equal(x, y) for x, y in zip(a, b, strict=True)]
+        for a, b in zip(before, components(model), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

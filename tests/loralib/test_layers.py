@@ -117,7 +117,9 @@ def test_frozen_has_the_same_output_and_only_component_b_gets_a_gradient(kind, p
 
 @every_layer
 @settings(max_examples=15, deadline=None)
-@given(actions=st.lists(st.sampled_from(["merge", "unmerge", "train", "eval", "forward"]), max_size=8), b=st.integers(0, 3))
+@given(
+    actions=st.lists(st.sampled_from(["merge", "unmerge", "train", "eval", "forward"]), max_size=8), b=st.integers(0, 3)
+)
 def test_merging_is_exact_and_undone_to_the_bit(kind, actions, b):
     layer, x = make(kind, 3)
     before = layer.weight.detach().clone()
@@ -166,7 +168,9 @@ def test_what_is_no_rank_is_a_type_error(rank):
         layer.set_rank(rank)
 
 
-@pytest.mark.parametrize("rank", [-1, 4, torch.tensor([0, 4]), torch.tensor([-1, 2]), torch.tensor(2), torch.tensor([[1]])])
+@pytest.mark.parametrize(
+    "rank", [-1, 4, torch.tensor([0, 4]), torch.tensor([-1, 2]), torch.tensor(2), torch.tensor([[1]])]
+)
 def test_a_rank_out_of_range_is_a_value_error_and_changes_nothing(rank):
     layer, _ = make("linear", 3)
     with pytest.raises(ValueError, match="rank"):
@@ -191,7 +195,9 @@ def test_an_input_of_one_row_serves_all_ranks():
         assert torch.allclose(found[i], dense_forward("embedding", layer, positions, b)[0])
 
 
-@pytest.mark.parametrize("options", [{"lora_alpha": 0}, {"lora_alpha": -1}, {"scaling": "alpha"}, {"r": -1}, {"r": 2.0}])
+@pytest.mark.parametrize(
+    "options", [{"lora_alpha": 0}, {"lora_alpha": -1}, {"scaling": "alpha"}, {"r": -1}, {"r": 2.0}]
+)
 def test_wrong_settings_are_refused(options):
     with pytest.raises(ValueError):
         lora.Linear(4, 4, **{"r": 2, **options})

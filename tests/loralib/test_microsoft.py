@@ -36,8 +36,12 @@ def test_same_numbers_and_gradients(microsoft, name, tmp_path):
 
 
 def test_its_bin_state_dict_loads_into_an_injected_model(microsoft, tmp_path):
-    theirs = torch.nn.Sequential(microsoft.Linear(6, 8, r=4, lora_alpha=4), microsoft.MergedLinear(8, 6, r=2, enable_lora=[True, True]))
-    ours = torch.nn.Sequential(lora.Linear(6, 8, r=4, lora_alpha=4), lora.MergedLinear(8, 6, r=2, enable_lora=[True, True]))
+    theirs = torch.nn.Sequential(
+        microsoft.Linear(6, 8, r=4, lora_alpha=4), microsoft.MergedLinear(8, 6, r=2, enable_lora=[True, True])
+    )
+    ours = torch.nn.Sequential(
+        lora.Linear(6, 8, r=4, lora_alpha=4), lora.MergedLinear(8, 6, r=2, enable_lora=[True, True])
+    )
     for layer in theirs:
         torch.nn.init.normal_(layer.lora_B)
     for mine, yours in zip(ours, theirs, strict=True):

@@ -121,7 +121,9 @@ def test_the_matryoshka_gate_combines_the_updates_of_all_ranks(reduce, ranks):
     assert torch.allclose(found, getattr(torch.stack(updates), reduce)(0), atol=1e-4)
 
 
-@pytest.mark.parametrize("gate", [torch.ones(3), torch.ones(3, 5), torch.ones(1, 1, 4), torch.ones(4, dtype=torch.long), 1.0])
+@pytest.mark.parametrize(
+    "gate", [torch.ones(3), torch.ones(3, 5), torch.ones(1, 1, 4), torch.ones(4, dtype=torch.long), 1.0]
+)
 def test_a_wrong_gate_is_refused(gate):
     with pytest.raises((TypeError, ValueError), match="gate"):
         lora.set_gate(adapted(), gate)
@@ -142,7 +144,11 @@ def test_set_rank_changes_nothing_where_one_layer_is_merged():
 
 @pytest.mark.parametrize(
     ("bias", "also"),
-    [("none", set()), ("lora_only", {"query.bias", "conv.bias"}), ("all", {"query.bias", "conv.bias", "attention.out_proj.bias"})],
+    [
+        ("none", set()),
+        ("lora_only", {"query.bias", "conv.bias"}),
+        ("all", {"query.bias", "conv.bias", "attention.out_proj.bias"}),
+    ],
 )
 def test_what_trains(bias, also):
     model = adapted()

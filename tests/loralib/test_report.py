@@ -1,3 +1,4 @@
+import io
 import json
 import math
 
@@ -10,7 +11,10 @@ from loralib.scores import decide, score
 
 
 def results(**changes):
-    rows = [{"rank": b, "accuracy": a, "loss": 0.5, "samples": 4, "adapter_parameters": 10 * b} for b, a in ((1, 0.5), (2, 0.75), (4, math.nan))]
+    rows = [
+        {"rank": b, "accuracy": a, "loss": 0.5, "samples": 4, "adapter_parameters": 10 * b}
+        for b, a in ((1, 0.5), (2, 0.75), (4, math.nan))
+    ]
     return {
         "task": "rte", "method": "DyLoRA", "metric": "accuracy", "command": "run", "splits": {"validation": rows},
         "aurac": {"validation": 0.6}, "selected_rank": {"rank": 2, "rule": "why", "split": "validation"},
@@ -56,17 +60,24 @@ def test_selection_within_one_standard_error_uses_the_paired_difference():
 
 def test_the_files(tmp_path):
     report.write_report(results(), tmp_path)
-    stored = json.loads((tmp_path / "rank_results.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON"))
+    stored = json.loads(
+        (tmp_path / "rank_results.json").read_text(), parse_constant=lambda c: pytest.fail(f"{c} is no JSON")
+    )
     assert stored["splits"]["validation"][2]["accuracy"] is None
     lines = (tmp_path / "rank_results.csv").read_text().splitlines()
     assert lines[0] == "split,rank,accuracy,loss,samples,adapter_parameters" and lines[1] == "validation,1,0.5,0.5,4,10"
     assert "| 2 | 75.00 | 0.5000 | 4 | 20 |" in (tmp_path / "rank_results.md").read_text()
     assert (tmp_path / "rank_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert {p.name for p in tmp_path.iterdir()} == {"rank_results.json", "rank_results.csv", "rank_results.md", "rank_curve.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "rank_results.json",
+        "rank_results.csv",
+        "rank_results.md",
+        "rank_curve.png",
+    }
 
 
 def test_the_terminal_table_marks_the_selected_rank():
-    console = Console(record=True, width=120, file=open("/dev/null", "w"))
+    console = Console(record=True, width=120, file=io.StringIO())
     report.print_table(results(), console)
     text = console.export_text()
     assert "→ 2" in text and "75.00" in text and "nan" in text

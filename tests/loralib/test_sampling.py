@@ -45,7 +45,9 @@ def test_steps_micro_steps_processes_and_seeds_differ():
     assert len({tuple(d.tolist()) for d in draws}) == 5
 
 
-@pytest.mark.parametrize("options", [{"r_min": 0}, {"r_min": 9}, {"distribution": "zipf"}, {"p": 1.0}, {"per": "batch"}])
+@pytest.mark.parametrize(
+    "options", [{"r_min": 0}, {"r_min": 9}, {"distribution": "zipf"}, {"p": 1.0}, {"per": "batch"}]
+)
 def test_wrong_settings_are_refused(options):
     with pytest.raises(ValueError):
         RankSampler(8, **options)

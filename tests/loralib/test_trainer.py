@@ -22,7 +22,14 @@ def data(n, seed=0, labels=True):
     rows = []
     for i in range(n):
         ids = [1, *generator.integers(4, 100, generator.integers(3, 20)).tolist(), 2]
-        rows.append({"input_ids": ids, "attention_mask": [1] * len(ids), **({"labels": int(sum(ids) % 3)} if labels else {}), "row": i})
+        rows.append(
+            {
+                "input_ids": ids,
+                "attention_mask": [1] * len(ids),
+                **({"labels": int(sum(ids) % 3)} if labels else {}),
+                "row": i,
+            }
+        )
     return datasets.Dataset.from_list(rows)
 
 
@@ -37,7 +44,11 @@ def trainer(config, checkpoint, output, n=22, rank=None, **options):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    own = {k: options.pop(k) for k in list(options) if k in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min")}
+    own = {
+        k: options.pop(k)
+        for k in list(options)
+        if k in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min")
+    }
     args = TrainingArguments(
         output_dir=str(output), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
         **{"per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no", **options},
@@ -55,7 +66,9 @@ def log(t):
 
 
 @pytest.mark.parametrize("sampling", ["example", "step", "matryoshka", "fixed"])
-def test_every_split_into_micro_batches_gives_the_same_losses_and_gradients(sampling, roberta_config, roberta_checkpoint, tmp_path):
+def test_every_split_into_micro_batches_gives_the_same_losses_and_gradients(
+    sampling, roberta_config, roberta_checkpoint, tmp_path
+):
     """22 examples in updates of 8: the last one is incomplete."""
     runs = [
         log(trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_train_batch_size=b, gradient_accumulation_steps=8 // b,
@@ -88,11 +101,29 @@ if t.is_world_process_zero():
 def test_two_processes_give_what_one_gives(frozen, n, roberta_config, roberta_checkpoint, tmp_path):
     """With n = 17 the last update has one example for two processes; evaluation has an odd count, 13."""
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python", sys.executable]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "--no_python",
+        sys.executable,
+    ]
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    arguments = [str(root), json.dumps(roberta_config.to_dict()), str(roberta_checkpoint), str(tmp_path), frozen, str(n)]
-    done = subprocess.run([*command, str(script), *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    arguments = [
+        str(root),
+        json.dumps(roberta_config.to_dict()),
+        str(roberta_checkpoint),
+        str(tmp_path),
+        frozen,
+        str(n),
+    ]
+    done = subprocess.run(
+        [*command, str(script), *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     run, metrics, logits = json.loads((tmp_path / "out.json").read_text())
     alone = trainer(roberta_config, roberta_checkpoint, tmp_path, frozen=frozen == "frozen", n=n)
@@ -114,12 +145,18 @@ def test_all_ranks_in_one_pass_are_each_rank_alone_in_the_datas_order(roberta_co
     assert output.label_ids.tolist() == t.eval_dataset["labels"]
     logits, labels = torch.tensor(output.predictions), torch.tensor(output.label_ids)
     for k in range(4):
-        assert output.metrics[f"test_r{k + 1}_accuracy"] == pytest.approx(float((logits[:, k].argmax(-1) == labels).float().mean()))
-        assert output.metrics[f"test_r{k + 1}_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits[:, k], labels).item(), rel=1e-5)
+        assert output.metrics[f"test_r{k + 1}_accuracy"] == pytest.approx(
+            float((logits[:, k].argmax(-1) == labels).float().mean())
+        )
+        assert output.metrics[f"test_r{k + 1}_loss"] == pytest.approx(
+            torch.nn.functional.cross_entropy(logits[:, k], labels).item(), rel=1e-5
+        )
     curve = [output.metrics[f"test_r{b}_accuracy"] for b in range(1, 5)]
     assert output.metrics["test_mean_accuracy"] == pytest.approx(np.mean(curve))
     assert output.metrics["test_aurac_accuracy"] == pytest.approx(np.trapezoid(curve) / 3)
-    assert output.metrics["test_loss"] == pytest.approx(np.mean([output.metrics[f"test_r{b}_loss"] for b in range(1, 5)]))
+    assert output.metrics["test_loss"] == pytest.approx(
+        np.mean([output.metrics[f"test_r{b}_loss"] for b in range(1, 5)])
+    )
 
 
 def test_one_pass_over_the_data(roberta_config, roberta_checkpoint, tmp_path):
@@ -136,7 +173,9 @@ def test_some_ranks_only(roberta_config, roberta_checkpoint, tmp_path):
     metrics = t.evaluate()
     assert t.predict(t.eval_dataset).predictions.shape == (13, 2, 3)
     assert "eval_r2_accuracy" not in metrics
-    assert metrics["eval_aurac_accuracy"] == pytest.approx((metrics["eval_r1_accuracy"] + metrics["eval_r4_accuracy"]) / 2)
+    assert metrics["eval_aurac_accuracy"] == pytest.approx(
+        (metrics["eval_r1_accuracy"] + metrics["eval_r4_accuracy"]) / 2
+    )
 
 
 def test_without_a_metric_the_losses_of_all_ranks_are_reported(roberta_config, roberta_checkpoint, tmp_path):
@@ -148,7 +187,9 @@ def test_without_a_metric_the_losses_of_all_ranks_are_reported(roberta_config, r
     assert t.predict(data(5, labels=False)).predictions.shape == (5, 4, 3)
 
 
-def test_evaluation_during_training_is_of_fixed_ranks_and_leaves_training_alone(roberta_config, roberta_checkpoint, tmp_path):
+def test_evaluation_during_training_is_of_fixed_ranks_and_leaves_training_alone(
+    roberta_config, roberta_checkpoint, tmp_path
+):
     """The released code evaluates at whatever rank was drawn last."""
     config = type(roberta_config).from_dict(roberta_config.to_dict() | {"hidden_dropout_prob": 0.1})
     quiet = log(trainer(config, roberta_checkpoint, tmp_path))
@@ -172,7 +213,9 @@ def drawn_ranks(t, monkeypatch):
 
 
 def test_a_rank_per_step_is_the_same_for_all_micro_batches(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
-    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=4, rank_sampling="step")
+    options = dict(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=4, rank_sampling="step"
+    )
     drawn = drawn_ranks(trainer(roberta_config, roberta_checkpoint, tmp_path, **options), monkeypatch)
     assert len(drawn) == 4 * 11
     by_step = {step: {rank for s, rank in drawn if s == step} for step, _ in drawn}
@@ -197,7 +240,13 @@ def test_frozen_training_moves_only_what_was_drawn(roberta_config, roberta_check
 @pytest.mark.parametrize("stop", [3, 2], ids=["at the end of an epoch", "within one"])
 def test_resuming_ends_where_the_uninterrupted_run_ends(stop, roberta_config, roberta_checkpoint, tmp_path):
     config = type(roberta_config).from_dict(roberta_config.to_dict() | {"hidden_dropout_prob": 0.1})
-    options = dict(num_train_epochs=3, save_strategy="steps", save_steps=stop, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    options = dict(
+        num_train_epochs=3,
+        save_strategy="steps",
+        save_steps=stop,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+    )
     whole = trainer(config, roberta_checkpoint, tmp_path / "whole", eval_strategy="epoch", **options)
     whole.train()
     again = trainer(config, roberta_checkpoint, tmp_path / "again", eval_strategy="epoch", **options)
@@ -215,7 +264,7 @@ def test_checkpoints_hold_the_adapter_and_the_head_alone(roberta_config, roberta
     from safetensors import safe_open
 
     with safe_open(tmp_path / "checkpoint-3" / "adapter_model.safetensors", "pt") as file:
-        assert all("lora_" in key or "classifier" in key for key in file.keys())
+        assert all("lora_" in key or "classifier" in key for key in file.keys())  # noqa: SIM118
     assert not (tmp_path / "checkpoint-3" / "model.safetensors").exists()
 
 
@@ -233,7 +282,9 @@ def test_the_best_model_by_any_of_the_metrics(metric, roberta_config, roberta_ch
 
 def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, roberta_checkpoint, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(roberta_checkpoint)
-    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no")
+    args = TrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
     t = DyLoRATrainer(
         model=RobertaForSequenceClassification(roberta_config), args=args, train_dataset=data(9), eval_dataset=data(5),
         processing_class=tokenizer, data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,

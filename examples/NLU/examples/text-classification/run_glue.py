@@ -17,15 +17,15 @@ import numpy as np
 import torch
 import transformers
 from transformers import DataCollatorWithPadding, default_data_collator, set_seed
-
-from loralib.report import print_table
-from loralib.trainer import DyLoRATrainer
 from transformers_dylora import results
 from transformers_dylora.arguments import parse
 from transformers_dylora.data import glue_task, load_files, load_glue, padding_share, tokenize
 from transformers_dylora.errors import UsageError
 from transformers_dylora.modeling import load_model, load_tokenizer
 from transformers_dylora.output_dir import clear_checkpoints, resume_point
+
+from loralib.report import print_table
+from loralib.trainer import DyLoRATrainer
 
 FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
 
@@ -58,7 +58,9 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
             for kind, flag in FLAGS.items()
         }
     for name, split in [*data["train"].items(), *data["validation"].items()]:
-        say(f"{name}: {len(split)} examples, {np.mean(split['length']):.0f} tokens on average, {max(split['length'])} at most")
+        say(
+            f"{name}: {len(split)} examples, {np.mean(split['length']):.0f} tokens on average, {max(split['length'])} at most"
+        )
 
     # The model, its adapter, and the trainer.
     model, note = load_model(model_args, task, training_args.do_train)
@@ -133,7 +135,9 @@ def tokenized(kind: str, raw, task, tokenizer, data_args) -> dict:
     names = [name for name in task.splits(kind) if name in raw]
     if not names:
         raise UsageError(f"{FLAGS[kind]} needs the split {task.splits(kind)[0]!r}; the data has only {', '.join(raw)}.")
-    limit = getattr(data_args, {"train": "max_train_samples", "validation": "max_val_samples", "test": "max_test_samples"}[kind])
+    limit = getattr(
+        data_args, {"train": "max_train_samples", "validation": "max_val_samples", "test": "max_test_samples"}[kind]
+    )
     found = {}
     for name in names:
         split = raw[name] if limit is None else raw[name].select(range(min(limit, len(raw[name]))))

@@ -45,7 +45,9 @@ class DataArguments:
     def __post_init__(self):
         own = [path for path in (self.train_file, self.validation_file, self.test_file) if path]
         if (self.task_name is None) == (not own):
-            raise UsageError("Give either --task_name (a GLUE task) or your own --train_file, --validation_file, --test_file.")
+            raise UsageError(
+                "Give either --task_name (a GLUE task) or your own --train_file, --validation_file, --test_file."
+            )
         for path in own:
             if not path.endswith((".csv", ".json", ".jsonl")):
                 raise UsageError(f"{path} is no .csv, .json or .jsonl file; convert it to one of these.")
@@ -65,7 +67,9 @@ class ModelArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
     use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a fast tokenizer where there is one."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
-    use_auth_token: bool = field(default=False, metadata={"help": "Use the token of `hf auth login` for a private model."})
+    use_auth_token: bool = field(
+        default=False, metadata={"help": "Use the token of `hf auth login` for a private model."}
+    )
     cls_dropout: float | None = field(default=None, metadata={"help": "Dropout of the classification head."})
     use_deterministic_algorithms: bool = field(
         default=False, metadata={"help": "torch.use_deterministic_algorithms(True)."}
@@ -85,7 +89,9 @@ class ModelArguments:
     )
     lora_path: str | None = field(
         default=None,
-        metadata={"help": "Start from this adapter: a directory, or a .bin of microsoft/LoRA or released DyLoRA; 'none': from scratch."},
+        metadata={
+            "help": "Start from this adapter: a directory, or a .bin of microsoft/LoRA or released DyLoRA; 'none': from scratch."
+        },
     )
     rank_sampling: Literal["example", "step", "matryoshka", "fixed"] = field(
         default="example",
@@ -94,7 +100,9 @@ class ModelArguments:
             "fixed gate, or always r_max (plain LoRA)."
         },
     )
-    rank_distribution: Literal["uniform", "geometric"] = field(default="uniform", metadata={"help": "p_B of the paper."})
+    rank_distribution: Literal["uniform", "geometric"] = field(
+        default="uniform", metadata={"help": "p_B of the paper."}
+    )
     matryoshka_reduce: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "With --rank_sampling matryoshka: sum or mean of the ranks' gates."}
     )
@@ -106,7 +114,9 @@ class ModelArguments:
         if self.lora_path in ("none", "None", ""):
             self.lora_path = None
         if self.lora_path and not os.path.exists(self.lora_path):
-            raise UsageError(f"--lora_path {self.lora_path} does not exist; give an adapter's directory, a .bin file or 'none'.")
+            raise UsageError(
+                f"--lora_path {self.lora_path} does not exist; give an adapter's directory, a .bin file or 'none'."
+            )
         if self.lora_path and not self.apply_lora:
             raise UsageError("--lora_path loads an adapter; add --apply_lora.")
         if self.lora_target_modules:
@@ -171,7 +181,9 @@ class GlueTrainingArguments(TrainingArguments):
             if find_spec("tensorboard") and self.report_to in (None, "none", ["none"]):
                 self.report_to = ["tensorboard"]
             elif not find_spec("tensorboard"):
-                self.notes.append("--logging_dir: TensorBoard is not installed; the log is in trainer_state.json instead.")
+                self.notes.append(
+                    "--logging_dir: TensorBoard is not installed; the log is in trainer_state.json instead."
+                )
         super().__post_init__()
         if self.global_batch_size is not None:
             self._accumulate_to_global_batch()

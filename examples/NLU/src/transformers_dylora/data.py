@@ -57,7 +57,9 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
         return datasets.load_dataset(ENDINGS[file.suffix], data_files=str(file), split="train", cache_dir=cache_dir)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
-        raise UsageError(f"{file} cannot be read as {file.suffix[1:]} ({reason[0] if reason else 'empty'}); mend the file.") from error
+        raise UsageError(
+            f"{file} cannot be read as {file.suffix[1:]} ({reason[0] if reason else 'empty'}); mend the file."
+        ) from error
 
 
 def _checked(split: datasets.Dataset, task: Task, where: str, labelled: bool) -> datasets.Dataset:
@@ -132,7 +134,9 @@ def _with_text_label(split: datasets.Dataset) -> datasets.Features:
     return datasets.Features({**split.features, "label": datasets.Value("string")})
 
 
-def tokenize(split: datasets.Dataset, task: Task, tokenizer, max_length: int, pad: bool, fresh: bool) -> datasets.Dataset:
+def tokenize(
+    split: datasets.Dataset, task: Task, tokenizer, max_length: int, pad: bool, fresh: bool
+) -> datasets.Dataset:
     """Add the tokenizer's columns and ``length`` (tokens per example); cached between runs unless ``fresh``."""
 
     def encode(batch):

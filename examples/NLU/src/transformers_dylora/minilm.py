@@ -59,7 +59,10 @@ def write_roberta(directory: str | Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bert_tokenizer.backend_tokenizer,
         model_max_length=bert.max_position_embeddings,
-        **{name: getattr(bert_tokenizer, name) for name in ("pad_token", "cls_token", "sep_token", "unk_token", "mask_token")},
+        **{
+            name: getattr(bert_tokenizer, name)
+            for name in ("pad_token", "cls_token", "sep_token", "unk_token", "mask_token")
+        },
         model_input_names=["input_ids", "attention_mask"],
     )
     tokenizer.backend_tokenizer.no_padding()

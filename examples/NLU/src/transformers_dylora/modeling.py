@@ -57,7 +57,12 @@ def load_model(args: ModelArguments, task: Task, training: bool):
     kind = RobertaForSequenceClassification if overlay else AutoModelForSequenceClassification
     # Training begins in fp32 whatever the checkpoint was stored in; --bf16 is autocast.
     model = _fetch(
-        kind, args.model_name_or_path, config=config, dtype="float32", ignore_mismatched_sizes=training, **hub_options(args)
+        kind,
+        args.model_name_or_path,
+        config=config,
+        dtype="float32",
+        ignore_mismatched_sizes=training,
+        **hub_options(args),
     )
     if not args.apply_lora:
         return model, None
@@ -72,7 +77,9 @@ def load_model(args: ModelArguments, task: Task, training: bool):
     lora.mark_only_lora_as_trainable(model)
     if args.lora_path is None:
         if not training:
-            raise UsageError("--do_eval or --do_predict without --do_train measures a trained adapter; give it with --lora_path.")
+            raise UsageError(
+                "--do_eval or --do_predict without --do_train measures a trained adapter; give it with --lora_path."
+            )
         return model, None
     try:
         fresh = lora.load_adapter(model, Path(args.lora_path), head="fresh" if training else "require")

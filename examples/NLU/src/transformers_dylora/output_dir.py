@@ -21,12 +21,16 @@ def resume_point(args) -> str | None:
     if asked and str(asked).lower() != "false":
         found = last if str(asked).lower() == "true" else asked
         if found is None or not Path(found).is_dir():
-            raise UsageError(f"--resume_from_checkpoint {asked}: there is no checkpoint {found or f'in {directory}'} to go on from.")
+            raise UsageError(
+                f"--resume_from_checkpoint {asked}: there is no checkpoint {found or f'in {directory}'} to go on from."
+            )
         return str(found)
     if not args.do_train or args.overwrite_output_dir:
         return None
     if last is None and directory.is_dir() and any(directory.iterdir()):
-        raise UsageError(f"--output_dir {directory} is not empty and holds no run to go on with; choose another or add --overwrite_output_dir.")
+        raise UsageError(
+            f"--output_dir {directory} is not empty and holds no run to go on with; choose another or add --overwrite_output_dir."
+        )
     return last
 
 

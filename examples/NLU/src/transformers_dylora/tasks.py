@@ -54,5 +54,7 @@ TASKS = {
 def glue_task(name: str) -> Task:
     task = TASKS.get(name.lower())
     if task is None:
-        raise UsageError(f"--task_name is {name!r}; choose one of {', '.join(TASKS)}, or give --train_file and --validation_file.")
+        raise UsageError(
+            f"--task_name is {name!r}; choose one of {', '.join(TASKS)}, or give --train_file and --validation_file."
+        )
     return task

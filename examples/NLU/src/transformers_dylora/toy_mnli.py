@@ -15,10 +15,33 @@ from pathlib import Path
 from loralib.checkpoint import write_text
 
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
-PEOPLE = "Anna Ben Carla David Elena Felix Grace Hugo Iris Jonas Karin Leo Maria Nils Olga Paul Rosa Simon Tara Victor".split()
-PLACES = "kitchen garden library station market harbour school museum office church".split()
-COLOURS = "red blue green yellow black white brown grey".split()
-NUMBERS = dict(enumerate("two three four five six seven eight nine ten eleven twelve".split(), start=2))
+PEOPLE = [
+    "Anna",
+    "Ben",
+    "Carla",
+    "David",
+    "Elena",
+    "Felix",
+    "Grace",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Karin",
+    "Leo",
+    "Maria",
+    "Nils",
+    "Olga",
+    "Paul",
+    "Rosa",
+    "Simon",
+    "Tara",
+    "Victor",
+]
+PLACES = ["kitchen", "garden", "library", "station", "market", "harbour", "school", "museum", "office", "church"]
+COLOURS = ["red", "blue", "green", "yellow", "black", "white", "brown", "grey"]
+NUMBERS = dict(
+    enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], start=2)
+)
 KINDS = {  # thing: what kind of thing it is
     "dog": "animal", "horse": "animal", "cat": "animal", "rabbit": "animal",
     "apple": "fruit", "pear": "fruit", "banana": "fruit", "plum": "fruit",
@@ -32,8 +55,21 @@ OTHER_KINDS = {
 }  # fmt: skip
 GIVING = {"gave": "received", "sold": "bought", "lent": "borrowed"}
 OTHER_GIVING = {"sent": "got", "handed": "received", "taught": "learned"}
-OPPOSITES = [("tall", "short"), ("old", "young"), ("fast", "slow"), ("rich", "poor"), ("strong", "weak"), ("heavy", "light")]
-REASONS = ["because it was raining", "to please a friend", "for the first time", "before breakfast", "without telling anyone"]
+OPPOSITES = [
+    ("tall", "short"),
+    ("old", "young"),
+    ("fast", "slow"),
+    ("rich", "poor"),
+    ("strong", "weak"),
+    ("heavy", "light"),
+]
+REASONS = [
+    "because it was raining",
+    "to please a friend",
+    "for the first time",
+    "before breakfast",
+    "without telling anyone",
+]
 
 
 def _an(noun: str) -> str:
@@ -47,10 +83,16 @@ def _exchange(rng, label, kinds, giving):
     gave, received = rng.choice(list(giving.items()))
     premise = f"{giver} {gave} {_an(thing)} to {taker}."
     if label == ENTAILMENT:
-        return premise, rng.choice([f"{taker} {received} {_an(thing)} from {giver}.", f"{giver} {gave} {_an(kinds[thing])} to {taker}."])
+        return premise, rng.choice(
+            [f"{taker} {received} {_an(thing)} from {giver}.", f"{giver} {gave} {_an(kinds[thing])} to {taker}."]
+        )
     if label == CONTRADICTION:
-        return premise, rng.choice([f"{giver} {received} the {thing} from {taker}.", f"{giver} did not part with {_an(kinds[thing])}."])
-    return premise, rng.choice([f"{taker} {gave} {_an(thing)} to {other}.", f"{giver} {gave} {_an(thing)} to {taker} {rng.choice(REASONS)}."])
+        return premise, rng.choice(
+            [f"{giver} {received} the {thing} from {taker}.", f"{giver} did not part with {_an(kinds[thing])}."]
+        )
+    return premise, rng.choice(
+        [f"{taker} {gave} {_an(thing)} to {other}.", f"{giver} {gave} {_an(thing)} to {taker} {rng.choice(REASONS)}."]
+    )
 
 
 def _count(rng, label, kinds, giving):
@@ -87,10 +129,19 @@ def _quantity(rng, label, kinds, giving):
     colour, other = rng.sample(COLOURS, 2)
     premise = f"All {thing}s in the {place} are {colour}."
     if label == ENTAILMENT:
-        return premise, rng.choice([f"No {thing} in the {place} is {other}.", f"Every {thing} in the {place} is {colour}."])
+        return premise, rng.choice(
+            [f"No {thing} in the {place} is {other}.", f"Every {thing} in the {place} is {colour}."]
+        )
     if label == CONTRADICTION:
-        return premise, rng.choice([f"Some {thing}s in the {place} are {other}.", f"No {thing} in the {place} is {colour}."])
-    return premise, rng.choice([f"All {thing}s in the {place} are old.", f"Some {thing}s in the {rng.choice([p for p in PLACES if p != place])} are {colour}."])
+        return premise, rng.choice(
+            [f"Some {thing}s in the {place} are {other}.", f"No {thing} in the {place} is {colour}."]
+        )
+    return premise, rng.choice(
+        [
+            f"All {thing}s in the {place} are old.",
+            f"Some {thing}s in the {rng.choice([p for p in PLACES if p != place])} are {colour}.",
+        ]
+    )
 
 
 def _moving(rng, label, kinds, giving):
@@ -99,10 +150,16 @@ def _moving(rng, label, kinds, giving):
     first, then, other = rng.sample(PLACES, 3)
     premise = f"{person} was in the {first} and then walked to the {then}."
     if label == ENTAILMENT:
-        return premise, rng.choice([f"{person} left the {first} for the {then}.", f"{person} was in the {first} before reaching the {then}."])
+        return premise, rng.choice(
+            [f"{person} left the {first} for the {then}.", f"{person} was in the {first} before reaching the {then}."]
+        )
     if label == CONTRADICTION:
-        return premise, rng.choice([f"{person} left the {then} for the {first}.", f"{person} was in the {then} before reaching the {first}."])
-    return premise, rng.choice([f"{person} left the {then} for the {other}.", f"{person} walked to the {then} {rng.choice(REASONS)}."])
+        return premise, rng.choice(
+            [f"{person} left the {then} for the {first}.", f"{person} was in the {then} before reaching the {first}."]
+        )
+    return premise, rng.choice(
+        [f"{person} left the {then} for the {other}.", f"{person} walked to the {then} {rng.choice(REASONS)}."]
+    )
 
 
 TEMPLATES = (_exchange, _count, _comparison, _quantity, _moving)
