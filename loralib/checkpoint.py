@@ -75,7 +75,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         "init_lora_weights": True,
     }
     facts = {"rank": rank, "r_max": r_max, "lora_alpha": first.lora_alpha, "scaling": first.scaling}
-    facts |= {"base_sample": _base_sample(layers)} | (extra or {})
+    facts |= {"base_sample": _base_sample(layers)}
+    merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
+    facts |= ({"projections": merged} if merged else {}) | (extra or {})
 
     path = Path(path)
     write_text(path / EXTRA, json.dumps(facts, indent=2) + "\n")
@@ -110,6 +112,78 @@ def _base_sample(layers: list[tuple[str, LoRALayer]]) -> list[float]:
     layer = layers[-1][1]
     weight = (layer._base_weight or [layer.weight])[0].detach().flatten()
     return weight[torch.linspace(0, weight.numel() - 1, 16).long().to(weight.device)].float().tolist()
+
+
+def cut_adapter(source: str | os.PathLike, target: str | os.PathLike, rank: int) -> dict:
+    """Copy an adapter's directory cut to ``rank``, without its base model: what ``save_adapter(..., rank)`` would write.
+
+    Returns the content of the new ``dylora.json``. Raises FileNotFoundError or ValueError; ``target`` is then untouched.
+    """
+    from safetensors.torch import save_file
+
+    source, target = Path(source), Path(target)
+    tensors, config = _read_directory(source)
+    facts = json.loads((source / EXTRA).read_text(encoding="utf-8")) if (source / EXTRA).exists() else {}
+    scaling = config.pop("scaling")
+    config.pop("base_sample")
+    at = facts.get("rank", config["r"])
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= at:
+        raise ValueError(f"rank is {rank!r}; the adapter in {source} can be cut to 1..{at}.")
+    sizes, found = {}, {}
+    for key, value in tensors.items():
+        name, is_factor, factor = key.removeprefix(peft_format.PREFIX).partition(".lora_")
+        if not is_factor:
+            found[key] = value
+            continue
+        projections = facts.get("projections", {}).get(name, 1)
+        dim = 0 if factor.removeprefix("embedding_").startswith("A") else 1
+        expansion = projections * (value.shape[2:].numel() if dim == 0 else 1)
+        R, alpha = _rank_and_alpha(config, name)
+        r = R // expansion if dim == 0 else sizes[name][2]
+        b = min(rank, r)
+        by_projection = value.unflatten(dim, (projections, -1))
+        kept = by_projection.shape[dim + 1] // r * b
+        found[key] = by_projection.narrow(dim + 1, 0, kept).flatten(dim, dim + 1).contiguous()
+        # alpha/b and alpha/sqrt(b) keep their alpha; a strength of alpha/r does not change with the rank.
+        sizes[name] = R // r * b, peft_format.tidy(alpha * b / r) if scaling == "alpha/r" else alpha, r
+    config |= peft_format.patterns({name: (R, alpha) for name, (R, alpha, _) in sizes.items()})
+    facts |= {"rank": rank, "scaling": scaling}
+    facts.setdefault("r_max", at)
+    write_text(target / EXTRA, json.dumps(facts, indent=2) + "\n")
+    write_text(target / CONFIG, json.dumps(config, indent=2) + "\n")
+    write_atomically(target / WEIGHTS, lambda file: save_file(found, file, metadata={"format": "pt"}))
+    return facts
+
+
+def describe_adapter(path: str | os.PathLike) -> dict:
+    """What an adapter's directory says of itself, its sizes, and the norm of each component's update.
+
+    The norm of component j is ``|B[:, j]| |A[j]|`` (its rank-1 update's Frobenius norm, without scaling), as root mean
+    square over the layers; PEFT's components are counted where they differ from the layer's own.
+    """
+    path = Path(path)
+    tensors, config = _read_directory(path)
+    facts = json.loads((path / EXTRA).read_text(encoding="utf-8")) if (path / EXTRA).exists() else {}
+    factors = {key: value for key, value in tensors.items() if ".lora_" in key}
+    squares = defaultdict(list)
+    for key_A, A in factors.items():
+        if ".lora_A" not in key_A and ".lora_embedding_A" not in key_A:
+            continue
+        B = factors[key_A.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+        for j, square in enumerate(A.flatten(1).square().sum(1) * B.reshape(*B.shape[:2], -1).square().sum((0, 2))):
+            squares[j].append(float(square))
+    size = sum(value.numel() for value in factors.values())
+    return facts | {
+        "base": config.get("base_model_name_or_path"),
+        "rank": facts.get("rank", config["r"]),
+        "scaling": config["scaling"],
+        "lora_alpha": facts.get("lora_alpha", config["lora_alpha"]),
+        "target_modules": config.get("target_modules"),
+        "modules_to_save": config.get("modules_to_save"),
+        "adapter_parameters": size,
+        "head_parameters": sum(value.numel() for value in tensors.values()) - size,
+        "norms": [(sum(values) / len(values)) ** 0.5 for _, values in sorted(squares.items())],
+    }
 
 
 # --- loading ------------------------------------------------------------------------------------------

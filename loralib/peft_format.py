@@ -80,7 +80,7 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
         tensors.update(zip(keys(layer, name), to_peft(layer, name, *factors), strict=True))
         R = b * expansion(layer)
         strength = scale(b, layer.r, layer.lora_alpha, layer.scaling)
-        sizes[name] = R, _tidy(strength * math.sqrt(R) if rslora else strength * R)
+        sizes[name] = R, tidy(strength * math.sqrt(R) if rslora else strength * R)
     (r, alpha), _ = Counter(sizes.values()).most_common(1)[0]
     return tensors, {
         "r": r,
@@ -92,6 +92,17 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
     }
 
 
-def _tidy(alpha: float) -> float | int:
+def patterns(sizes: dict[str, tuple[int, float]]) -> dict:
+    """PEFT's words for {layer's name: (R, alpha)}: the most common pair, and what differs from it."""
+    (r, alpha), _ = Counter(sizes.values()).most_common(1)[0]
+    return {
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: R for name, (R, _) in sizes.items() if R != r},
+        "alpha_pattern": {name: a for name, (_, a) in sizes.items() if a != alpha},
+    }
+
+
+def tidy(alpha: float) -> float | int:
     """16.000000000000004, which a product of roots may give, is 16."""
     return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha

@@ -162,33 +162,6 @@ def _number(value) -> float:
     return -math.inf if value is None or math.isnan(value) else value
 
 
-# --- the curve ----------------------------------------------------------------------------------------
-
-
-def plot(results: dict, path: str | Path) -> None:
-    """Draw the rank-quality curve of every split into an image file (PNG, SVG or PDF, by its ending)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for split, rows in results["splits"].items():
-        ranks = [row["rank"] for row in rows]
-        scores = [math.nan if row[results["metric"]] is None else 100 * row[results["metric"]] for row in rows]
-        axes.plot(ranks, scores, marker="o", label=split)
-    selected = results.get("selected_rank")
-    if selected:
-        axes.axvline(selected["rank"], color="0.6", linestyle=":", label=f"selected rank {selected['rank']}")
-    axes.set_xticks(ranks if len(ranks) <= 16 else ranks[:: len(ranks) // 8])
-    axes.set_xlabel("rank")
-    axes.set_ylabel(f"{results['metric'].replace('_', ' ')} (x 100)")
-    axes.set_title(f"{results['task']}: {results['method']}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 # --- files --------------------------------------------------------------------------------------------
 
 
@@ -204,11 +177,15 @@ def without_nan(value):
 
 
 def write_report(results: dict, directory: str | Path) -> None:
-    """Write rank_results.json, .csv, .md and rank_curve.png into ``directory``."""
+    """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``."""
     from .checkpoint import write_atomically, write_text
+    from .plots import plot_curves
+    from .runs import curves
 
     directory = Path(directory)
-    write_text(directory / "rank_results.json", json.dumps(without_nan(results), indent=2) + "\n")
+    results = without_nan(results)
+    write_text(directory / "rank_results.json", json.dumps(results, indent=2) + "\n")
     write_text(directory / "rank_results.csv", to_csv(results))
     write_text(directory / "rank_results.md", to_markdown(results))
-    write_atomically(directory / "rank_curve.png", lambda temporary: plot(results, temporary))
+    selected = (results.get("selected_rank") or {}).get("rank")
+    write_atomically(directory / "rank_curve.png", lambda file: plot_curves(curves([results]), file, selected, "png"))

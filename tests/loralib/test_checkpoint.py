@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import loralib as lora
+from loralib.checkpoint import cut_adapter
 
 SCALINGS = ["alpha/b", "alpha/r", "alpha/sqrt(b)"]
 
@@ -114,6 +115,38 @@ def test_convolutions_and_merged_projections_too(scaling, tmp_path):
                 model.get_parameter(p).data.zero_()
             lora.load_adapter(model, tmp_path / str(b))
             assert all(torch.equal(v, wanted[k]) for k, v in lora.lora_state_dict(model).items())
+
+
+def same_directory(one, other):
+    tensors = [load_file(d / "adapter_model.safetensors") for d in (one, other)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(v, tensors[1][k]) for k, v in tensors[0].items())
+    for name in ("adapter_config.json", "dylora.json"):
+        configs = [json.loads((d / name).read_text()) for d in (one, other)]
+        for key in configs[0].keys() | configs[1].keys():
+            left, right = (c[key] for c in configs)
+            assert left == (pytest.approx(right) if isinstance(right, float) else right), key
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("kind", ["roberta with embeddings", "gpt2", "images"])
+def test_a_directory_is_cut_without_its_model_as_with_it(kind, scaling, roberta_config, tmp_path):
+    if kind == "images":
+        model = Images()
+        lora.inject(model, ["conv"], r=4, lora_alpha=5, scaling=scaling)
+        model.qkv = lora.MergedLinear(16, 12, r=4, lora_alpha=5, enable_lora=[True, False, True], scaling=scaling)
+    else:
+        model, targets = stock(kind, roberta_config)
+        lora.inject(model, targets[:1], r=4, lora_alpha=6, scaling=scaling)
+        lora.inject(model, targets[1:], r=2, lora_alpha=3, scaling=scaling)  # layers of another r and alpha
+    randomise(model)
+    lora.save_adapter(model, tmp_path / "whole", extra={"task": "rte"})
+    for b in (1, 3, 4):
+        lora.save_adapter(model, tmp_path / f"with{b}", rank=b, extra={"task": "rte"})
+        cut_adapter(tmp_path / "whole", tmp_path / f"without{b}", b)
+        same_directory(tmp_path / f"with{b}", tmp_path / f"without{b}")
+    with pytest.raises(ValueError, match=r"1\.\.4"):
+        cut_adapter(tmp_path / "whole", tmp_path / "x", 5)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -16,7 +16,7 @@ def results(**changes):
         for b, a in ((1, 0.5), (2, 0.75), (4, math.nan))
     ]
     return {
-        "task": "rte", "method": "DyLoRA", "metric": "accuracy", "command": "run", "splits": {"validation": rows},
+        "task": "rte", "method": "DyLoRA", "max_rank": 4, "metric": "accuracy", "command": "run", "splits": {"validation": rows},
         "aurac": {"validation": 0.6}, "selected_rank": {"rank": 2, "rule": "why", "split": "validation"},
     } | changes  # fmt: skip
 
@@ -87,11 +87,11 @@ def test_a_report_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     report.write_report(results(), tmp_path)
     before = (tmp_path / "rank_curve.png").read_bytes()
 
-    def broken(results, path):
+    def broken(curves, path, *_):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(report, "plot", broken)
+    monkeypatch.setattr("loralib.plots.plot_curves", broken)
     with pytest.raises(OSError, match="disk full"):
         report.write_report(results(), tmp_path)
     assert (tmp_path / "rank_curve.png").read_bytes() == before

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging
 
 import loralib as lora
 
@@ -15,7 +16,12 @@ DEFAULT_TARGETS = ["query", "value"]
 
 
 def _fetch(what, name: str, **options):
-    """``what.from_pretrained(name)``, with one sentence for a name that cannot be had."""
+    """``what.from_pretrained(name)``, with one sentence for a name that cannot be had.
+
+    transformers' report on missing weights is held back: the adapter and the head are missing in every checkpoint.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         return what.from_pretrained(name, **options)
     except OSError as error:
@@ -23,6 +29,8 @@ def _fetch(what, name: str, **options):
             f"The model {name!r} is no directory with a checkpoint and cannot be fetched from the hub; give a local "
             f"directory with --model_name_or_path, or try the project without any: bash scripts/quickstart.sh"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def hub_options(args: ModelArguments) -> dict:

@@ -180,7 +180,7 @@ def examples(n: int, seed: int, mismatched: bool = False) -> list[dict]:
     return [row | {"idx": i} for i, row in enumerate(rows)]
 
 
-def write_data(directory: str | Path, train: int = 4800, validation: int = 900, seed: int = 0) -> Path:
+def write_data(directory: str | Path, train: int = 4200, validation: int = 600, seed: int = 0) -> Path:
     """Write train, validation_matched, validation_mismatched and the two test splits (labels hidden) as JSON lines."""
     directory = Path(directory)
     everything = examples(train + 2 * validation, seed)

@@ -1,0 +1,66 @@
+"""The model card of an exported adapter: what it is, how good it is at each rank, how to load it."""
+
+from .report import columns, table_rows
+
+AUTO = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+
+
+def base_options(config: dict, facts: dict) -> str:
+    """What ``from_pretrained`` of the base model must be told: the number of labels of a classifier."""
+    if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
+        return ""
+    return f", num_labels={max(1, len(facts.get('labels', [])))}"
+
+
+def model_card(config: dict, facts: dict, results: dict | None, name: str, merged: bool = False) -> str:
+    """Markdown with the hub's metadata.
+
+    Args:
+        config, facts: the contents of adapter_config.json and dylora.json.
+        results: of the run (see ``read_run``), or None.
+        name: where the reader finds the files: a directory or a repository on the hub.
+        merged: the files are a whole model with the adapter merged in, not an adapter.
+    """
+    base, rank = config.get("base_model_name_or_path") or "the base model", facts["rank"]
+    auto = AUTO.get(config.get("task_type"), "AutoModel")
+    head = ["---", f"base_model: {base}", f"library_name: {'transformers' if merged else 'peft'}", "tags: [dylora, lora]", "---", ""]
+    title = f"# {facts.get('task', 'DyLoRA')} at rank {rank}, on {base}"
+    what = "A model with a LoRA adapter merged in" if merged else "A LoRA adapter"
+    lines = [
+        *head,
+        title,
+        "",
+        f"{what}, cut to rank {rank} from one DyLoRA training that serves every rank from 1 to {facts['r_max']} "
+        f"(lora_alpha {facts.get('lora_alpha', config['lora_alpha'])}, strength {facts['scaling']}).",
+        "",
+    ]
+    if facts.get("labels"):
+        lines += ["Labels: " + ", ".join(f"{i} {text}" for i, text in enumerate(facts["labels"])) + ".", ""]
+    lines += ["## Loading", "", "```python"]
+    if merged:
+        lines += [f"from transformers import {auto}", f'model = {auto}.from_pretrained("{name}")']
+    else:
+        lines += [
+            "from peft import PeftModel",
+            f"from transformers import {auto}",
+            f'model = {auto}.from_pretrained("{base}"{base_options(config, facts)})',
+            f'model = PeftModel.from_pretrained(model, "{name}")',
+        ]
+    lines += ["```", ""]
+    if results is not None:
+        lines += ["## Quality at every rank", ""]
+        for split in results["splits"]:
+            names = columns(results)
+            rows = [names, ["---:"] * len(names), *table_rows(results, split)]
+            lines += [f"{results['task']}, {split} (0-100 scale):", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+        chosen = results.get("selected_rank")
+        if chosen:
+            lines += [f"Selected on {chosen['split']}: rank {chosen['rank']}, the {chosen['rule']}.", ""]
+    lines += ["Method: DyLoRA, [arXiv 2210.07558](https://arxiv.org/abs/2210.07558).", ""]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""One self-contained HTML page with the curves and the tables of some runs; it opens offline."""
+
+import html
+import json
+from dataclasses import asdict
+from importlib.resources import files
+from string import Template
+
+from .report import columns, table_rows
+from .runs import Curve
+
+
+def page(runs: list[dict], curves: list[Curve]) -> str:
+    """The page's text. The curves are drawn by its own script from the data in it."""
+    tables = []
+    for results in runs:
+        for split in results["splits"]:
+            head = "".join(f"<th>{html.escape(name)}</th>" for name in columns(results))
+            body = "".join(
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(results, split)
+            )
+            title = html.escape(f"{results['task']}, {split}: {results['method']}, seed {results.get('seed')}")
+            tables.append(f"<h2>{title}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+    # A closing tag within the data would end the script that holds it.
+    data = json.dumps([asdict(curve) for curve in curves]).replace("NaN", "null").replace("</", "<\\/")
+    return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(
+        data=data, tables="\n".join(tables)
+    )

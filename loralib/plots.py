@@ -1,0 +1,50 @@
+"""Rank-quality curves as images."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .runs import Curve
+
+MARKERS = "osD^vPX*"
+
+
+def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = None, kind: str | None = None) -> None:
+    """Draw one line per curve, with error bars where it is over seeds; one panel per task.
+
+    ``kind`` is "png", "svg" or "pdf" (default: the ending of ``path``).
+    """
+    tasks = list(dict.fromkeys(curve.task for curve in curves))
+    columns = min(len(tasks), 3)
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(6 if columns == 1 else 4.2 * columns, 3.8 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, task in zip(panels, tasks, strict=False):
+        own = [curve for curve in curves if curve.task == task]
+        several_splits, several_methods = (len({getattr(c, k) for c in own}) > 1 for k in ("split", "method"))
+        for i, curve in enumerate(own):
+            parts = [curve.method] if several_methods else []
+            parts += [curve.split] if curve.split and (several_splits or not several_methods) else []
+            name = ", ".join(parts) + (f" ({curve.seeds} seeds)" if curve.seeds > 1 else "")
+            panel.errorbar(
+                curve.ranks, curve.means, curve.errors, marker=MARKERS[i % len(MARKERS)], markersize=4, capsize=2, label=name
+            )
+        ranks = sorted({b for curve in own for b in curve.ranks})
+        panel.set_xticks(ranks if len(ranks) <= 16 else ranks[:: len(ranks) // 8])
+        if selected is not None:
+            panel.axvline(selected, color="0.6", linestyle=":", label=f"selected rank {selected}")
+        panel.set_xlabel("rank")
+        panel.set_ylabel(own[0].metric.replace("_", " "))
+        panel.set_title(task if several_methods else f"{task}: {own[0].method}" if own[0].method else task, fontsize="medium")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    for panel in list(panels):
+        panel.set_visible(False)
+    # Text stays text in an SVG, and neither format carries the date: the same runs give the same file.
+    from matplotlib import rc_context
+
+    kind = kind or Path(path).suffix[1:]
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "dylora"}):
+        figure.savefig(path, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
