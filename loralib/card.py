@@ -29,7 +29,14 @@ def model_card(config: dict, facts: dict, results: dict | None, name: str, merge
     """
     base, rank = config.get("base_model_name_or_path") or "the base model", facts["rank"]
     auto = AUTO.get(config.get("task_type"), "AutoModel")
-    head = ["---", f"base_model: {base}", f"library_name: {'transformers' if merged else 'peft'}", "tags: [dylora, lora]", "---", ""]
+    head = [
+        "---",
+        f"base_model: {base}",
+        f"library_name: {'transformers' if merged else 'peft'}",
+        "tags: [dylora, lora]",
+        "---",
+        "",
+    ]
     title = f"# {facts.get('task', 'DyLoRA')} at rank {rank}, on {base}"
     what = "A model with a LoRA adapter merged in" if merged else "A LoRA adapter"
     lines = [
@@ -58,7 +65,12 @@ def model_card(config: dict, facts: dict, results: dict | None, name: str, merge
         for split in results["splits"]:
             names = columns(results)
             rows = [names, ["---:"] * len(names), *table_rows(results, split)]
-            lines += [f"{results['task']}, {split} (0-100 scale):", "", *("| " + " | ".join(row) + " |" for row in rows), ""]
+            lines += [
+                f"{results['task']}, {split} (0-100 scale):",
+                "",
+                *("| " + " | ".join(row) + " |" for row in rows),
+                "",
+            ]
         chosen = results.get("selected_rank")
         if chosen:
             lines += [f"Selected on {chosen['split']}: rank {chosen['rank']}, the {chosen['rule']}.", ""]

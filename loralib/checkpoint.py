@@ -74,7 +74,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    facts = {"rank": rank, "r_max": r_max, "lora_alpha": first.lora_alpha, "scaling": first.scaling}
+    facts = {"rank": rank, "r_max": r_max, "lora_alpha": peft_format.tidy(first.lora_alpha), "scaling": first.scaling}
     facts |= {"base_sample": _base_sample(layers)}
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
     facts |= ({"projections": merged} if merged else {}) | (extra or {})
@@ -153,6 +153,11 @@ def cut_adapter(source: str | os.PathLike, target: str | os.PathLike, rank: int)
     write_text(target / CONFIG, json.dumps(config, indent=2) + "\n")
     write_atomically(target / WEIGHTS, lambda file: save_file(found, file, metadata={"format": "pt"}))
     return facts
+
+
+def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
+    """The contents of adapter_config.json and dylora.json in an adapter's directory."""
+    return tuple(json.loads((Path(path) / name).read_text(encoding="utf-8")) for name in (CONFIG, EXTRA))
 
 
 def describe_adapter(path: str | os.PathLike) -> dict:

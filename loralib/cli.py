@@ -8,7 +8,6 @@ dylora inspect DIR                  what an adapter's directory holds
 """
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -23,14 +22,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return args.run(args) or 0
     except (ValueError, OSError) as error:
-        message = str(error) if not isinstance(error, OSError) or error.filename is None else f"{error.filename}: {error.strerror}"
+        message = (
+            str(error)
+            if not isinstance(error, OSError) or error.filename is None
+            else f"{error.filename}: {error.strerror}"
+        )
         print(f"dylora: {message}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dylora", description="Use what one DyLoRA training gave, at any rank.", formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="dylora", description="Use what one DyLoRA training gave, at any rank.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n  dylora report mnli/model\n  dylora select mnli/model --within 0.5\n"
         "  dylora export mnli/model --rank auto --to adapter\n  dylora inspect adapter",
     )  # fmt: skip
@@ -44,11 +48,23 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    report = command("report", _report, "tables and curves of one run or several", "dylora report rte/seed0 rte/seed1 cola/model --to report")
+    report = command(
+        "report",
+        _report,
+        "tables and curves of one run or several",
+        "dylora report rte/seed0 rte/seed1 cola/model --to report",
+    )
     report.add_argument("runs", nargs="+", metavar="RUN", help="output directory of a run")
-    report.add_argument("--to", metavar="DIR", help="where the files go (default: the run, or ./dylora_report for several)")
+    report.add_argument(
+        "--to", metavar="DIR", help="where the files go (default: the run, or ./dylora_report for several)"
+    )
 
-    select = command("select", _select, "the smallest rank that is as good as the best", "dylora select rte/model --within 0.5 --max-parameters 40000")
+    select = command(
+        "select",
+        _select,
+        "the smallest rank that is as good as the best",
+        "dylora select rte/model --within 0.5 --max-parameters 40000",
+    )
     select.add_argument("run_directory", metavar="RUN", help="output directory of a run")
     _add_choice(select)
 
@@ -70,8 +86,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_choice(parser) -> None:
-    parser.add_argument("--within", default="1se", help="1se (default): one standard error of the paired difference to the best; or points of 0-100")
-    parser.add_argument("--max-parameters", type=int, metavar="N", help="only ranks whose adapter has at most N parameters")
+    parser.add_argument(
+        "--within",
+        default="1se",
+        help="1se (default): one standard error of the paired difference to the best; or points of 0-100",
+    )
+    parser.add_argument(
+        "--max-parameters", type=int, metavar="N", help="only ranks whose adapter has at most N parameters"
+    )
     parser.add_argument("--split", help="the split to choose on (default: the run's first)")
 
 
@@ -102,8 +124,16 @@ def _report(args) -> None:
         lines = ["run,task,method,seed,split,rank,metric,score"]
         for results in runs:
             for split, rows in results["splits"].items():
-                start = [results["directory"], results["task"], f'"{results["method"]}"', str(results.get("seed")), split]
-                lines += [",".join([*start, str(row["rank"]), results["metric"], str(row[results["metric"]])]) for row in rows]
+                start = [
+                    results["directory"],
+                    results["task"],
+                    f'"{results["method"]}"',
+                    str(results.get("seed")),
+                    split,
+                ]
+                lines += [
+                    ",".join([*start, str(row["rank"]), results["metric"], str(row[results["metric"]])]) for row in rows
+                ]
         table = "\n".join(lines) + "\n"
         markdown = _summary_markdown(found) + "\n" + markdown
     write_text(to / "rank_results.md", markdown)
@@ -118,7 +148,9 @@ def _summary_rows(found) -> list[list[str]]:
     ranks = sorted({b for curve in found for b in curve.ranks})
     rows = [["task", "method", "seeds", *(f"r={b}" for b in ranks)]]
     for curve in found:
-        by_rank = dict(zip(curve.ranks, zip(curve.means, curve.errors or [None] * len(curve.ranks), strict=True), strict=True))
+        by_rank = dict(
+            zip(curve.ranks, zip(curve.means, curve.errors or [None] * len(curve.ranks), strict=True), strict=True)
+        )
         cells = []
         for b in ranks:
             mean, error = by_rank.get(b, (None, None))
@@ -205,13 +237,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _adapter_files(directory: Path) -> tuple[dict, dict]:
-    return tuple(json.loads((directory / name).read_text(encoding="utf-8")) for name in ("adapter_config.json", "dylora.json"))
-
-
 def _export(args) -> None:
     from .card import model_card
-    from .checkpoint import cut_adapter, write_text
+    from .checkpoint import cut_adapter, read_configs, write_text
 
     source, target = Path(args.run_directory), _free(args.to, "dylora.json")
     if target.resolve() == source.resolve():
@@ -219,7 +247,7 @@ def _export(args) -> None:
     rank, results = _rank_of(args)
     cut_adapter(source, target, rank)
     _copy_tokenizer(source, target)
-    config, facts = _adapter_files(target)
+    config, facts = read_configs(target)
     write_text(target / "README.md", model_card(config, facts, results, args.to))
     print(f"written to {target}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
 
@@ -228,7 +256,7 @@ def _merge(args) -> None:
     import transformers
 
     from .card import AUTO, model_card
-    from .checkpoint import cut_adapter, load_adapter, write_text
+    from .checkpoint import cut_adapter, load_adapter, read_configs, write_text
     from .model import merge
 
     source, target = Path(args.run_directory), _free(args.to, "config.json")
@@ -238,17 +266,25 @@ def _merge(args) -> None:
     work = target.with_name(f".{target.name}.adapter")
     try:
         cut_adapter(source, work, rank)  # checks the file and the rank before the base model is fetched
-        config, facts = _adapter_files(work)
+        config, facts = read_configs(work)
         base = args.base or config.get("base_model_name_or_path")
         auto = AUTO.get(config.get("task_type"))
         if base is None or auto is None:
-            raise ValueError(f"{source} does not say which kind of model it is for; merge it in Python with loralib.merge.")
-        options = {"num_labels": max(1, len(facts.get("labels", [])))} if config["task_type"] in ("SEQ_CLS", "TOKEN_CLS") else {}
+            raise ValueError(
+                f"{source} does not say which kind of model it is for; merge it in Python with loralib.merge."
+            )
+        options = (
+            {"num_labels": max(1, len(facts.get("labels", [])))}
+            if config["task_type"] in ("SEQ_CLS", "TOKEN_CLS")
+            else {}
+        )
         transformers.utils.logging.set_verbosity_error()
         try:
             model = getattr(transformers, auto).from_pretrained(base, **options)
         except OSError:
-            raise ValueError(f"The base model {base!r} is no directory here and not on the hub; name it with --base.") from None
+            raise ValueError(
+                f"The base model {base!r} is no directory here and not on the hub; name it with --base."
+            ) from None
         if facts.get("labels"):
             model.config.id2label = dict(enumerate(facts["labels"]))
             model.config.label2id = {text: i for i, text in enumerate(facts["labels"])}
@@ -268,7 +304,17 @@ def _inspect(args) -> None:
     from .checkpoint import describe_adapter
 
     found = describe_adapter(args.directory)
-    for name in ("base", "rank", "r_max", "lora_alpha", "scaling", "target_modules", "modules_to_save", "task", "labels"):
+    for name in (
+        "base",
+        "rank",
+        "r_max",
+        "lora_alpha",
+        "scaling",
+        "target_modules",
+        "modules_to_save",
+        "task",
+        "labels",
+    ):
         value = found.get(name)
         if value not in (None, [], {}):
             print(f"{name:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")

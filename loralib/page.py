@@ -17,7 +17,8 @@ def page(runs: list[dict], curves: list[Curve]) -> str:
         for split in results["splits"]:
             head = "".join(f"<th>{html.escape(name)}</th>" for name in columns(results))
             body = "".join(
-                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(results, split)
+                "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+                for row in table_rows(results, split)
             )
             title = html.escape(f"{results['task']}, {split}: {results['method']}, seed {results.get('seed')}")
             tables.append(f"<h2>{title}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")

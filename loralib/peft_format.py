@@ -98,7 +98,7 @@ def patterns(sizes: dict[str, tuple[int, float]]) -> dict:
     return {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {name: R for name, (R, _) in sizes.items() if R != r},
+        "rank_pattern": {name: R for name, (R, _) in sizes.items() if r != R},
         "alpha_pattern": {name: a for name, (_, a) in sizes.items() if a != alpha},
     }
 

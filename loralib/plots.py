@@ -29,7 +29,13 @@ def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = No
             parts += [curve.split] if curve.split and (several_splits or not several_methods) else []
             name = ", ".join(parts) + (f" ({curve.seeds} seeds)" if curve.seeds > 1 else "")
             panel.errorbar(
-                curve.ranks, curve.means, curve.errors, marker=MARKERS[i % len(MARKERS)], markersize=4, capsize=2, label=name
+                curve.ranks,
+                curve.means,
+                curve.errors,
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                capsize=2,
+                label=name,
             )
         ranks = sorted({b for curve in own for b in curve.ranks})
         panel.set_xticks(ranks if len(ranks) <= 16 else ranks[:: len(ranks) // 8])
@@ -37,9 +43,12 @@ def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = No
             panel.axvline(selected, color="0.6", linestyle=":", label=f"selected rank {selected}")
         panel.set_xlabel("rank")
         panel.set_ylabel(own[0].metric.replace("_", " "))
-        panel.set_title(task if several_methods else f"{task}: {own[0].method}" if own[0].method else task, fontsize="medium")
+        panel.set_title(
+            task if several_methods else f"{task}: {own[0].method}" if own[0].method else task, fontsize="medium"
+        )
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend(fontsize="small")
     for panel in list(panels):
         panel.set_visible(False)
     # Text stays text in an SVG, and neither format carries the date: the same runs give the same file.

@@ -34,7 +34,9 @@ def read_run(path: str | Path) -> dict:
     directory = Path(path)
     file = directory / "rank_results.json" if directory.is_dir() else directory
     if not file.exists():
-        raise FileNotFoundError(f"{path} holds no rank_results.json; give the output directory of a run with --do_eval.")
+        raise FileNotFoundError(
+            f"{path} holds no rank_results.json; give the output directory of a run with --do_eval."
+        )
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
         results["metric"], results["splits"], results["task"], results["method"]
@@ -105,7 +107,9 @@ def averages(found: list[Curve]) -> list[Curve]:
     return result
 
 
-def choose(results: dict, split: str | None = None, within: float | str = "1se", max_parameters: int | None = None) -> dict:
+def choose(
+    results: dict, split: str | None = None, within: float | str = "1se", max_parameters: int | None = None
+) -> dict:
     """The choice of a rank for a run: see ``report.select_rank``; with the split it speaks of.
 
     ``max_parameters`` leaves only ranks whose adapter is no larger. Raises ValueError if none is left, and

@@ -13,7 +13,8 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import has_length
 
 from .batching import ByLength, GroupedBatches
-from .checkpoint import load_adapter, save_adapter
+from .card import model_card
+from .checkpoint import load_adapter, read_configs, save_adapter, write_text
 from .frozen import freeze_undrawn
 from .gate import check_rank
 from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank
@@ -315,6 +316,20 @@ class DyLoRATrainer(Trainer):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
+
+    def create_model_card(self, *args, **kwargs):
+        """loralib's card (see ``loralib.card``) for an adapter, unless a script has written a fuller one; else Trainer's."""
+        if self.rank_sampler is None:
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and not (Path(self.args.output_dir) / "README.md").exists():
+            self.write_model_card()
+
+    def write_model_card(self, results: dict | None = None) -> None:
+        """Write README.md beside the saved adapter; ``results`` is the content of rank_results.json."""
+        name = getattr(self, "hub_model_id", None) or self.args.output_dir
+        write_text(
+            Path(self.args.output_dir) / "README.md", model_card(*read_configs(self.args.output_dir), results, name)
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.rank_sampler is None:

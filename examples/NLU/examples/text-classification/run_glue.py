@@ -107,6 +107,8 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
         if trainer.is_world_process_zero():
             found = results.assemble(model_args, training_args, task, trainer, splits, argv)
             results.write_results(training_args.output_dir, found, splits)
+            if model_args.apply_lora and training_args.do_train:
+                trainer.write_model_card(found)
             print_table(found)
             say(f"the curve: {training_args.output_dir}/rank_curve.png")
 
