@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p quickstart && cd quickstart
 
 [ -f encoder/model.safetensors ] || "$python" -m transformers_dylora.minilm encoder
-[ -f data/mnli/test_mismatched.jsonl ] || "$python" -m transformers_dylora.toy_mnli data/mnli
+[ -f data/mnli/validation_mismatched.jsonl ] || "$python" -m transformers_dylora.toy_mnli data/mnli
 
 PYTHON=$python bash ../examples/NLU/roberta_base_mnli.sh --model_name_or_path encoder --dataset_dir data \
   --max_seq_length 64 --global_batch_size 32 --per_device_train_batch_size 32 --per_device_eval_batch_size 64 \
@@ -15,9 +15,10 @@ PYTHON=$python bash ../examples/NLU/roberta_base_mnli.sh --model_name_or_path en
 
 cat <<'NEXT'
 
-Done. The table is also in quickstart/mnli/model/rank_results.md, the curve in quickstart/mnli/model/rank_curve.png.
-Next:
-  cd quickstart && bash ../examples/NLU/roberta_base_rte.sh --help      every setting of a run
-  bash examples/NLU/roberta_base_mnli.sh                                the real MNLI recipe: RoBERTa-base, data from the hub
-  bash examples/NLU/roberta_base_cola.sh --dataset_dir DIR              a recipe on local data
+Done: quickstart/mnli/model holds the adapter, the table (rank_results.md) and the curve (rank_curve.png). Next:
+
+  source .venv/bin/activate && cd quickstart
+  dylora select mnli/model                                  # the smallest rank that is as good as the best
+  dylora export mnli/model --rank auto --to adapter         # a PEFT adapter at that rank, with a model card
+  bash ../examples/NLU/roberta_base_mnli.sh --output_dir roberta/model    # the real recipe, with model and data from the hub
 NEXT
