@@ -1,5 +1,6 @@
 """``transformers.Trainer`` that draws ranks in training and measures every rank in evaluation."""
 
+import contextlib
 import inspect
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .gate import check_rank
 from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank
 from .report import aurac
 from .sampling import RankSampler
+from .sharing import share_between_ranks
 
 SAMPLINGS = ("example", "step", "matryoshka", "fixed")
 
@@ -176,7 +178,8 @@ class DyLoRATrainer(Trainer):
     def train(self, *args, **kwargs):
         """As Trainer's; afterwards the model runs at r_max."""
         try:
-            return super().train(*args, **kwargs)
+            with self._first_token_only():
+                return super().train(*args, **kwargs)
         finally:
             if self.rank_sampler is not None:
                 set_rank(self.model, self.rank_sampler.r_max)
@@ -243,6 +246,8 @@ class DyLoRATrainer(Trainer):
         """
         if not self.eval_ranks:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        self._new_batch(inputs)
         outputs, labels = [], None
         for b in self.eval_ranks:
             with use_rank(self.model, b):
@@ -259,11 +264,19 @@ class DyLoRATrainer(Trainer):
         self._eval_order = _length_order(dataloader)
         only = self.task_metrics is None and not self.eval_ranks and description == "Evaluation"
         # A data loader draws a seed from the global generator; training must not depend on when it is evaluated.
-        with torch.random.fork_rng(devices=[]):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(devices=[]))
+            if self.eval_ranks:
+                self._new_batch = stack.enter_context(share_between_ranks(self.model))
+                stack.enter_context(self._first_token_only())
             output = super().evaluation_loop(dataloader, description, only or None, *args, **kwargs)
         return output._replace(
             predictions=self._in_order(output.predictions), label_ids=self._in_order(output.label_ids)
         )
+
+    def _first_token_only(self):
+        """The model's own context in which its last block computes what the classifier reads, if it has one."""
+        return getattr(self.model, "first_token_only", contextlib.nullcontext)()
 
     def _in_order(self, values):
         """Put what was computed from the longest to the shortest example back into the data's order."""

@@ -94,6 +94,7 @@ metrics = t.evaluate()
 logits = t.predict(t.eval_dataset).predictions
 if t.is_world_process_zero():
     Path(sys.argv[4], "out.json").write_text(json.dumps([run, metrics, logits.tolist()]))
+t.end()
 """
 
 

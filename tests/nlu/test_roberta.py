@@ -114,6 +114,29 @@ def test_without_apply_lora_it_is_the_stock_model(roberta_config):
     assert not any(isinstance(m, lora.LoRALayer) for m in RobertaForSequenceClassification(roberta_config).modules())
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_first_token_alone_gives_the_same_logits_and_gradients(pair, attention, padded):
+    _, ours = pair
+    randomise(ours)
+    lora.mark_only_lora_as_trainable(ours)
+    ours.set_attn_implementation(attention)
+    ours.set_rank(torch.tensor([1, 2, 3, 4]))
+    inputs = INPUTS if padded else {"input_ids": IDS.clamp(min=3), "labels": INPUTS["labels"]}
+
+    def run():
+        ours.zero_grad()
+        output = ours(**inputs)
+        output.loss.backward()
+        return [output.logits.detach(), *(p.grad.clone() for p in ours.parameters() if p.grad is not None)]
+
+    whole = run()
+    with ours.first_token_only():
+        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(run(), whole, strict=True))
+        assert ours.roberta(IDS).last_hidden_state.shape[1] == 1
+    assert ours.roberta(IDS).last_hidden_state.shape[1] == 9
+
+
 def test_gradient_checkpointing_with_mixed_ranks(pair):
     _, ours = pair
     randomise(ours)

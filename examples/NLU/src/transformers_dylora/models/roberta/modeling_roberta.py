@@ -9,7 +9,10 @@ Any RoBERTa checkpoint loads: ``RobertaForSequenceClassification.from_pretrained
 logits are the stock model's.
 """
 
+import contextlib
+
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.roberta import modeling_roberta as stock
 
 import loralib as lora
@@ -30,6 +33,25 @@ class RobertaSelfAttention(stock.RobertaSelfAttention):
                 )
                 setattr(self, name, projection)
 
+    def attend_from_first(self, hidden_states, attention_mask=None):
+        """The attention's output for the first token alone: (batch, 1, width), from all tokens' keys and values."""
+        heads = (self.num_attention_heads, self.attention_head_size)
+        query = self.query(hidden_states[:, :1]).unflatten(-1, heads).transpose(1, 2)
+        key, value = (project(hidden_states).unflatten(-1, heads).transpose(1, 2) for project in (self.key, self.value))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, stock.eager_attention_forward
+        )
+        context, _ = attention(
+            self,
+            query,
+            key,
+            value,
+            None if attention_mask is None else attention_mask[:, :, :1],
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        return context.flatten(2)
+
 
 class RobertaAttention(stock.RobertaAttention):
     def __init__(self, config, is_causal=False, layer_idx=None, is_cross_attention=False):
@@ -39,9 +61,17 @@ class RobertaAttention(stock.RobertaAttention):
 
 
 class RobertaLayer(stock.RobertaLayer):
+    first_token_only = False  # set on the last layer by RobertaForSequenceClassification.first_token_only
+
     def __init__(self, config, layer_idx=None):
         super().__init__(config, layer_idx=layer_idx)
         self.attention = RobertaAttention(config, is_causal=config.is_decoder, layer_idx=layer_idx)
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        if not self.first_token_only:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
+        context = self.attention.self.attend_from_first(hidden_states, attention_mask)
+        return self.feed_forward_chunk(self.attention.output(context, hidden_states[:, :1]))
 
 
 class RobertaEncoder(stock.RobertaEncoder):
@@ -81,6 +111,20 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel, stock.RobertaForS
     def get_rank(self):
         """``loralib.get_rank`` of this model."""
         return lora.get_rank(self)
+
+    @contextlib.contextmanager
+    def first_token_only(self):
+        """Within the body the last layer computes the first token's row alone, which is all that the classifier reads.
+
+        The same logits and gradients but for rounding, for less time; hidden states and attentions of the last layer then
+        have one row. Without effect for a decoder and for attention kernels whose mask is not (batch, heads, from, to).
+        """
+        last = self.roberta.encoder.layer[-1]
+        last.first_token_only = not self.config.is_decoder and self.config._attn_implementation in ("sdpa", "eager")
+        try:
+            yield
+        finally:
+            last.first_token_only = False
 
     def get_dimension(self) -> int:
         """r_max."""

@@ -1,0 +1,76 @@
+"""What ranks share is computed once, and nothing changes."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
+
+import loralib as lora
+from loralib.sharing import share_between_ranks
+
+
+def models(roberta_config):
+    torch.manual_seed(0)
+    yield lora.inject(RobertaForSequenceClassification(roberta_config), ["query", "value"], r=4, lora_alpha=8)
+    yield lora.inject(RobertaForSequenceClassification(roberta_config), ["word_embeddings", "dense"], r=4, lora_alpha=8)
+    config = GPT2Config(vocab_size=120, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    yield lora.inject(GPT2LMHeadModel(config), ["c_attn"], r=4, lora_alpha=8)
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_all_ranks_are_as_without_sharing(which, roberta_config):
+    model = list(models(roberta_config))[which].eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter)
+    batches = [
+        {"input_ids": torch.randint(3, 100, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+        for _ in range(2)
+    ]
+    with torch.no_grad():
+        wanted = []
+        for inputs in batches:
+            for b in range(5):
+                with lora.use_rank(model, b):
+                    wanted.append(model(**inputs).logits)
+        found = []
+        with share_between_ranks(model) as new_batch:
+            for inputs in batches:
+                new_batch(inputs)
+                for b in range(5):
+                    with lora.use_rank(model, b):
+                        found.append(model(**inputs).logits)
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+    assert not any("forward" in m.__dict__ or "base" in m.__dict__ for m in model.modules())
+
+
+def test_embeddings_and_the_first_projections_run_once(roberta_config):
+    model = next(models(roberta_config)).eval()
+    layers = [layer.attention.self for layer in model.roberta.encoder.layer]
+    count = {"embeddings": 0, "first key": 0, "second key": 0}
+
+    def counting(name, module):
+        forward = type(module).forward
+
+        def run(*args, **kwargs):
+            count[name] += 1
+            return forward(module, *args, **kwargs)
+
+        module.forward = run
+
+    counting("embeddings", model.roberta.embeddings)
+    counting("first key", layers[0].key)
+    counting("second key", layers[1].key)
+    with torch.no_grad(), share_between_ranks(model) as new_batch:
+        inputs = {"input_ids": torch.randint(3, 100, (3, 6))}
+        new_batch(inputs)
+        for b in range(1, 5):
+            with lora.use_rank(model, b):
+                model(**inputs)
+    assert count == {"embeddings": 1, "first key": 1, "second key": 4}
+
+
+def test_modules_are_put_back_after_an_exception(roberta_config):
+    model = next(models(roberta_config))
+    with pytest.raises(KeyError), share_between_ranks(model):
+        raise KeyError
+    assert not any("forward" in m.__dict__ or "base" in m.__dict__ for m in model.modules())
