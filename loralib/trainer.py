@@ -1,6 +1,7 @@
 """``transformers.Trainer`` that draws ranks in training and measures every rank in evaluation."""
 
 import contextlib
+import gc
 import inspect
 from pathlib import Path
 
@@ -183,6 +184,14 @@ class DyLoRATrainer(Trainer):
         finally:
             if self.rank_sampler is not None:
                 set_rank(self.model, self.rank_sampler.r_max)
+
+    def end(self):
+        """As Trainer's, but the process group's threads end now: the wrapper around the model would keep it alive until
+        the interpreter is torn down, where gloo's threads abort the process now and then."""
+        self.model_wrapped = self.model
+        self.accelerator.free_memory()
+        super().end()
+        gc.collect()
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._micro += 1
