@@ -15,7 +15,12 @@ def base_options(config: dict, facts: dict) -> str:
     """What ``from_pretrained`` of the base model must be told: the number of labels of a classifier."""
     if config.get("task_type") not in ("SEQ_CLS", "TOKEN_CLS"):
         return ""
-    return f", num_labels={max(1, len(facts.get('labels', [])))}"
+    return f", num_labels={num_labels(facts)}"
+
+
+def num_labels(facts: dict) -> int:
+    """The outputs of the head; a regression has no label names and one output."""
+    return facts.get("num_labels") or max(1, len(facts.get("labels", [])))
 
 
 def model_card(config: dict, facts: dict, results: dict | None, name: str, merged: bool = False) -> str:

@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import pickle
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,27 +18,64 @@ from torch import nn
 from . import peft_format
 from .gate import scale
 from .layers import LoRALayer
-from .model import _inside, has_lora, inject, lora_layers, modules_to_save
+from .model import has_lora, inject, is_inside, lora_layers, modules_to_save
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
+STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def write_together(directory: str | os.PathLike, writers: dict) -> None:
+    """Write several files of a directory: {name: function of a temporary path}.
+
+    All are written beside their places and synced, then renamed one right after the other: a failure while writing leaves
+    the old files, all of them.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
+    for name in writers:  # what a killed process left
+        for stale in directory.glob(f".{name}.*.tmp"):
+            stale.unlink(missing_ok=True)
+    try:
+        for name, write in writers.items():
+            write(temporary[name])
+            with open(temporary[name], "rb") as file:
+                os.fsync(file.fileno())
+        for name, file in temporary.items():
+            os.replace(file, directory / name)
+    finally:
+        for file in temporary.values():
+            file.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | os.PathLike, write) -> None:
     """Call ``write(temporary path)`` and rename the result to ``path``: a reader sees the old file or the whole new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_together(Path(path).parent, {Path(path).name: write})
+
+
+def text_writer(text: str):
+    return lambda temporary: temporary.write_text(text, encoding="utf-8")
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomically(path, text_writer(text))
+
+
+def _write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, facts: dict) -> None:
+    """Write the three files. The weights carry rank and strength too: should a kill leave them beside another
+    configuration, ``load_adapter`` goes by theirs."""
+    from safetensors.torch import save_file
+
+    strength = {key: config[key] for key in STRENGTH} | {"scaling": facts["scaling"], "rank": facts["rank"]}
+    metadata = {"format": "pt", "dylora": json.dumps(strength)}
+    write_together(
+        directory,
+        {
+            EXTRA: text_writer(json.dumps(facts, indent=2) + "\n"),
+            CONFIG: text_writer(json.dumps(config, indent=2) + "\n"),
+            WEIGHTS: lambda file: save_file(tensors, file, metadata=metadata),
+        },
+    )
 
 
 # --- saving -------------------------------------------------------------------------------------------
@@ -47,20 +85,24 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     """Write the adapter of ``model``, cut to ``rank`` (default: r_max), and its modules to save into directory ``path``.
 
     The strength of rank ``rank`` is exact under stock PEFT: alpha/b and alpha/r as ``lora_alpha``, alpha/sqrt(b) as
-    ``use_rslora``. ``extra`` goes into ``dylora.json``. Raises ValueError for a rank outside 1..r_max. Every file is
-    written beside its place and renamed: a process killed while saving leaves whole files.
+    ``use_rslora``. ``extra`` goes into ``dylora.json``. Raises ValueError for a rank outside 1..r_max, and if biases
+    were set to train (``mark_only_lora_as_trainable(model, bias=...)``), which the format has no place for. The files are
+    written beside their places and renamed together: a process killed while saving leaves a whole adapter.
     """
-    from safetensors.torch import save_file
-
     layers = lora_layers(model)
     r_max = max(layer.r for _, layer in layers)
     rank = r_max if rank is None else rank
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= r_max:
         raise ValueError(f"rank is {rank!r}; an adapter is saved at a rank from 1 to {r_max}.")
 
+    if getattr(model, "lora_bias", "none") != "none":
+        raise ValueError(
+            f"bias = {model.lora_bias!r} trained biases, which an adapter's files do not hold; save them with "
+            f"torch.save(loralib.lora_state_dict(model, bias={model.lora_bias!r}), path)."
+        )
     tensors, config = peft_format.entries(layers, rank)
     heads = modules_to_save(model)
-    tensors |= {peft_format.PREFIX + key: value for key, value in model.state_dict().items() if _inside(key, heads)}
+    tensors |= {peft_format.PREFIX + key: value for key, value in model.state_dict().items() if is_inside(key, heads)}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     _, first = layers[0]
     config |= {
@@ -77,12 +119,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     facts = {"rank": rank, "r_max": r_max, "lora_alpha": peft_format.tidy(first.lora_alpha), "scaling": first.scaling}
     facts |= {"base_sample": _base_sample(layers)}
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
-    facts |= ({"projections": merged} if merged else {}) | (extra or {})
+    facts |= ({"projections": merged} if merged else {}) | _labels(model) | (extra or {})
+    _write_adapter(path, tensors, config, facts)
 
-    path = Path(path)
-    write_text(path / EXTRA, json.dumps(facts, indent=2) + "\n")
-    write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
-    write_atomically(path / WEIGHTS, lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+
+def _labels(model: nn.Module) -> dict:
+    """How many labels a transformers classifier has, and their names."""
+    config = getattr(model, "config", None)
+    if _task_type(model) not in ("SEQ_CLS", "TOKEN_CLS") or config is None:
+        return {}
+    return {"num_labels": config.num_labels, "labels": [str(config.id2label[i]) for i in range(config.num_labels)]}
 
 
 def _task_type(model: nn.Module) -> str | None:
@@ -110,23 +156,26 @@ def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list
 def _base_sample(layers: list[tuple[str, LoRALayer]]) -> list[float]:
     """16 values of the last adapted layer's W0, by which a file tells its base model from another of the same shape."""
     layer = layers[-1][1]
-    weight = (layer._base_weight or [layer.weight])[0].detach().flatten()
-    return weight[torch.linspace(0, weight.numel() - 1, 16).long().to(weight.device)].float().tolist()
+    return _sample((layer._base_weight or [layer.weight])[0])
 
 
-def cut_adapter(source: str | os.PathLike, target: str | os.PathLike, rank: int) -> dict:
+def _sample(weight: torch.Tensor) -> list[float]:
+    places = [i * (weight.numel() - 1) // 15 for i in range(16)]
+    return weight.detach().flatten()[places].float().tolist()
+
+
+def cut_adapter(source: str | os.PathLike, target: str | os.PathLike, rank: int, extra: dict | None = None) -> dict:
     """Copy an adapter's directory cut to ``rank``, without its base model: what ``save_adapter(..., rank)`` would write.
 
-    Returns the content of the new ``dylora.json``. Raises FileNotFoundError or ValueError; ``target`` is then untouched.
+    ``extra`` is added to ``dylora.json``, whose content is returned. Raises FileNotFoundError or ValueError; ``target`` is
+    then untouched.
     """
-    from safetensors.torch import save_file
-
     source, target = Path(source), Path(target)
     tensors, config = _read_directory(source)
     facts = json.loads((source / EXTRA).read_text(encoding="utf-8")) if (source / EXTRA).exists() else {}
     scaling = config.pop("scaling")
-    config.pop("base_sample")
-    at = facts.get("rank", config["r"])
+    config.pop("base_sample", None)
+    at = config.pop("rank", None) or facts.get("rank", config["r"])
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= at:
         raise ValueError(f"rank is {rank!r}; the adapter in {source} can be cut to 1..{at}.")
     sizes, found = {}, {}
@@ -149,9 +198,8 @@ def cut_adapter(source: str | os.PathLike, target: str | os.PathLike, rank: int)
     config |= peft_format.patterns({name: (R, alpha) for name, (R, alpha, _) in sizes.items()})
     facts |= {"rank": rank, "scaling": scaling}
     facts.setdefault("r_max", at)
-    write_text(target / EXTRA, json.dumps(facts, indent=2) + "\n")
-    write_text(target / CONFIG, json.dumps(config, indent=2) + "\n")
-    write_atomically(target / WEIGHTS, lambda file: save_file(found, file, metadata={"format": "pt"}))
+    facts |= extra or {}
+    _write_adapter(target, found, config, facts)
     return facts
 
 
@@ -180,7 +228,7 @@ def describe_adapter(path: str | os.PathLike) -> dict:
     size = sum(value.numel() for value in factors.values())
     return facts | {
         "base": config.get("base_model_name_or_path"),
-        "rank": facts.get("rank", config["r"]),
+        "rank": config.get("rank") or facts.get("rank", config["r"]),
         "scaling": config["scaling"],
         "lora_alpha": facts.get("lora_alpha", config["lora_alpha"]),
         "target_modules": config.get("target_modules"),
@@ -211,6 +259,14 @@ def load_adapter(
         raise ValueError(f"head is {head!r}; choose 'require' or 'fresh'.")
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give an adapter's directory or a .bin file.")
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path} is one file of an adapter; give its directory, {path.parent}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ValueError(f"rank is {rank!r}; an adapter is loaded at a rank of 1 or more.")
+    if has_lora(model):
+        for name, layer in lora_layers(model):
+            layer.module_name = name
+            layer.check_unmerged()
     tensors, config = _read_directory(path) if path.is_dir() else (_read_bin(path), None)
 
     to_inject = []
@@ -228,8 +284,18 @@ def load_adapter(
 
     plan = _adapter_plan(skeleton, tensors, config, path, rank)
     head_plan, fresh = _head_plan(skeleton, tensors, path, head)
-    if config is not None and not to_inject:
-        _check_base(lora_layers(model), config, path)
+    if config is not None:
+        heads = modules_to_save(skeleton)
+        for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
+            if not is_inside(key, heads):
+                raise ValueError(
+                    f"{path} holds {key!r}, trained beside the adapter, and the model does not take it; name its module in "
+                    f"modules_to_save (biases cannot be loaded)."
+                )
+        layers = lora_layers(skeleton)
+        if not to_inject:
+            _check_strength(layers, config, path)
+        _check_base(model.get_submodule(layers[-1][0]), config, path)
 
     for options in to_inject:
         inject(model, **_cut(options, rank))
@@ -241,7 +307,7 @@ def load_adapter(
 
 
 def _read_directory(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    from safetensors import SafetensorError
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     if not (path / CONFIG).exists():
@@ -266,6 +332,8 @@ def _read_directory(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
             return _read_bin(older), config
         raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
     try:
+        with safe_open(file, "pt") as opened:
+            config |= json.loads((opened.metadata() or {}).get("dylora", "{}"))
         return load_file(file), config
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged ({error}); save the adapter anew or fetch it again.") from None
@@ -322,7 +390,7 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
         raise ValueError(f"{path} holds no LoRA factors.")
     heads = config.get("modules_to_save")
     if heads is not None:  # PEFT lists the usual names of heads, whether the model has them or not
-        heads = [head for head in heads if any(_inside(name, [head]) for name in modules)]
+        heads = [head for head in heads if any(is_inside(name, [head]) for name in modules)]
     return [
         {"target_modules": names, "r": r, "lora_alpha": alpha, "scaling": config["scaling"], "modules_to_save": heads}
         for (r, alpha), names in groups.items()
@@ -330,10 +398,10 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
 
 
 def _rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
-    """A layer's rank and alpha in PEFT's configuration, whose patterns are endings of names."""
+    """A layer's rank and alpha in PEFT's configuration, whose patterns are regular expressions for endings of names."""
     found = []
     for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        own = (value for ending, value in (config.get(pattern) or {}).items() if f".{name}".endswith(f".{ending}"))
+        own = (v for key, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", name))
         found.append(next(own, config[default]))
     return found[0], found[1]
 
@@ -377,8 +445,8 @@ def _adapter_plan(
     return plan
 
 
-def _check_base(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -> None:
-    """Raise ValueError if the file was trained at another strength, or on other base weights (to bf16's precision)."""
+def _check_strength(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -> None:
+    """Raise ValueError if the file was trained at another strength than the model's layers have."""
     name, layer = layers[0]
     if config["scaling"] != layer.scaling:
         raise ValueError(
@@ -391,8 +459,12 @@ def _check_base(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -
         alpha *= whole["r"] / r
     if abs(alpha - own) > 1e-6 * own:
         raise ValueError(f"{path} was trained with lora_alpha = {alpha:g}, the model has {own:g}; use the file's.")
+
+
+def _check_base(layer: nn.Module, config: dict, path: Path) -> None:
+    """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
     sample = config.get("base_sample")
-    if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_base_sample(layers)), rtol=0.02, atol=1e-4):
+    if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
         raise ValueError(
             f"{path} was trained on other base weights ({config.get('base_model_name_or_path')}); load that model first."
         )
@@ -403,7 +475,7 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
     plan, fresh = {}, []
     state = model.state_dict()
     for module in modules_to_save(model):
-        own = {key: value for key, value in state.items() if _inside(key, [module])}
+        own = {key: value for key, value in state.items() if is_inside(key, [module])}
         found = {key: tensors.get(peft_format.PREFIX + key, tensors.get(key)) for key in own}
         wrong = [key for key in own if found[key] is None or found[key].shape != own[key].shape]
         if not wrong:

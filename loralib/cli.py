@@ -8,6 +8,7 @@ dylora inspect DIR                  what an adapter's directory holds
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -21,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args) or 0
+    except ImportError as error:
+        print(f"dylora: {error.name} is not installed; this command needs pip install 'dylora[nlu]'", file=sys.stderr)
+        return 2
     except (ValueError, OSError) as error:
         message = (
             str(error)
@@ -105,7 +109,7 @@ def _report(args) -> None:
     from .page import page
     from .plots import plot_curves
     from .report import print_table, to_csv, to_markdown
-    from .runs import averages, curves, read_run
+    from .runs import averages, curves, read_run, runs_to_csv
 
     runs = [read_run(path) for path in args.runs]
     found = curves(runs)
@@ -121,20 +125,7 @@ def _report(args) -> None:
     if one:
         table = to_csv(runs[0])
     else:
-        lines = ["run,task,method,seed,split,rank,metric,score"]
-        for results in runs:
-            for split, rows in results["splits"].items():
-                start = [
-                    results["directory"],
-                    results["task"],
-                    f'"{results["method"]}"',
-                    str(results.get("seed")),
-                    split,
-                ]
-                lines += [
-                    ",".join([*start, str(row["rank"]), results["metric"], str(row[results["metric"]])]) for row in rows
-                ]
-        table = "\n".join(lines) + "\n"
+        table = runs_to_csv(runs)
         markdown = _summary_markdown(found) + "\n" + markdown
     write_text(to / "rank_results.md", markdown)
     write_text(to / "rank_results.csv", table)
@@ -223,12 +214,15 @@ def _rank_of(args) -> tuple[int, dict | None]:
     return chosen["rank"], results | {"selected_rank": chosen}
 
 
-def _free(directory: str, marker: str) -> Path:
-    """``directory`` if writing there loses nothing but an earlier export of the same kind."""
-    path = Path(directory)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists())):
-        raise ValueError(f"--to {directory} holds other files; give a new or empty directory.")
-    return path
+def _free(directory: str, made_by: str) -> Path:
+    """``directory`` if writing there loses nothing but what the same command wrote before."""
+    path = Path(directory).resolve()
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return path
+    own = path / "dylora.json"
+    if own.is_file() and json.loads(own.read_text(encoding="utf-8")).get("made_by") == made_by:
+        return path
+    raise ValueError(f"--to {directory} holds other files; give a new or empty directory.")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -241,25 +235,25 @@ def _export(args) -> None:
     from .card import model_card
     from .checkpoint import cut_adapter, read_configs, write_text
 
-    source, target = Path(args.run_directory), _free(args.to, "dylora.json")
-    if target.resolve() == source.resolve():
-        raise ValueError(f"--to {args.to} is the run itself; give another directory.")
+    source, target = Path(args.run_directory), _free(args.to, "dylora export")
+    if target == source.resolve():
+        raise ValueError(f"--to {args.to} is the adapter itself; give another directory.")
     rank, results = _rank_of(args)
-    cut_adapter(source, target, rank)
+    cut_adapter(source, target, rank, extra={"made_by": "dylora export"})
     _copy_tokenizer(source, target)
     config, facts = read_configs(target)
     write_text(target / "README.md", model_card(config, facts, results, args.to))
-    print(f"written to {target}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
+    print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
 
 
 def _merge(args) -> None:
     import transformers
 
-    from .card import AUTO, model_card
+    from .card import AUTO, model_card, num_labels
     from .checkpoint import cut_adapter, load_adapter, read_configs, write_text
     from .model import merge
 
-    source, target = Path(args.run_directory), _free(args.to, "config.json")
+    source, target = Path(args.run_directory), _free(args.to, "dylora merge")
     rank, results = _rank_of(args)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no directory; give a run or an adapter's directory.")
@@ -273,11 +267,9 @@ def _merge(args) -> None:
             raise ValueError(
                 f"{source} does not say which kind of model it is for; merge it in Python with loralib.merge."
             )
-        options = (
-            {"num_labels": max(1, len(facts.get("labels", [])))}
-            if config["task_type"] in ("SEQ_CLS", "TOKEN_CLS")
-            else {}
-        )
+        options = {}
+        if config["task_type"] in ("SEQ_CLS", "TOKEN_CLS"):  # the base may carry a head of its own, of another size
+            options = {"num_labels": num_labels(facts), "ignore_mismatched_sizes": True}
         transformers.utils.logging.set_verbosity_error()
         try:
             model = getattr(transformers, auto).from_pretrained(base, **options)
@@ -292,9 +284,10 @@ def _merge(args) -> None:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     merge(model, inplace=True).save_pretrained(target)
+    write_text(target / "dylora.json", json.dumps(facts | {"made_by": "dylora merge"}, indent=2) + "\n")
     _copy_tokenizer(source, target)
     write_text(target / "README.md", model_card(config, facts, results, args.to, merged=True))
-    print(f"written to {target}: {base} with the adapter at rank {rank} merged in")
+    print(f"written to {args.to}: {base} with the adapter at rank {rank} merged in")
 
 
 def _inspect(args) -> None:

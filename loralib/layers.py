@@ -114,7 +114,7 @@ class LoRALayer(nn.Module):
         rank = check_rank(rank, self.r)
         gate = None
         if isinstance(rank, torch.Tensor):
-            gate = rank_gate(rank.to(self.weight.device), self.r, self.lora_alpha, self.scaling, self.weight.dtype)
+            gate = rank_gate(rank.to(self.weight.device), self.r, self.lora_alpha, self.scaling, self.gate_dtype())
         self._set_state(rank, gate, frozen)
 
     def set_gate(self, gate: torch.Tensor) -> None:
@@ -125,7 +125,11 @@ class LoRALayer(nn.Module):
             )
         if gate.ndim not in (1, 2) or gate.shape[-1] != self.r or not len(gate):
             raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({self.r},) or (batch, {self.r}).")
-        self._set_state(None, gate.to(self.weight), False)
+        self._set_state(None, gate.to(self.weight.device, self.gate_dtype()), False)
+
+    def gate_dtype(self) -> torch.dtype:
+        """A gate is never rounded below fp32: its values are strengths, which an int rank applies exactly."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
 
     def _set_state(self, rank, gate, frozen) -> None:
         self.check_unmerged()
@@ -247,8 +251,9 @@ def gated(z: torch.Tensor, gate) -> torch.Tensor:
     """z (batch, ..., components) times a float, (components,) or (batch, components)."""
     if not isinstance(gate, torch.Tensor):
         return z * gate
-    gate = gate.to(z.dtype)
-    return z * (gate if gate.ndim == 1 else gate.view(gate.shape[0], *[1] * (z.ndim - 2), gate.shape[1]))
+    if gate.ndim == 2:
+        gate = gate.view(gate.shape[0], *[1] * (z.ndim - 2), gate.shape[1])
+    return (z * gate).to(z.dtype)
 
 
 class Linear(LoRALayer, nn.Linear):
@@ -290,7 +295,7 @@ class Linear(LoRALayer, nn.Linear):
         return F.linear(gated(F.linear(x, A), gate), B)
 
     def delta(self, A, B, gate):
-        delta = (B * gate) @ A
+        delta = (B * gate).to(B.dtype) @ A
         return delta.T if self.fan_in_fan_out else delta
 
     def new_plain(self):
@@ -346,16 +351,14 @@ class MergedLinear(Linear):
 
     def update(self, x, A, B, gate):
         B = B.unflatten(0, (self.projections, self.out_features // len(self.enable_lora)))
-        z = F.linear(x, A).unflatten(-1, (self.projections, B.shape[-1]))
-        if isinstance(gate, torch.Tensor) and gate.ndim == 2:
-            gate = gate.to(z.dtype).view(gate.shape[0], *[1] * (z.ndim - 2), gate.shape[1])
-        h = torch.einsum("...gb,gob->...go", z * gate, B.to(z.dtype))
+        z = gated(F.linear(x, A).unflatten(-1, (self.projections, B.shape[-1])), gate)
+        h = torch.einsum("...gb,gob->...go", z, B.to(z.dtype))
         return self.spread(h.flatten(-2), -1)
 
     def delta(self, A, B, gate):
         A = A.unflatten(0, (self.projections, B.shape[-1]))
-        B = B.unflatten(0, (self.projections, self.out_features // len(self.enable_lora))) * gate
-        delta = self.spread((B @ A).flatten(0, 1), 0)
+        B = B.unflatten(0, (self.projections, self.out_features // len(self.enable_lora)))
+        delta = self.spread(((B * gate).to(A.dtype) @ A).flatten(0, 1), 0)
         return delta.T if self.fan_in_fan_out else delta
 
 
@@ -391,7 +394,7 @@ class Embedding(LoRALayer, nn.Embedding):
         return F.linear(gated(F.embedding(x, A.T, self.padding_idx), gate), B)
 
     def delta(self, A, B, gate):
-        return ((B * gate) @ A).T
+        return ((B * gate).to(B.dtype) @ A).T
 
     def new_plain(self):
         options = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
@@ -439,10 +442,10 @@ class _Conv(LoRALayer):
 
     def delta(self, A, B, gate):
         if isinstance(gate, torch.Tensor):
-            gate = gate.to(B.dtype).repeat_interleave(self.rows, -1)
+            gate = gate.repeat_interleave(self.rows, -1)
             if gate.ndim == 2:
                 gate = gate[:, None]
-        delta = (B * gate) @ A
+        delta = (B * gate).to(B.dtype) @ A
         return delta.view(*delta.shape[:-2], *self.weight.shape)
 
     def new_plain(self):

@@ -64,13 +64,17 @@ def _adapted(base: nn.Module, **lora) -> LoRALayer | None:
         layer.bias = base.bias
     layer.base_type = type(base)
     layer.add_adapter()
-    layer._rank = layer.r
     return layer.train(base.training)
 
 
 def _matches(name: str, targets) -> bool:
     if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None or name.endswith("." + targets)
+        try:
+            return re.fullmatch(targets, name) is not None or name.endswith("." + targets)
+        except re.error as error:
+            raise ValueError(
+                f"target_modules = {targets!r} is no regular expression ({error}); give one, or a list of names."
+            ) from None
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
@@ -86,8 +90,8 @@ def inject(
     """Replace the matching layers of ``model`` in place by loralib's and return the model.
 
     Handles nn.Linear, nn.Embedding, nn.Conv2d and Hugging Face's Conv1D; the new layers share the old ones'
-    parameters, which are frozen. As in PEFT a list gives names or endings of names, a string a regular expression
-    for the whole name (or one ending).
+    parameters, and their weights are frozen (``mark_only_lora_as_trainable`` freezes the rest of the model). As in PEFT
+    a list gives names or endings of names, a string a regular expression for the whole name (or one ending).
 
     Args:
         modules_to_save: names of modules that train in full and are saved with the adapter. Default: the head of a
@@ -97,7 +101,7 @@ def inject(
     """
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         raise ValueError(f"r is {r!r}; inject needs a maximum rank of 1 or more.")
-    heads = _default_head(model) if modules_to_save is None else list(modules_to_save)
+    heads = default_head(model) if modules_to_save is None else list(modules_to_save)
     modules = dict(model.named_modules())
     for head in heads:
         if not any(_matches(name, [head]) for name in modules):
@@ -105,7 +109,7 @@ def inject(
     lora = dict(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, scaling=scaling)
     replaced, candidates = 0, set()
     for name, module in modules.items():
-        if not name or isinstance(module, LoRALayer) or _inside(name, heads):
+        if not name or isinstance(module, LoRALayer) or is_inside(name, heads):
             continue
         if not _matches(name, target_modules):
             if type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) or _is_conv1d(module):
@@ -125,7 +129,7 @@ def inject(
     return model
 
 
-def _default_head(model: nn.Module) -> list[str]:
+def default_head(model: nn.Module) -> list[str]:
     """The direct children of a transformers classifier that are not its base model."""
     if not any(_CLASSIFIER.search(cls.__name__) for cls in type(model).__mro__):
         return []
@@ -135,10 +139,10 @@ def _default_head(model: nn.Module) -> list[str]:
 
 def modules_to_save(model: nn.Module) -> list[str]:
     """The modules that train in full beside the adapter: what ``inject`` was told, else a classifier's head."""
-    return getattr(model, "lora_modules_to_save", _default_head(model))
+    return getattr(model, "lora_modules_to_save", default_head(model))
 
 
-def _inside(name: str, heads: list[str]) -> bool:
+def is_inside(name: str, heads: list[str]) -> bool:
     """Whether a module or parameter name is one of ``heads`` or within it."""
     return any(f".{head}." in f".{name}." for head in heads)
 
@@ -165,7 +169,7 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
         if isinstance(rank, int):
             states.append((min(rank, layer.r), None))
             continue
-        key = (layer.r, layer.lora_alpha, layer.scaling, layer.weight.dtype, layer.weight.device)
+        key = (layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype(), layer.weight.device)
         if key not in gates:
             ranks = rank.clamp(max=layer.r).to(layer.weight.device)
             gates[key] = ranks, rank_gate(ranks, *key[:4])
@@ -189,9 +193,11 @@ def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
 
 def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> None:
     """Train all ``ranks`` (default: 1..r_max) at once through one fixed gate: see ``loralib.matryoshka_gate``."""
+    r_max = max_rank(model)
+    ranks = [check_rank(b, r_max) for b in (range(1, r_max + 1) if ranks is None else ranks)]
     for name, layer in lora_layers(model):
         layer.module_name = name
-        own = None if ranks is None else [min(b, layer.r) for b in ranks]
+        own = [min(b, layer.r) for b in ranks]
         layer.set_gate(matryoshka_gate(layer.r, layer.lora_alpha, layer.scaling, own, reduce))
 
 
@@ -231,13 +237,14 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     ``bias``: "none", "all" (train every bias) or "lora_only" (the biases of the adapted layers).
     """
     _check_bias(bias)
+    model.lora_bias = bias
     heads = modules_to_save(model)
     adapted = {f"{name}.bias" for name, _ in lora_layers(model)}
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         parameter.requires_grad = (
             leaf in ("lora_A", "lora_B")
-            or _inside(name, heads)
+            or is_inside(name, heads)
             or (bias == "all" and leaf == "bias")
             or (bias == "lora_only" and name in adapted)
         )

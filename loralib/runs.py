@@ -1,5 +1,7 @@
 """Runs on disk, put together: seeds of one method become a curve with error bars, tasks become a GLUE-style average."""
 
+import csv
+import io
 import json
 import math
 from collections import defaultdict
@@ -10,6 +12,8 @@ import numpy as np
 
 from .report import bootstrap, select_rank
 from .scores import decide, score
+
+SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_rank")
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,41 @@ def scores_of(results: dict, split: str) -> tuple[list[int], list[float]]:
 
 
 def curves(runs: list[dict]) -> list[Curve]:
-    """One curve for each task, split and method; runs that differ in nothing but the seed are averaged."""
+    """One curve for each task, split, method and setting; runs that differ in nothing but the seed are averaged."""
     groups = defaultdict(list)
-    for results in runs:
+    for results in {
+        Path(results["directory"]).resolve() if "directory" in results else id(results): results for results in runs
+    }.values():
         for split in results["splits"]:
             ranks, values = scores_of(results, split)
-            groups[results["task"], split, label(results), results["metric"], tuple(ranks)].append(values)
+            settings = tuple((name, results.get(name)) for name in SETTINGS)
+            groups[results["task"], split, label(results), results["metric"], tuple(ranks), settings].append(values)
     found = []
-    for (task, split, method, metric, ranks), values in groups.items():
+    settings_of = defaultdict(list)
+    for task, split, method, *_, settings in groups:
+        settings_of[task, split, method].append(dict(settings))
+    for (task, split, method, metric, ranks, settings), values in groups.items():
+        # Methods of one name that differ in a setting are told apart by it.
+        rivals = settings_of[task, split, method]
+        differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({str(s[n]) for s in rivals}) > 1]
+        method = ", ".join([method, *differing])
         values = 100 * np.array(values)
         n = len(values)
         errors = tuple((values.std(0, ddof=1) / math.sqrt(n)).tolist()) if n > 1 else None
         found.append(Curve(task, split, method, metric, ranks, tuple(values.mean(0).tolist()), errors, n))
     return found
+
+
+def runs_to_csv(runs: list[dict]) -> str:
+    """One line for each run, split and rank: the main score, 0-1."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "task", "method", "seed", "split", "rank", "metric", "score"])
+    for results in runs:
+        start = [results["directory"], results["task"], label(results), results.get("seed")]
+        for split, rows in results["splits"].items():
+            writer.writerows([*start, split, row["rank"], results["metric"], row[results["metric"]]] for row in rows)
+    return text.getvalue()
 
 
 def averages(found: list[Curve]) -> list[Curve]:

@@ -26,28 +26,46 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[[dict], None]]:
                 with use_rank(model, b):
                     model(**inputs)
     """
-    untouched: dict[int, torch.Tensor] = {}  # tensors that are the same at every rank, by id (and so kept alive)
+    # Tensors that are the same at every rank, by id (and so kept alive), with their version: one that was edited in
+    # place since is no longer what it was.
+    untouched: dict[int, tuple[torch.Tensor, int]] = {}
     kept: dict[tuple, torch.Tensor] = {}
+
+    def is_untouched(tensor: torch.Tensor) -> bool:
+        return not tensor.is_inference() and id(tensor) in untouched and untouched[id(tensor)][1] == tensor._version
+
+    def trust(tensor: torch.Tensor) -> None:
+        untouched[id(tensor)] = tensor, -1 if tensor.is_inference() else tensor._version
 
     def once(module: nn.Module, compute):
         def run(*args, **kwargs):
-            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            if not tensors or any(id(tensor) not in untouched for tensor in tensors):
+            values = (*args, *kwargs.values())
+            tensors = [value for value in values if isinstance(value, torch.Tensor)]
+            simple = all(isinstance(value, (torch.Tensor, bool, int, float, str, type(None))) for value in values)
+            if not tensors or not simple or not all(map(is_untouched, tensors)):
                 return compute(*args, **kwargs)
-            key = (id(module), *map(id, args), *((name, id(value)) for name, value in kwargs.items()))
-            if key not in kept:
+            key = (
+                id(module),
+                len(args),
+                *kwargs,
+                *(id(v) if isinstance(v, torch.Tensor) else (type(v), v) for v in values),
+            )
+            output = kept.get(key)
+            if output is None or not is_untouched(output):
                 output = compute(*args, **kwargs)
-                if not isinstance(output, torch.Tensor):
-                    return output
-                kept[key] = untouched[id(output)] = output
-            return kept[key]
+                if isinstance(output, torch.Tensor):
+                    kept[key] = output
+                    trust(output)
+            return output
 
         return run
 
     def new_batch(inputs: dict) -> None:
         kept.clear()
         untouched.clear()
-        untouched.update((id(value), value) for value in inputs.values() if isinstance(value, torch.Tensor))
+        for value in inputs.values():
+            if isinstance(value, torch.Tensor):
+                trust(value)
 
     replaced = []
 
@@ -76,3 +94,5 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[[dict], None]]:
                 delattr(module, name)
             else:
                 setattr(module, name, before)
+        kept.clear()
+        untouched.clear()

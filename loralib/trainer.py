@@ -96,7 +96,8 @@ class DyLoRATrainer(Trainer):
         self.task_metrics, self.compute_metrics = self.compute_metrics, self._metrics_of_all_ranks
         self._batches: GroupedBatches | None = None
         self._iterator, self._update, self._micro, self._micro_batches = None, 0, 0, 1
-        self._eval_order, self._loss_only = None, False
+        self._eval_order, self._loss_only, self._new_batch = None, False, lambda inputs: None
+        self._frozen_by = None  # the optimizer that freeze_undrawn watches
 
     # --- batches --------------------------------------------------------------------------------------
 
@@ -163,6 +164,15 @@ class DyLoRATrainer(Trainer):
         if eval_dataset is None or not has_length(eval_dataset):
             return None
         return ByLength(self._lengths(eval_dataset))
+
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """Trainer's; but --dataloader_drop_last, which is about training, drops nothing that is to be measured."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         if epoch_iterator is not self._iterator:
@@ -240,10 +250,10 @@ class DyLoRATrainer(Trainer):
         return len(places) * self.args.world_size / size
 
     def create_optimizer(self, *args, **kwargs):
-        new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
-        if new and self.frozen and self.rank_sampler is not None:
-            freeze_undrawn(self.optimizer, self.model)
+        if self.frozen and self._frozen_by is not optimizer:
+            freeze_undrawn(optimizer, self.model)
+            self._frozen_by = optimizer
         return optimizer
 
     # --- evaluation -----------------------------------------------------------------------------------
@@ -262,6 +272,11 @@ class DyLoRATrainer(Trainer):
             with use_rank(self.model, b):
                 loss, logits, labels = super().prediction_step(model, inputs, self._loss_only, ignore_keys)
             outputs.append(loss.expand(_batch_size(inputs)) if self._loss_only else _first(logits))
+            if outputs[-1].ndim > 2:
+                raise ValueError(
+                    f"The logits have shape {tuple(outputs[-1].shape)}; ranks are scored on one prediction an example, "
+                    f"(batch, classes). Leave out compute_metrics to have every rank's loss."
+                )
         if self._loss_only:
             labels = torch.zeros(_batch_size(inputs), device=outputs[0].device)
         return None, torch.stack(outputs, dim=1), labels
@@ -276,6 +291,7 @@ class DyLoRATrainer(Trainer):
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.random.fork_rng(devices=[]))
             if self.eval_ranks:
+                stack.callback(setattr, self, "_new_batch", self._new_batch)
                 self._new_batch = stack.enter_context(share_between_ranks(self.model))
                 stack.enter_context(self._first_token_only())
             output = super().evaluation_loop(dataloader, description, only or None, *args, **kwargs)

@@ -1,18 +1,18 @@
 # Sourced by the other scripts: makes .venv at the repository's root if it is missing, installs what "$1" (an extra of
 # pyproject.toml: nlu or test) needs at the versions of constraints.txt, and sets $python. PYTHON: the interpreter that
-# makes the environment (default python3, 3.10 or newer).
+# makes the environment (default python3, 3.11 or newer).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv="$root/.venv"
 python="$venv/bin/python"
 
-if [ ! -x "$python" ]; then
+if ! "$python" -m pip --version >/dev/null 2>&1; then
   maker=${PYTHON:-python3}
-  "$maker" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
-    echo "This needs Python 3.10 or newer, and '$maker' is not; name one: PYTHON=/path/to/python3 bash $0" >&2
+  "$maker" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+    echo "This needs Python 3.11 or newer, and '$maker' is not; name one: PYTHON=/path/to/python3 bash $0" >&2
     exit 1
   }
-  "$maker" -m venv "$venv"
+  "$maker" -m venv --clear "$venv" # --clear: one that failed half-way does not count
 fi
 
 # Installed once for these two files; again when they change.

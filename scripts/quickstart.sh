@@ -6,12 +6,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/env.sh nlu
 mkdir -p quickstart && cd quickstart
 
-[ -f encoder/model.safetensors ] || "$python" -m transformers_dylora.minilm encoder
-[ -f data/mnli/validation_mismatched.jsonl ] || "$python" -m transformers_dylora.toy_mnli data/mnli
+[ -f encoder/tokenizer_config.json ] || "$python" -m transformers_dylora.minilm encoder
+[ -f data/mnli/test_mismatched.jsonl ] || "$python" -m transformers_dylora.toy_mnli data/mnli
 
 PYTHON=$python bash ../examples/NLU/roberta_base_mnli.sh --model_name_or_path encoder --dataset_dir data \
-  --max_seq_length 64 --global_batch_size 32 --per_device_train_batch_size 32 --per_device_eval_batch_size 64 \
-  --learning_rate 2e-3 --num_train_epochs 4 --logging_steps 50 --do_predict "$@"
+  --max_seq_length 64 --global_batch_size 32 --per_device_eval_batch_size 64 --group_by_length false \
+  --learning_rate 2e-3 --num_train_epochs 5 --logging_steps 50 --do_predict "$@"
 
 cat <<'NEXT'
 

@@ -20,6 +20,22 @@ if [ -z "${NPROC:-}" ]; then
   fi
   [ "$NPROC" -ge 1 ] || NPROC=1
 fi
+# As many examples at once as the batch allows and the global batch divides by, unless the user says how many.
+chosen() { # chosen FLAG DEFAULT: the last value that the user gave FLAG, else DEFAULT
+  local value=$2 previous=
+  for argument in "${arguments[@]}"; do
+    [ "$previous" = "$1" ] && value=$argument
+    [[ "$argument" == "$1="* ]] && value=${argument#*=}
+    previous=$argument
+  done
+  printf '%s' "$value"
+}
+arguments=("$@" "")
+global_batch=$(chosen --global_batch_size "$global_batch")
+if [ -z "$(chosen --per_device_train_batch_size "")" ]; then
+  while [ "$batch" -gt 1 ] && [ $((global_batch % (batch * NPROC))) -ne 0 ]; do batch=$((batch - 1)); done
+fi
+
 launch=("$python")
 [ "$NPROC" -eq 1 ] || launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
 

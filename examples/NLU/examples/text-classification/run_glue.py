@@ -8,8 +8,10 @@ The recipes two folders up (roberta_base_rte.sh, ...) hold the settings of each 
 ``run``; its parts are in ``transformers_dylora``.
 """
 
+import json
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers fork
 
@@ -22,7 +24,7 @@ from transformers_dylora.arguments import parse
 from transformers_dylora.data import glue_task, load_files, load_glue, padding_share, tokenize
 from transformers_dylora.errors import UsageError
 from transformers_dylora.modeling import load_model, load_tokenizer
-from transformers_dylora.output_dir import clear_checkpoints, resume_point
+from transformers_dylora.output_dir import clear_run, resume_point
 
 from loralib.report import print_table
 from loralib.trainer import DyLoRATrainer
@@ -51,7 +53,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
 
     # The data: raw splits, then tokens. Process 0 tokenises, the others read its cache.
     with training_args.main_process_first(desc="loading and tokenising the data"):
-        task, raw = load_data(data_args, model_args)
+        task, raw = load_data(data_args, model_args, training_args)
         tokenizer = load_tokenizer(model_args)
         data = {
             kind: tokenized(kind, raw, task, tokenizer, data_args) if getattr(training_args, flag.strip("-")) else {}
@@ -67,7 +69,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
     if note:
         say(note)
     to_multiple = 8 if (training_args.fp16 or training_args.bf16) and not training_args.use_cpu else None
-    trainer = DyLoRATrainer(
+    trainer = new_trainer(
         model=model,
         args=training_args,
         train_dataset=data["train"].get("train"),
@@ -91,7 +93,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
 
     if training_args.do_train:
         if training_args.overwrite_output_dir and not checkpoint and training_args.should_save:
-            clear_checkpoints(training_args)
+            clear_run(training_args)
         trained = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_model()
         trainer.save_state()
@@ -124,12 +126,13 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
     return found
 
 
-def load_data(data_args, model_args):
+def load_data(data_args, model_args, training_args):
     """The task and its raw splits."""
     if data_args.task_name:
         task = glue_task(data_args.task_name)
         return task, load_glue(task, data_args.dataset_dir, model_args.cache_dir)
-    return load_files({kind: getattr(data_args, f"{kind}_file") for kind in FLAGS}, model_args.cache_dir)
+    files = {kind: getattr(data_args, f"{kind}_file") for kind in FLAGS}
+    return load_files(files, model_args.cache_dir, () if training_args.do_train else labels_of(model_args.lora_path))
 
 
 def tokenized(kind: str, raw, task, tokenizer, data_args) -> dict:
@@ -154,6 +157,28 @@ def tokenized(kind: str, raw, task, tokenizer, data_args) -> dict:
             data_args.overwrite_cache,
         )
     return found
+
+
+def new_trainer(**options) -> DyLoRATrainer:
+    """The trainer; settings that contradict each other are the user's mistake."""
+    try:
+        trainer = DyLoRATrainer(**options)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    best, args, task = trainer.args.metric_for_best_model, trainer.args, options["compute_metrics"].task
+    if best is not None and (args.load_best_model_at_end or args.save_strategy == "best"):
+        names = [*task.metrics, *(["combined_score"] if len(task.metrics) > 1 else [])]
+        prefixes = [*(f"r{b}_" for b in trainer.eval_ranks), "mean_", "aurac_"] if trainer.eval_ranks else [""]
+        known = ["loss", *(f"r{b}_loss" for b in trainer.eval_ranks), *(p + name for p in prefixes for name in names)]
+        if best.removeprefix("eval_") not in known:
+            raise UsageError(f"--metric_for_best_model is {best!r}; choose one of {', '.join(known)}.")
+    return trainer
+
+
+def labels_of(lora_path: str | None) -> tuple[str, ...]:
+    """The label names that an adapter's directory knows."""
+    file = Path(lora_path or "") / "dylora.json"
+    return tuple(json.loads(file.read_text(encoding="utf-8")).get("labels", ())) if lora_path and file.exists() else ()
 
 
 def metrics_of(task):

@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from loralib.gate import SCALINGS
-
 from .errors import UsageError
 
 
@@ -134,7 +132,6 @@ class ModelArguments:
         if self.lora_frozen and self.rank_sampling not in ("example", "step"):
             raise UsageError(f"--lora_frozen needs drawn ranks; --rank_sampling {self.rank_sampling} draws none.")
         self.measured_ranks()
-        assert self.lora_scaling in SCALINGS
 
     def measured_ranks(self) -> list[int]:
         """The ranks of --eval_ranks, in order. Raises UsageError for what is no rank."""
@@ -171,7 +168,8 @@ class GlueTrainingArguments(TrainingArguments):
         if self.warmup_ratio is not None:
             if not 0 <= self.warmup_ratio < 1:
                 raise UsageError(f"--warmup_ratio is {self.warmup_ratio}; give a share from 0 to below 1.")
-            self.warmup_steps = self.warmup_ratio
+            if not self.warmup_steps:  # a recipe's ratio gives way to the user's steps
+                self.warmup_steps = self.warmup_ratio
         if self.no_cuda or not torch.accelerator.is_available():
             self.use_cpu = True  # --bf16 and the gloo backend ask for this word where there is no accelerator
         if not self.save_safetensors:

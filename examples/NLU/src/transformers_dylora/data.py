@@ -72,6 +72,12 @@ def _checked(split: datasets.Dataset, task: Task, where: str, labelled: bool) ->
         )
     if not len(split):
         raise UsageError(f"{where} is empty; it needs at least one example.")
+    for column in task.columns:
+        bad = next((i for i, text in enumerate(split[column]) if not isinstance(text, str)), None)
+        if bad is not None:
+            raise UsageError(
+                f"{where} has {split[column][bad]!r} for {column} in example {bad}; every example needs text there."
+            )
     if "label" not in split.column_names:
         return split
     labels = split["label"]
@@ -94,11 +100,14 @@ def _checked(split: datasets.Dataset, task: Task, where: str, labelled: bool) ->
     return split
 
 
-def load_files(files: dict[str, str | None], cache_dir: str | None = None) -> tuple[Task, datasets.DatasetDict]:
+def load_files(
+    files: dict[str, str | None], cache_dir: str | None = None, labels: tuple[str, ...] = ()
+) -> tuple[Task, datasets.DatasetDict]:
     """One's own data: the task it makes (columns, labels) and its splits. Raises UsageError.
 
     The text columns are sentence1 and sentence2 if both are there, else the first one or two others. A label of floats
-    is a regression.
+    is a regression. ``labels`` are those of an adapter to evaluate, which its head knows in this order; else they are the
+    sorted ones of the data.
     """
     splits = datasets.DatasetDict()
     for name, file in files.items():
@@ -107,17 +116,23 @@ def load_files(files: dict[str, str | None], cache_dir: str | None = None) -> tu
                 raise UsageError(f"--{name}_file {file} does not exist; give a CSV or JSON-lines file.")
             splits[name] = _read(Path(file), cache_dir)
     first = next(iter(splits.values()))
-    texts = [c for c in first.column_names if c not in ("label", "idx", "index")]
+    texts = [
+        c
+        for c, kind in first.features.items()
+        if c not in ("label", "idx", "index") and kind.dtype in ("string", "large_string")
+    ]
     if {"sentence1", "sentence2"} <= set(texts):
         texts = ["sentence1", "sentence2"]
     if not texts:
         raise UsageError(f"The files have no text column, only {', '.join(first.column_names)}; add one or two.")
     labelled = [split for name, split in splits.items() if name != "test" and "label" in split.column_names]
-    if not labelled:
-        raise UsageError("The training or validation file needs a column 'label'.")
-    labels = labelled[0]["label"]
-    regression = isinstance(labels[0], float)
-    names = () if regression else tuple(str(v) for v in sorted(set(labels), key=lambda v: (str(type(v)), v)))
+    if not labelled and not labels:
+        raise UsageError(
+            "The training or validation file needs a column 'label', or --lora_path an adapter that knows its labels."
+        )
+    found = labelled[0]["label"] if labelled else []
+    regression = bool(found) and isinstance(found[0], float)
+    names = () if regression else labels or tuple(str(v) for v in sorted(set(found), key=lambda v: (str(type(v)), v)))
     metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
     task = Task("custom", tuple(texts[:2]), names, metrics)
     for name, split in splits.items():

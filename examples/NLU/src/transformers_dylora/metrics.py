@@ -36,6 +36,9 @@ class GlueMetric(evaluate.Metric):
 def metrics_function(task: Task):
     """A Trainer's ``compute_metrics``: logits (samples, classes) and labels -> the task's scores."""
     metric = GlueMetric(task)
-    return lambda prediction: metric.compute(
-        predictions=decide(prediction.predictions), references=prediction.label_ids
-    )
+
+    def compute(prediction) -> dict[str, float]:
+        return metric.compute(predictions=decide(prediction.predictions), references=prediction.label_ids)
+
+    compute.task = task
+    return compute

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 import loralib as lora
+from loralib.model import default_head, is_inside
 
 from .arguments import ModelArguments
 from .errors import UsageError
@@ -64,15 +65,26 @@ def load_model(args: ModelArguments, task: Task, training: bool):
     overlay = args.apply_lora and config.model_type == "roberta" and args.lora_target_modules is None
     kind = RobertaForSequenceClassification if overlay else AutoModelForSequenceClassification
     # Training begins in fp32 whatever the checkpoint was stored in; --bf16 is autocast.
-    model = _fetch(
+    model, loaded = _fetch(
         kind,
         args.model_name_or_path,
         config=config,
         dtype="float32",
         ignore_mismatched_sizes=training,
+        output_loading_info=True,
         **hub_options(args),
     )
+    fresh = [key for key in loaded["missing_keys"] if "lora_" not in key]
+    lost = [key for key in fresh if not is_inside(key, default_head(model))]
+    if lost:
+        raise UsageError(
+            f"{args.model_name_or_path} lacks {lost[0]!r}; it holds no weights of a {config.model_type} model."
+        )
     if not args.apply_lora:
+        if fresh and not training:
+            raise UsageError(
+                f"{args.model_name_or_path} has no trained head ({fresh[0]}); add --do_train, or give a whole classifier."
+            )
         return model, None
     if not overlay:
         try:

@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from .errors import UsageError
 
 
@@ -16,7 +14,7 @@ def resume_point(args) -> str | None:
     was not given.
     """
     directory = Path(args.output_dir)
-    last = get_last_checkpoint(str(directory)) if directory.is_dir() else None
+    last = last_checkpoint(directory)
     asked = args.resume_from_checkpoint
     if asked and str(asked).lower() != "false":
         found = last if str(asked).lower() == "true" else asked
@@ -34,7 +32,18 @@ def resume_point(args) -> str | None:
     return last
 
 
-def clear_checkpoints(args) -> None:
-    """Remove an earlier run's checkpoints, so that no later run goes on from them by mistake."""
-    for checkpoint in Path(args.output_dir).glob("checkpoint-*"):
+def last_checkpoint(directory: Path) -> str | None:
+    """The newest whole checkpoint of a run: the trainer's state is written last."""
+    whole = [state.parent for state in directory.glob("checkpoint-*/trainer_state.json")]
+    numbered = [path for path in whole if path.name.partition("-")[2].isdigit()]
+    return str(max(numbered, key=lambda path: int(path.name.partition("-")[2]))) if numbered else None
+
+
+def clear_run(args) -> None:
+    """Remove what an earlier run left, so that no later run goes on from its checkpoints and no table mixes both."""
+    directory = Path(args.output_dir)
+    for checkpoint in directory.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
+    for pattern in ("eval_*r*_results.json", "test_results_*_r*.txt", "predictions_*.npz", "rank_results.*"):
+        for file in directory.glob(pattern):
+            file.unlink()

@@ -120,11 +120,12 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel, stock.RobertaForS
         have one row. Without effect for a decoder and for attention kernels whose mask is not (batch, heads, from, to).
         """
         last = self.roberta.encoder.layer[-1]
+        before = last.first_token_only
         last.first_token_only = not self.config.is_decoder and self.config._attn_implementation in ("sdpa", "eager")
         try:
             yield
         finally:
-            last.first_token_only = False
+            last.first_token_only = before
 
     def get_dimension(self) -> int:
         """r_max."""
