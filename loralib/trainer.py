@@ -343,6 +343,8 @@ class DyLoRATrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None):
         if self.rank_sampler is None:
             return super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process comes here, one writes
+            return None
         output_dir = Path(output_dir or self.args.output_dir)
         facts = {
             "sampling": self.rank_sampling,

@@ -11,7 +11,7 @@ mkdir -p quickstart && cd quickstart
 
 PYTHON=$python bash ../examples/NLU/roberta_base_mnli.sh --model_name_or_path encoder --dataset_dir data \
   --max_seq_length 64 --global_batch_size 32 --per_device_eval_batch_size 64 --group_by_length false \
-  --learning_rate 2e-3 --num_train_epochs 5 --logging_steps 50 --do_predict "$@"
+  --learning_rate 2e-3 --num_train_epochs 5 --eval_strategy no --logging_steps 50 --do_predict "$@"
 
 cat <<'NEXT'
 

@@ -307,3 +307,104 @@ def test_a_process_killed_while_saving_leaves_a_whole_adapter(tmp_path):
         }
         assert len(values) == 1 and math.isfinite(values.pop())
         json.loads((target / "adapter_config.json").read_text())
+
+
+def test_files_of_two_saves_never_mix(roberta_config, tmp_path, monkeypatch):
+    """A kill between the renames: the weights go by the strength that was saved with them."""
+    model = saved(roberta_config, tmp_path)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    monkeypatch.setattr(os, "replace", interrupted(os.replace, 2))  # the new configuration, the old weights
+    with pytest.raises(KeyboardInterrupt):
+        saved(roberta_config, tmp_path, r=2, lora_alpha=60)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 60
+    again, _ = stock("roberta", roberta_config)
+    again.classifier.load_state_dict(model.classifier.state_dict())
+    lora.load_adapter(again, tmp_path)
+    with torch.no_grad():
+        assert close(again(IDS).logits, wanted)
+
+
+IDS = torch.randint(3, 40, (3, 7), generator=torch.Generator().manual_seed(0))
+
+
+def interrupted(function, after):
+    """``function`` that works so many times and then is a user's Ctrl-C."""
+    calls = []
+
+    def run(*args):
+        calls.append(args)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return run
+
+
+def test_what_a_killed_writer_left_is_cleared_away(roberta_config, tmp_path):
+    (tmp_path / ".adapter_config.json.123.tmp").write_text("half")
+    saved(roberta_config, tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "dylora.json",
+    ]
+
+
+def test_other_base_weights_are_refused_for_a_plain_model_too(roberta_config, tmp_path):
+    saved(roberta_config, tmp_path)
+    model, _ = stock("roberta", roberta_config)
+    nn.init.normal_(model.roberta.encoder.layer[-1].attention.self.value.weight)
+    with pytest.raises(ValueError, match="other base weights"):
+        lora.load_adapter(model, tmp_path)
+    assert not any(isinstance(m, lora.LoRALayer) for m in model.modules())
+
+
+def test_a_large_weight_is_sampled_within_its_bounds():
+    layer = lora.Linear(4096, 11008, r=1, device="meta")
+    layer.weight = nn.Parameter(torch.zeros(1).expand(11008, 4096), requires_grad=False)
+    from loralib.checkpoint import _sample
+
+    assert _sample(layer.weight) == [0.0] * 16
+
+
+def test_what_is_trained_beside_the_adapter_is_never_dropped(roberta_config, tmp_path):
+    base, _ = stock("roberta", roberta_config)
+    options = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"], bias="lora_only")
+    get_peft_model(base, options).save_pretrained(tmp_path / "peft")
+    with pytest.raises(ValueError, match="bias"):
+        lora.load_adapter(stock("roberta", roberta_config)[0], tmp_path / "peft")
+    model = other(roberta_config)
+    lora.mark_only_lora_as_trainable(model, bias="all")
+    with pytest.raises(ValueError, match="lora_state_dict"):
+        lora.save_adapter(model, tmp_path / "ours")
+
+
+def test_pefts_patterns_are_regular_expressions(roberta_config, tmp_path):
+    base, _ = stock("gpt2", roberta_config)
+    options = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True,
+        alpha_pattern={r"h\.\d+\.attn\.c_attn": 64},
+    )  # fmt: skip
+    peft = get_peft_model(base, options).eval()
+    peft.save_pretrained(tmp_path)
+    model, _ = stock("gpt2", roberta_config)
+    lora.load_adapter(model, tmp_path)
+    with torch.no_grad():
+        assert close(model(IDS).logits, peft(IDS).logits)
+
+
+@pytest.mark.parametrize("rank", [0, -1, True, "2", 2.5])
+def test_a_rank_that_cannot_be_loaded(rank, roberta_config, tmp_path):
+    saved(roberta_config, tmp_path)
+    with pytest.raises(ValueError, match="rank is"):
+        lora.load_adapter(other(roberta_config), tmp_path, rank=rank)
+
+
+def test_a_merged_model_takes_no_adapter(roberta_config, tmp_path):
+    saved(roberta_config, tmp_path)
+    model = other(roberta_config)
+    model.roberta.encoder.layer[0].attention.self.query.merge()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        lora.load_adapter(model, tmp_path)

@@ -121,6 +121,24 @@ def test_the_matryoshka_gate_combines_the_updates_of_all_ranks(reduce, ranks):
     assert torch.allclose(found, getattr(torch.stack(updates), reduce)(0), atol=1e-4)
 
 
+def test_the_matryoshka_gate_of_a_smaller_layer_counts_all_ranks():
+    model = adapted(("query",), r=4)
+    lora.inject(model, ["key"], r=2, lora_alpha=8)
+    gates = []
+    for ranks in (None, [1, 2, 3, 4]):
+        lora.set_matryoshka_gate(model, ranks)
+        gates.append(model.key._gate)
+    assert torch.equal(*gates) and torch.equal(gates[0], torch.tensor([8 + 3 * 4.0, 3 * 4.0]))
+    with pytest.raises(ValueError, match="rank is 5"):
+        lora.set_matryoshka_gate(model, [5])
+
+
+def test_a_gate_is_not_rounded_in_bf16():
+    layer = lora.Linear(4, 4, r=3, lora_alpha=16, dtype=torch.bfloat16)
+    layer.set_rank(torch.tensor([3]))
+    assert layer._gate[0].tolist() == pytest.approx([16 / 3] * 3, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     "gate", [torch.ones(3), torch.ones(3, 5), torch.ones(1, 1, 4), torch.ones(4, dtype=torch.long), 1.0]
 )

@@ -74,3 +74,32 @@ def test_modules_are_put_back_after_an_exception(roberta_config):
     with pytest.raises(KeyError), share_between_ranks(model):
         raise KeyError
     assert not any("forward" in m.__dict__ or "base" in m.__dict__ for m in model.modules())
+
+
+class InPlace(torch.nn.Module):
+    """A residual added in place to what the ranks share."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.query = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, ids):
+        h = self.embed(ids)
+        h += self.query(h)
+        return torch.nn.functional.relu(h, inplace=True)
+
+
+def test_an_edit_in_place_is_noticed():
+    model = lora.inject(InPlace().eval(), ["query"], r=3)
+    torch.nn.init.normal_(model.query.lora_B)
+    inputs = {"ids": torch.arange(6).view(2, 3)}
+    with torch.no_grad():
+        wanted = []
+        for b in range(4):
+            with lora.use_rank(model, b):
+                wanted.append(model(**inputs).clone())
+        with share_between_ranks(model) as new_batch:
+            new_batch(inputs)
+            for b in range(4):
+                with lora.use_rank(model, b):
+                    assert torch.equal(model(**inputs), wanted[b])

@@ -308,3 +308,49 @@ def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, robert
 def test_settings_that_contradict_each_other(options, message, roberta_config, roberta_checkpoint, tmp_path):
     with pytest.raises(ValueError, match=message):
         trainer(roberta_config, roberta_checkpoint, tmp_path, **options)
+
+
+def test_resuming_and_evaluating_change_nothing_in_the_real_model(roberta_checkpoint, roberta_config, tmp_path):
+    """The overlay runs its last layer for the first token alone, with other dropout masks: through evaluations too."""
+    from transformers_dylora.models.roberta import RobertaForSequenceClassification as Overlay
+
+    config = type(roberta_config).from_dict(roberta_config.to_dict() | {"hidden_dropout_prob": 0.1})
+    config.apply_lora, config.lora_r, config.lora_alpha = True, 4, 8
+
+    def run(output, **options):
+        t = trainer(roberta_config, roberta_checkpoint, output, num_train_epochs=2, **options)
+        torch.manual_seed(0)
+        model = Overlay(config)
+        lora.mark_only_lora_as_trainable(model)
+        tokenizer = AutoTokenizer.from_pretrained(roberta_checkpoint)
+        return DyLoRATrainer(
+            model=model, args=t.args, train_dataset=data(22), eval_dataset=data(13, 1), processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=accuracy,
+        )  # fmt: skip
+
+    whole = run(tmp_path / "whole", eval_strategy="epoch", save_strategy="epoch")
+    whole.train()
+    again = run(tmp_path / "again", eval_strategy="epoch")
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    quiet = run(tmp_path / "quiet")
+    quiet.train()
+    for other in (again, quiet):
+        assert all(torch.equal(v, other.model.state_dict()[k]) for k, v in whole.model.state_dict().items())
+    assert not whole.model.roberta.encoder.layer[-1].first_token_only
+
+
+def test_frozen_training_under_the_users_own_optimizer(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="step", frozen=True)
+    parameters = [p for p in t.model.parameters() if p.requires_grad]
+    t.optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+    before = t.model.roberta.encoder.layer[0].attention.self.query.lora_A.detach().clone()
+    t.train()
+    after = t.model.roberta.encoder.layer[0].attention.self.query.lora_A
+    drawn = {t.rank_sampler(step, 0) for step in range(3)}
+    assert {j + 1 for j in range(4) if not torch.equal(after[j], before[j])} == drawn
+
+
+def test_dropping_the_last_training_batch_measures_all(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
+    t.train()
+    assert t.state.global_step == 2 and t.predict(t.eval_dataset).predictions.shape[0] == 13

@@ -6,6 +6,7 @@ import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ def folder(roberta_checkpoint, tmp_path_factory):
     run_glue().main([*argv, "--lora_path", str(folder / "strong")])
     for seed in ("0", "1"):
         run_glue().main(command(roberta_checkpoint, folder / "glue", folder / f"rte{seed}", "rte", "--seed", seed))
+    shutil.copytree(roberta_checkpoint, folder / "encoder")
     run_glue().main(command(roberta_checkpoint, folder / "glue", folder / "fixed", "rte", "--rank_sampling", "fixed"))
     return folder
 
@@ -188,7 +190,9 @@ def test_inspect_shows_the_ordering(capsys):
         (["export", "glue", "--rank", "1", "--to", "x"], "holds no adapter_config.json"),
         (["export", "glue", "--rank", "auto", "--to", "x"], "no rank_results.json to choose"),
         (["export", "mnli", "--rank", "1", "--to", "glue"], "holds other files"),
-        (["export", "mnli", "--rank", "1", "--to", "mnli"], "is the run itself"),
+        (["export", "mnli", "--rank", "1", "--to", "mnli"], "holds other files"),
+        (["export", "mnli", "--rank", "1", "--to", "rte0"], "holds other files"),
+        (["merge", "mnli", "--rank", "1", "--to", "encoder"], "holds other files"),
         (["merge", "mnli", "--rank", "1", "--to", "x", "--base", "/nowhere"], "name it with --base"),
         (["inspect", "glue"], "holds no adapter_config.json"),
     ],
@@ -198,6 +202,28 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(argv, message, capsys, mon
     code, _, err = dylora(capsys, *argv)
     assert code == 2 and message in err and err.startswith("dylora: ") and err.count("\n") == 1
     assert not Path("x").exists() and not Path(".x.adapter").exists()
+
+
+def test_runs_of_different_models_are_no_seeds_of_one(capsys):
+    one = read_run("rte0")
+    other = one | {"model_name_or_path": "roberta-large", "directory": "elsewhere"}
+    found = curves([one, other])
+    assert [c.seeds for c in found] == [1, 1] and "roberta-large" in found[1].method
+    assert [c.seeds for c in curves([one, read_run("./rte0")])] == [1]
+
+
+def test_an_adapter_saved_in_python_knows_its_number_of_labels(capsys, roberta_checkpoint):
+    from transformers import AutoModelForSequenceClassification
+
+    import loralib as lora
+
+    model = AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=4)
+    lora.inject(model, ["query"], r=2)
+    lora.save_adapter(model, "python")
+    code, _, err = dylora(capsys, "merge", "python", "--rank", "1", "--to", "python-merged")
+    assert code == 0, err
+    code, _, _ = dylora(capsys, "export", "python", "--rank", "1", "--to", "python-exported")
+    assert code == 0 and "num_labels=4" in Path("python-exported/README.md").read_text()
 
 
 def test_help_has_examples():

@@ -230,6 +230,33 @@ def test_a_recipes_settings_parse(recipe, tmp_path):
     assert training.global_batch_size == training.per_device_train_batch_size * training.gradient_accumulation_steps
 
 
+@pytest.mark.parametrize(
+    ("processes", "more", "batch"),
+    [
+        (1, [], 16),
+        (8, [], 16),
+        (16, [], 8),
+        (2, ["--global_batch_size", "32"], 16),
+        (4, ["--global_batch_size=32"], 8),
+        (4, ["--per_device_train_batch_size", "4"], 4),
+    ],
+)
+def test_a_recipe_keeps_the_global_batch_on_any_number_of_gpus(processes, more, batch, tmp_path):
+    (tmp_path / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    environment = os.environ | {"NPROC": str(processes), "PYTHON": str(tmp_path / "python")}
+    recipe = ["bash", NLU / "roberta_base_mnli.sh", *more]
+    done = subprocess.run(recipe, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    argv = [part for argument in done.stdout.splitlines() for part in argument.split("=")]
+    last = [
+        int(argv[max(i for i, a in enumerate(argv) if a == flag) + 1])
+        for flag in ("--per_device_train_batch_size", "--global_batch_size")
+    ]
+    assert last[0] == batch and last[1] == (32 if "32" in "".join(more) else 128)
+    assert last[1] % (batch * processes) == 0
+    assert ("--nproc_per_node" in argv) == (processes > 1)
+
+
 def test_recipes_that_start_from_mnli_say_what_to_run(tmp_path):
     environment = os.environ | {"NPROC": "1", "PYTHON": "true"}
     done = subprocess.run(
@@ -328,6 +355,10 @@ def test_own_files(roberta_checkpoint, tmp_path):
 def test_a_warmup_ratio_and_earlier_names_mean_what_they_did(roberta_checkpoint, glue, tmp_path):
     from transformers_dylora.arguments import parse
 
+    _, _, steps = parse(
+        [*command(roberta_checkpoint, glue, tmp_path), "--warmup_ratio", "0.06", "--warmup_steps", "30"]
+    )
+    assert steps.get_warmup_steps(100) == 30
     more = "--warmup_ratio 0.1 --evaluation_strategy steps --no_cuda --pad_to_max_length False --use_auth_token --max_val_samples 5 --group_by_length false"
     model, data, training = parse([*command(roberta_checkpoint, glue, tmp_path), *more.split()])
     assert training.get_warmup_steps(100) == 10 and training.eval_strategy == "steps"
@@ -339,7 +370,54 @@ def test_a_warmup_ratio_and_earlier_names_mean_what_they_did(roberta_checkpoint,
     )
 
 
+def test_own_test_file_alone_with_an_adapter(roberta_checkpoint, tmp_path):
+    """The adapter knows its labels and their order."""
+    content = [
+        {"id": i, "text": r["sentence"], "label": ["yes", "no"][r["label"]]} for i, r in enumerate(rows(TASKS["cola"]))
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps({"text": r["text"]}) + "\n" for r in content))
+    argv = command(roberta_checkpoint, tmp_path, tmp_path / "out")
+    start = argv.index("--dataset_dir")
+    argv[start : start + 4] = ["--train_file", str(tmp_path / "train.jsonl")]
+    run_glue().main([a for a in argv if a != "--do_eval"])
+    argv[start : start + 2] = [
+        "--test_file",
+        str(tmp_path / "test.jsonl"),
+        "--lora_path",
+        str(tmp_path / "out"),
+        "--do_predict",
+    ]
+    argv[argv.index("--output_dir") + 1] = str(tmp_path / "predicted")
+    run_glue().main([a for a in argv if a not in ("--do_eval", "--do_train")])
+    lines = (tmp_path / "predicted" / "test_results_custom_r1.txt").read_text().splitlines()[1:]
+    assert len(lines) == 6 and {line.split("\t")[1] for line in lines} <= {"yes", "no"}
+
+
+def test_a_half_written_checkpoint_is_passed_over(roberta_checkpoint, glue, tmp_path, capsys):
+    options = ["--save_strategy", "steps", "--save_steps", "1"]
+    run_glue().main(command(roberta_checkpoint, glue, tmp_path / "out", "rte", *options))
+    (tmp_path / "out/checkpoint-3/trainer_state.json").unlink()
+    capsys.readouterr()
+    run_glue().main(command(roberta_checkpoint, glue, tmp_path / "out", "rte", *options))
+    assert "checkpoint-2" in capsys.readouterr().out
+
+
+def test_overwriting_leaves_no_table_of_the_earlier_run(roberta_checkpoint, glue, tmp_path):
+    argv = command(roberta_checkpoint, glue, tmp_path / "out", "rte", "--overwrite_output_dir")
+    run_glue().main(argv)
+    run_glue().main([*argv, "--lora_r", "2"])
+    assert {p.name for p in (tmp_path / "out").glob("eval_r*")} == {"eval_r1_results.json", "eval_r2_results.json"}
+
+
 MISTAKES = {
+    "a metric that is none": (
+        [
+            *("--metric_for_best_model", "r9_accuracy", "--load_best_model_at_end"),
+            *("--eval_strategy", "epoch", "--save_strategy", "epoch"),
+        ],
+        "--metric_for_best_model is 'r9_accuracy'; choose one of loss, r1_loss",
+    ),
     "an unknown task": (["--task_name", "boolq"], "'boolq'; choose one of cola"),
     "a rank of 0": (["--lora_r", "0"], "--lora_r is 0"),
     "a negative alpha": (["--lora_alpha", "-1"], "--lora_alpha is -1"),
@@ -399,3 +477,17 @@ def test_the_command_ends_with_a_sentence_and_without_a_traceback(tmp_path):
         and "run_glue.py: Give either --task_name" in done.stderr
         and "Traceback" not in done.stderr
     )
+
+
+def test_a_headless_checkpoint_is_not_evaluated(roberta_checkpoint, glue, tmp_path):
+    left_out = ("--do_train", "--apply_lora", "--lora_r", "3")
+    with pytest.raises(UsageError, match="no trained head"):
+        run_glue().main([a for a in command(roberta_checkpoint, glue, tmp_path / "out") if a not in left_out])
+
+
+def test_text_that_is_missing(roberta_checkpoint, tmp_path):
+    content = rows(TASKS["rte"])
+    content[2]["sentence2"] = None
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
+    with pytest.raises(UsageError, match="None for sentence2 in example 2"):
+        run_glue().main(command(roberta_checkpoint, tmp_path, tmp_path / "out"))
