@@ -1,14 +1,11 @@
-"""Adapters on disk, in PEFT's LoRA format, cut to any rank; microsoft/LoRA's and released DyLoRA's .bin files are read too.
+"""Adapters of a model, saved in PEFT's LoRA format, cut to any rank, and loaded; .bin files of microsoft/LoRA and of the
+released DyLoRA code are loaded too.
 
-A directory holds ``adapter_config.json`` and ``adapter_model.safetensors``, which stock ``peft`` loads with the same
-result, and ``dylora.json`` with what PEFT has no word for (r_max, the scaling rule, whatever the caller adds).
+What the files hold is in ``loralib.adapter_files``.
 """
 
 import copy
-import json
 import os
-import pickle
-import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,69 +13,10 @@ import torch
 from torch import nn
 
 from . import peft_format
+from .adapter_files import rank_and_alpha, read_bin, read_directory, write_adapter
 from .gate import scale
 from .layers import LoRALayer
 from .model import has_lora, inject, is_inside, lora_layers, modules_to_save
-
-CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
-STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-
-
-def write_together(directory: str | os.PathLike, writers: dict) -> None:
-    """Write several files of a directory: {name: function of a temporary path}.
-
-    All are written beside their places and synced, then renamed one right after the other: a failure while writing leaves
-    the old files, all of them.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
-    for name in writers:  # what a killed process left
-        for stale in directory.glob(f".{name}.*.tmp"):
-            stale.unlink(missing_ok=True)
-    try:
-        for name, write in writers.items():
-            write(temporary[name])
-            with open(temporary[name], "rb") as file:
-                os.fsync(file.fileno())
-        for name, file in temporary.items():
-            os.replace(file, directory / name)
-    finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
-
-
-def write_atomically(path: str | os.PathLike, write) -> None:
-    """Call ``write(temporary path)`` and rename the result to ``path``: a reader sees the old file or the whole new one."""
-    write_together(Path(path).parent, {Path(path).name: write})
-
-
-def text_writer(text: str):
-    return lambda temporary: temporary.write_text(text, encoding="utf-8")
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    write_atomically(path, text_writer(text))
-
-
-def _write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, facts: dict) -> None:
-    """Write the three files. The weights carry rank and strength too: should a kill leave them beside another
-    configuration, ``load_adapter`` goes by theirs."""
-    from safetensors.torch import save_file
-
-    strength = {key: config[key] for key in STRENGTH} | {"scaling": facts["scaling"], "rank": facts["rank"]}
-    metadata = {"format": "pt", "dylora": json.dumps(strength)}
-    write_together(
-        directory,
-        {
-            EXTRA: text_writer(json.dumps(facts, indent=2) + "\n"),
-            CONFIG: text_writer(json.dumps(config, indent=2) + "\n"),
-            WEIGHTS: lambda file: save_file(tensors, file, metadata=metadata),
-        },
-    )
-
-
-# --- saving -------------------------------------------------------------------------------------------
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:
@@ -120,7 +58,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     facts |= {"base_sample": _base_sample(layers)}
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
     facts |= ({"projections": merged} if merged else {}) | _labels(model) | (extra or {})
-    _write_adapter(path, tensors, config, facts)
+    write_adapter(path, tensors, config, facts)
 
 
 def _labels(model: nn.Module) -> dict:
@@ -164,84 +102,6 @@ def _sample(weight: torch.Tensor) -> list[float]:
     return weight.detach().flatten()[places].float().tolist()
 
 
-def cut_adapter(source: str | os.PathLike, target: str | os.PathLike, rank: int, extra: dict | None = None) -> dict:
-    """Copy an adapter's directory cut to ``rank``, without its base model: what ``save_adapter(..., rank)`` would write.
-
-    ``extra`` is added to ``dylora.json``, whose content is returned. Raises FileNotFoundError or ValueError; ``target`` is
-    then untouched.
-    """
-    source, target = Path(source), Path(target)
-    tensors, config = _read_directory(source)
-    facts = json.loads((source / EXTRA).read_text(encoding="utf-8")) if (source / EXTRA).exists() else {}
-    scaling = config.pop("scaling")
-    config.pop("base_sample", None)
-    at = config.pop("rank", None) or facts.get("rank", config["r"])
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= at:
-        raise ValueError(f"rank is {rank!r}; the adapter in {source} can be cut to 1..{at}.")
-    sizes, found = {}, {}
-    for key, value in tensors.items():
-        name, is_factor, factor = key.removeprefix(peft_format.PREFIX).partition(".lora_")
-        if not is_factor:
-            found[key] = value
-            continue
-        projections = facts.get("projections", {}).get(name, 1)
-        dim = 0 if factor.removeprefix("embedding_").startswith("A") else 1
-        expansion = projections * (value.shape[2:].numel() if dim == 0 else 1)
-        R, alpha = _rank_and_alpha(config, name)
-        r = R // expansion if dim == 0 else sizes[name][2]
-        b = min(rank, r)
-        by_projection = value.unflatten(dim, (projections, -1))
-        kept = by_projection.shape[dim + 1] // r * b
-        found[key] = by_projection.narrow(dim + 1, 0, kept).flatten(dim, dim + 1).contiguous()
-        # alpha/b and alpha/sqrt(b) keep their alpha; a strength of alpha/r does not change with the rank.
-        sizes[name] = R // r * b, peft_format.tidy(alpha * b / r) if scaling == "alpha/r" else alpha, r
-    config |= peft_format.patterns({name: (R, alpha) for name, (R, alpha, _) in sizes.items()})
-    facts |= {"rank": rank, "scaling": scaling}
-    facts.setdefault("r_max", at)
-    facts |= extra or {}
-    _write_adapter(target, found, config, facts)
-    return facts
-
-
-def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
-    """The contents of adapter_config.json and dylora.json in an adapter's directory."""
-    return tuple(json.loads((Path(path) / name).read_text(encoding="utf-8")) for name in (CONFIG, EXTRA))
-
-
-def describe_adapter(path: str | os.PathLike) -> dict:
-    """What an adapter's directory says of itself, its sizes, and the norm of each component's update.
-
-    The norm of component j is ``|B[:, j]| |A[j]|`` (its rank-1 update's Frobenius norm, without scaling), as root mean
-    square over the layers; PEFT's components are counted where they differ from the layer's own.
-    """
-    path = Path(path)
-    tensors, config = _read_directory(path)
-    facts = json.loads((path / EXTRA).read_text(encoding="utf-8")) if (path / EXTRA).exists() else {}
-    factors = {key: value for key, value in tensors.items() if ".lora_" in key}
-    squares = defaultdict(list)
-    for key_A, A in factors.items():
-        if ".lora_A" not in key_A and ".lora_embedding_A" not in key_A:
-            continue
-        B = factors[key_A.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
-        for j, square in enumerate(A.flatten(1).square().sum(1) * B.reshape(*B.shape[:2], -1).square().sum((0, 2))):
-            squares[j].append(float(square))
-    size = sum(value.numel() for value in factors.values())
-    return facts | {
-        "base": config.get("base_model_name_or_path"),
-        "rank": config.get("rank") or facts.get("rank", config["r"]),
-        "scaling": config["scaling"],
-        "lora_alpha": facts.get("lora_alpha", config["lora_alpha"]),
-        "target_modules": config.get("target_modules"),
-        "modules_to_save": config.get("modules_to_save"),
-        "adapter_parameters": size,
-        "head_parameters": sum(value.numel() for value in tensors.values()) - size,
-        "norms": [(sum(values) / len(values)) ** 0.5 for _, values in sorted(squares.items())],
-    }
-
-
-# --- loading ------------------------------------------------------------------------------------------
-
-
 def load_adapter(
     model: nn.Module, path: str | os.PathLike, rank: int | None = None, head: str = "require"
 ) -> list[str]:
@@ -267,7 +127,7 @@ def load_adapter(
         for name, layer in lora_layers(model):
             layer.module_name = name
             layer.check_unmerged()
-    tensors, config = _read_directory(path) if path.is_dir() else (_read_bin(path), None)
+    tensors, config = read_directory(path) if path.is_dir() else (read_bin(path), None)
 
     to_inject = []
     skeleton = model
@@ -306,56 +166,6 @@ def load_adapter(
     return fresh
 
 
-def _read_directory(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    if not (path / CONFIG).exists():
-        raise FileNotFoundError(f"{path} holds no {CONFIG}; give an adapter's directory.")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        facts = json.loads((path / EXTRA).read_text(encoding="utf-8")) if (path / EXTRA).exists() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} has a configuration that is no JSON ({error}); the adapter must be saved anew."
-        ) from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
-    if config.get("use_dora"):
-        raise ValueError(f"{path} is a DoRA adapter, which is no plain low-rank update; loralib cannot load it.")
-    config["scaling"] = facts.get("scaling") or ("alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b")
-    config["base_sample"] = facts.get("base_sample")
-    file = path / WEIGHTS
-    if not file.exists():
-        older = path / "adapter_model.bin"
-        if older.exists():
-            return _read_bin(older), config
-        raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
-    try:
-        with safe_open(file, "pt") as opened:
-            config |= json.loads((opened.metadata() or {}).get("dylora", "{}"))
-        return load_file(file), config
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); save the adapter anew or fetch it again.") from None
-
-
-def _read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict through torch.load(weights_only=True), names without DistributedDataParallel's ``module.``."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path} is no plain state dict, is damaged or holds code, and was not loaded ({reason})."
-        ) from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(
-            f"{path} is no state dict of tensors; save one with torch.save(lora.lora_state_dict(model), path)."
-        )
-    return {name.removeprefix("module."): value for name, value in state.items()}
-
-
 def _cut(options: dict, rank: int | None) -> dict:
     """The options of ``inject`` for the adapter cut to ``rank``; a strength of alpha/r stays what it is."""
     b = options["r"] if rank is None else min(rank, options["r"])
@@ -383,7 +193,7 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
         expansion = 1
         for size in kernel:
             expansion *= size
-        _, alpha = _rank_and_alpha(config, name)
+        _, alpha = rank_and_alpha(config, name)
         root = expansion**0.5 if config["scaling"] == "alpha/sqrt(b)" else expansion
         groups[value.shape[0] // expansion, alpha / root].append(name)
     if not groups:
@@ -395,15 +205,6 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
         {"target_modules": names, "r": r, "lora_alpha": alpha, "scaling": config["scaling"], "modules_to_save": heads}
         for (r, alpha), names in groups.items()
     ]
-
-
-def _rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
-    """A layer's rank and alpha in PEFT's configuration, whose patterns are regular expressions for endings of names."""
-    found = []
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        own = (v for key, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-        found.append(next(own, config[default]))
-    return found[0], found[1]
 
 
 def _adapter_plan(
@@ -445,31 +246,6 @@ def _adapter_plan(
     return plan
 
 
-def _check_strength(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -> None:
-    """Raise ValueError if the file was trained at another strength than the model's layers have."""
-    name, layer = layers[0]
-    if config["scaling"] != layer.scaling:
-        raise ValueError(
-            f"{path} was trained with scaling {config['scaling']!r}, the model has {layer.scaling!r}; use the file's."
-        )
-    r, alpha = _rank_and_alpha(config, name)
-    whole = peft_format.entries(layers[:1], layer.r)[1]
-    own = whole["lora_alpha"]
-    if layer.scaling == "alpha/r":  # a file cut to rank b says alpha * b / r
-        alpha *= whole["r"] / r
-    if abs(alpha - own) > 1e-6 * own:
-        raise ValueError(f"{path} was trained with lora_alpha = {alpha:g}, the model has {own:g}; use the file's.")
-
-
-def _check_base(layer: nn.Module, config: dict, path: Path) -> None:
-    """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
-    sample = config.get("base_sample")
-    if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
-        raise ValueError(
-            f"{path} was trained on other base weights ({config.get('base_model_name_or_path')}); load that model first."
-        )
-
-
 def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The modules to save: the values to load, and the modules that keep their own."""
     plan, fresh = {}, []
@@ -491,3 +267,28 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
                 f"with the adapter's number of labels, or train the head anew."
             )
     return plan, fresh
+
+
+def _check_strength(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -> None:
+    """Raise ValueError if the file was trained at another strength than the model's layers have."""
+    name, layer = layers[0]
+    if config["scaling"] != layer.scaling:
+        raise ValueError(
+            f"{path} was trained with scaling {config['scaling']!r}, the model has {layer.scaling!r}; use the file's."
+        )
+    r, alpha = rank_and_alpha(config, name)
+    whole = peft_format.entries(layers[:1], layer.r)[1]
+    own = whole["lora_alpha"]
+    if layer.scaling == "alpha/r":  # a file cut to rank b says alpha * b / r
+        alpha *= whole["r"] / r
+    if abs(alpha - own) > 1e-6 * own:
+        raise ValueError(f"{path} was trained with lora_alpha = {alpha:g}, the model has {own:g}; use the file's.")
+
+
+def _check_base(layer: nn.Module, config: dict, path: Path) -> None:
+    """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
+    sample = config.get("base_sample")
+    if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
+        raise ValueError(
+            f"{path} was trained on other base weights ({config.get('base_model_name_or_path')}); load that model first."
+        )

@@ -105,7 +105,7 @@ def _add_choice(parser) -> None:
 
 
 def _report(args) -> None:
-    from .checkpoint import write_atomically, write_text
+    from .files import write_atomically, write_text
     from .page import page
     from .plots import plot_curves
     from .report import print_table, to_csv, to_markdown
@@ -232,8 +232,9 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _export(args) -> None:
+    from .adapter_files import cut_adapter, read_configs
     from .card import model_card
-    from .checkpoint import cut_adapter, read_configs, write_text
+    from .files import write_text
 
     source, target = Path(args.run_directory), _free(args.to, "dylora export")
     if target == source.resolve():
@@ -249,8 +250,10 @@ def _export(args) -> None:
 def _merge(args) -> None:
     import transformers
 
+    from .adapter_files import cut_adapter, read_configs
     from .card import AUTO, model_card, num_labels
-    from .checkpoint import cut_adapter, load_adapter, read_configs, write_text
+    from .checkpoint import load_adapter
+    from .files import write_text
     from .model import merge
 
     source, target = Path(args.run_directory), _free(args.to, "dylora merge")
@@ -294,7 +297,7 @@ def _inspect(args) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .checkpoint import describe_adapter
+    from .adapter_files import describe_adapter
 
     found = describe_adapter(args.directory)
     for name in (

@@ -178,7 +178,7 @@ def without_nan(value):
 
 def write_report(results: dict, directory: str | Path) -> None:
     """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``."""
-    from .checkpoint import write_atomically, write_text
+    from .files import write_atomically, write_text
     from .plots import plot_curves
     from .runs import curves
 

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import has_length
 
+from .adapter_files import read_configs
 from .batching import ByLength, GroupedBatches
 from .card import model_card
-from .checkpoint import load_adapter, read_configs, save_adapter, write_text
+from .checkpoint import load_adapter, save_adapter
+from .files import write_text
 from .frozen import freeze_undrawn
 from .gate import check_rank
 from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import loralib as lora
-from loralib.checkpoint import cut_adapter
+from loralib.adapter_files import cut_adapter
 
 SCALINGS = ["alpha/b", "alpha/r", "alpha/sqrt(b)"]
 

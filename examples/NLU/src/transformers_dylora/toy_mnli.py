@@ -12,7 +12,7 @@ import random
 import sys
 from pathlib import Path
 
-from loralib.checkpoint import write_text
+from loralib.files import write_text
 
 ENTAILMENT, NEUTRAL, CONTRADICTION = range(3)
 PEOPLE = [

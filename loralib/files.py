@@ -1,0 +1,41 @@
+"""Writing files so that a failure loses nothing of what was there."""
+
+import os
+from pathlib import Path
+
+
+def write_together(directory: str | os.PathLike, writers: dict) -> None:
+    """Write several files of a directory: {name: function of a temporary path}.
+
+    All are written beside their places and synced, then renamed one right after the other: a failure while writing leaves
+    the old files, all of them.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in writers}
+    for name in writers:  # what a killed process left
+        for stale in directory.glob(f".{name}.*.tmp"):
+            stale.unlink(missing_ok=True)
+    try:
+        for name, write in writers.items():
+            write(temporary[name])
+            with open(temporary[name], "rb") as file:
+                os.fsync(file.fileno())
+        for name, file in temporary.items():
+            os.replace(file, directory / name)
+    finally:
+        for file in temporary.values():
+            file.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike, write) -> None:
+    """Call ``write(temporary path)`` and rename the result to ``path``: a reader sees the old file or the whole new one."""
+    write_together(Path(path).parent, {Path(path).name: write})
+
+
+def text_writer(text: str):
+    return lambda temporary: temporary.write_text(text, encoding="utf-8")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    write_atomically(path, text_writer(text))
