@@ -5,7 +5,9 @@ What the files hold is in ``loralib.adapter_files``.
 """
 
 import copy
+import math
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -189,10 +191,7 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
             raise ValueError(
                 f"{path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model."
             )
-        kernel = getattr(modules[name], "kernel_size", ())
-        expansion = 1
-        for size in kernel:
-            expansion *= size
+        expansion = math.prod(getattr(modules[name], "kernel_size", ()))
         _, alpha = rank_and_alpha(config, name)
         root = expansion**0.5 if config["scaling"] == "alpha/sqrt(b)" else expansion
         groups[value.shape[0] // expansion, alpha / root].append(name)
@@ -201,8 +200,15 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
     heads = config.get("modules_to_save")
     if heads is not None:  # PEFT lists the usual names of heads, whether the model has them or not
         heads = [head for head in heads if any(is_inside(name, [head]) for name in modules)]
+    # A regular expression in brackets, so that a name matches itself and no longer one that ends with it.
     return [
-        {"target_modules": names, "r": r, "lora_alpha": alpha, "scaling": config["scaling"], "modules_to_save": heads}
+        {
+            "target_modules": f"(?:{'|'.join(map(re.escape, names))})",
+            "r": r,
+            "lora_alpha": alpha,
+            "scaling": config["scaling"],
+            "modules_to_save": heads,
+        }
         for (r, alpha), names in groups.items()
     ]
 

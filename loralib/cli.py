@@ -13,6 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from .conflict import warn_of_other_loralib
 from .version import __version__
 
 
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line. Returns the exit code: 0, or 2 with one sentence on stderr for a user's mistake."""
     parser = _parser()
     args = parser.parse_args(argv)
+    warn_of_other_loralib()
     try:
         return args.run(args) or 0
     except ImportError as error:

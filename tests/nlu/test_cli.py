@@ -3,6 +3,7 @@
 import base64
 import csv
 import http.server
+import importlib.metadata
 import json
 import os
 import re
@@ -224,6 +225,14 @@ def test_an_adapter_saved_in_python_knows_its_number_of_labels(capsys, roberta_c
     assert code == 0, err
     code, _, _ = dylora(capsys, "export", "python", "--rank", "1", "--to", "python-exported")
     assert code == 0 and "num_labels=4" in Path("python-exported/README.md").read_text()
+
+
+def test_microsofts_package_beside_ours_is_named(capsys, monkeypatch):
+    version = importlib.metadata.version
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.2" if name == "loralib" else version(name))
+    assert "loralib 0.1.2" in dylora(capsys, "select", "mnli")[2]
+    monkeypatch.undo()
+    assert dylora(capsys, "select", "mnli")[2] == ""
 
 
 def test_help_has_examples():

@@ -26,6 +26,7 @@ from transformers_dylora.errors import UsageError
 from transformers_dylora.modeling import load_model, load_tokenizer
 from transformers_dylora.output_dir import clear_run, resume_point
 
+from loralib.conflict import warn_of_other_loralib
 from loralib.report import print_table
 from loralib.trainer import DyLoRATrainer
 
@@ -41,6 +42,8 @@ def main(argv: list[str] | None = None) -> dict:
 def run(model_args, data_args, training_args, argv: list[str]) -> dict:
     say = print if training_args.should_log else lambda *_: None
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    if training_args.should_log:
+        warn_of_other_loralib()
     for note in training_args.notes:
         say(note)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
@@ -82,7 +85,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
         rank_sampling=model_args.rank_sampling,
         rank_distribution=model_args.rank_distribution,
         r_min=model_args.lora_r_min,
-        frozen=model_args.lora_frozen,
+        frozen=model_args.apply_lora and model_args.lora_frozen,
         matryoshka_reduce=model_args.matryoshka_reduce,
         eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,
         group_by_length=data_args.group_by_length,
