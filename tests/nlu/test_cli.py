@@ -229,9 +229,9 @@ def test_an_adapter_saved_in_python_knows_its_number_of_labels(capsys, roberta_c
 
 def test_microsofts_package_beside_ours_is_named(capsys, monkeypatch):
     version = importlib.metadata.version
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.1.2" if name == "loralib" else version(name))
-    assert "loralib 0.1.2" in dylora(capsys, "select", "mnli")[2]
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.metadata, "version", lambda name: "0.1.2" if name == "loralib" else version(name))
+        assert "loralib 0.1.2" in dylora(capsys, "select", "mnli")[2]
     assert dylora(capsys, "select", "mnli")[2] == ""
 
 
