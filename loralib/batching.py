@@ -10,9 +10,8 @@ import math
 import torch
 from torch.utils.data import Sampler
 
-# Sorting by length happens within blocks of at least so many examples and so many updates: larger blocks pad less and mix
-# less. With these, padding is under 5 percent of the tokens on RTE and CoLA at 32 examples a batch.
-BLOCK_EXAMPLES, BLOCK_UPDATES = 2560, 50
+PADDING = 0.045  # the share of padding that sorting aims below, at micro-batches of up to 32 examples
+MICRO = 32
 
 
 def cell(n: int, cells: int, c: int) -> range:
@@ -23,20 +22,35 @@ def cell(n: int, cells: int, c: int) -> range:
 def epoch_order(lengths: list[int], global_batch: int, seed: int, epoch: int) -> list[int]:
     """All indices in the order of an epoch: shuffled, then grouped so that an update has examples of like length.
 
-    Shuffled indices are sorted by length within blocks, cut into updates, and the updates shuffled. The last,
+    Shuffled indices are sorted by length within blocks of some updates, cut into updates, and the updates shuffled. Sorting
+    costs mixing, so the blocks are the smallest (1, 2, 4, .. updates) that keep padding under ``PADDING``. The last,
     incomplete update stays last.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
+    order = torch.randperm(len(lengths), generator=generator)
     whole = len(order) // global_batch * global_batch
+    sizes = torch.as_tensor(lengths)
     rest, order = order[whole:], order[:whole]
-    size = global_batch * max(BLOCK_UPDATES, -(-BLOCK_EXAMPLES // global_batch))
-    updates = []
-    for start in range(0, whole, size):
-        block = sorted(order[start : start + size], key=lambda i: lengths[i])
-        updates += [block[i : i + global_batch] for i in range(0, len(block), global_batch)]
-    shuffled = [updates[i] for i in torch.randperm(len(updates), generator=generator).tolist()]
-    return [i for update in shuffled for i in update] + sorted(rest, key=lambda i: lengths[i])
+    updates = whole // global_batch
+    block = 1
+    found = _sorted_in_blocks(order, sizes, block * global_batch)
+    while block < updates and _padding(sizes[found]) > PADDING:
+        block *= 2
+        found = _sorted_in_blocks(order, sizes, block * global_batch)
+    found = found.view(updates, global_batch)[torch.randperm(updates, generator=generator)].flatten()
+    return [*found.tolist(), *rest[sizes[rest].argsort(stable=True)].tolist()]
+
+
+def _sorted_in_blocks(order: torch.Tensor, sizes: torch.Tensor, block: int) -> torch.Tensor:
+    if not len(order):
+        return order
+    return torch.cat([part[sizes[part].argsort(stable=True)] for part in order.split(block)])
+
+
+def _padding(sizes: torch.Tensor) -> float:
+    """The share of padding in consecutive micro-batches of ``MICRO`` examples of these sizes."""
+    padded = sum(len(part) * int(part.max()) for part in sizes.split(MICRO))
+    return 1 - float(sizes.sum()) / padded if padded else 0.0
 
 
 class GroupedBatches(Sampler[list[int]]):

@@ -1,3 +1,5 @@
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -59,6 +61,18 @@ def test_epochs_and_seeds_differ_and_lengths_are_grouped():
     order = orders.pop()
     spread = [max(b) - min(b) for b in ([lengths[i] for i in order[k : k + 10]] for k in range(0, 1000, 10))]
     assert sum(spread) / len(spread) < 5  # at random it would be about 41
+
+
+def test_sorting_goes_as_far_as_padding_needs_and_no_further():
+    generator = random.Random(0)
+    skewed = [int(generator.lognormvariate(4, 0.6)) + 5 for _ in range(3000)]
+    order = epoch_order(skewed, 32, 0, 0)[: 3000 // 32 * 32]
+    batches = [[skewed[i] for i in order[k : k + 32]] for k in range(0, len(order), 32)]
+    padding = 1 - sum(map(sum, batches)) / sum(len(b) * max(b) for b in batches)
+    assert padding < 0.05
+    even = [10] * 3000  # nothing to gain: the order is a plain shuffle, with no two updates sorted together
+    order = epoch_order(even, 32, 0, 0)
+    assert sorted(order) == list(range(3000)) and order != sorted(order)
 
 
 def test_sequential_order_on_request():
