@@ -301,6 +301,20 @@ def test_a_run_goes_on_where_it_was_interrupted(roberta_checkpoint, glue, tmp_pa
     assert all(torch.equal(whole[k], part[k]) for k in whole)
 
 
+def test_an_interrupted_recipe_goes_on_although_it_overwrites(roberta_checkpoint, glue, tmp_path, capsys):
+    options = ["--save_strategy", "steps", "--save_steps", "1", "--overwrite_output_dir"]
+    run_glue().main(command(roberta_checkpoint, glue, tmp_path / "out", "rte", *options))
+    wanted = load_file(tmp_path / "out/adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "out/checkpoint-3")
+    capsys.readouterr()
+    run_glue().main(
+        command(roberta_checkpoint, glue, tmp_path / "out", "rte", *options, "--resume_from_checkpoint", "true")
+    )
+    assert "checkpoint-2" in capsys.readouterr().out
+    found = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert all(torch.equal(found[k], wanted[k]) for k in wanted)
+
+
 @pytest.mark.parametrize("sampling", ["step", "matryoshka", "fixed"])
 def test_the_other_samplings_and_settings(sampling, roberta_checkpoint, glue, tmp_path):
     more = ["--rank_sampling", sampling, "--lora_scaling", "alpha/sqrt(b)", "--eval_ranks", "1,3", "--bf16", "true"]
