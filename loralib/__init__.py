@@ -4,9 +4,10 @@ import loralib as lora
 """
 
 from .checkpoint import load_adapter, save_adapter
+from .convolution import Conv1d, Conv2d, Conv3d
 from .frozen import freeze_undrawn
 from .gate import matryoshka_gate
-from .layers import Conv1d, Conv2d, Conv3d, Embedding, Linear, LoRALayer, MergedLinear
+from .layers import Embedding, Linear, LoRALayer, MergedLinear
 from .model import (
     get_rank,
     inject,

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from .convolution import Conv2d
 from .gate import check_rank, matryoshka_gate, rank_gate
-from .layers import Conv2d, Embedding, Linear, LoRALayer
+from .layers import Embedding, Linear, LoRALayer
 
 # Classifier classes of transformers: their head is new, trained in full and saved with the adapter.
 _CLASSIFIER = re.compile(r"For(\w*Classification|MultipleChoice|QuestionAnswering)$")

@@ -10,15 +10,16 @@ from collections import Counter
 
 import torch
 
+from .convolution import Convolution
 from .gate import scale
-from .layers import Embedding, LoRALayer, MergedLinear, _Conv
+from .layers import Embedding, LoRALayer, MergedLinear
 
 PREFIX = "base_model.model."
 
 
 def expansion(layer: LoRALayer) -> int:
     """R / b: how many of PEFT's components one of the layer's is."""
-    return math.prod(layer.kernel_size) if isinstance(layer, _Conv) else layer.projections
+    return math.prod(layer.kernel_size) if isinstance(layer, Convolution) else layer.projections
 
 
 def keys(layer: LoRALayer, name: str) -> tuple[str, str]:
@@ -34,7 +35,7 @@ def to_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> tu
         parts = iter(blocks.chunk(layer.projections))
         empty = torch.zeros_like(blocks[: len(blocks) // layer.projections])
         B = torch.cat([next(parts) if enabled else empty for enabled in layer.enable_lora])
-    elif isinstance(layer, _Conv):
+    elif isinstance(layer, Convolution):
         if layer.groups != 1:
             raise ValueError(
                 f"layer {name!r} is a convolution with groups = {layer.groups}, which PEFT's format has no place for."
@@ -55,7 +56,7 @@ def from_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> 
         parts = [part for part, enabled in zip(parts, layer.enable_lora, strict=True) if enabled]
         b = B.shape[1] // layer.projections
         own = A, torch.cat([part[:, g * b : (g + 1) * b] for g, part in enumerate(parts)])
-    elif isinstance(layer, _Conv):
+    elif isinstance(layer, Convolution):
         blocks = math.prod(layer.kernel_size) // layer.rows
         own = (
             A.reshape(-1, blocks, blocks, layer.in_channels * layer.rows)[:, 0, 0],
