@@ -91,6 +91,10 @@ class LoRALayer(nn.Module):
         """B (gate * (A x)); gate is a float, (components,) or (batch, components)."""
         raise NotImplementedError
 
+    def add_update(self, h: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
+        """h plus the update; a layer may do it in fewer steps."""
+        return h + self.update(x, A, B, gate)
+
     def delta(self, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
         """The change of the weight that ``update`` amounts to, shaped like the weight; gate as a float or (components,)."""
         raise NotImplementedError
@@ -152,7 +156,7 @@ class LoRALayer(nn.Module):
             self._drawn |= self.drawn_components()
         x = self.lora_dropout(x)
         if self._gate is None:
-            return h + self.update(x, *self.first_components(self._rank, self._frozen), self.strength())
+            return self.add_update(h, x, *self.first_components(self._rank, self._frozen), self.strength())
         gate = self._gate.to(device=h.device)
         if gate.ndim == 2 and x.shape[0] not in (1, len(gate)):
             raise ValueError(
@@ -160,7 +164,7 @@ class LoRALayer(nn.Module):
                 f"are set; set one rank per example of the batch."
             )
         if not self._frozen:
-            return h + self.update(x, self.lora_A, self.lora_B, gate)
+            return self.add_update(h, x, self.lora_A, self.lora_B, gate)
         # The value and the gradient to x come from all components 1..b, the factors' gradient from component b alone.
         value = self.update(x, self.lora_A.detach(), self.lora_B.detach(), gate)
         own = gate * (torch.arange(1, self.r + 1, device=gate.device) == self._rank.to(gate.device)[:, None])
@@ -294,6 +298,14 @@ class Linear(LoRALayer, nn.Linear):
     def update(self, x, A, B, gate):
         return F.linear(gated(F.linear(x, A), gate), B)
 
+    def add_update(self, h, x, A, B, gate):
+        # The last product adds to h and scales as it goes, which saves two passes over the output.
+        z, strength = F.linear(x, A), gate
+        if isinstance(gate, torch.Tensor):
+            z, strength = gated(z, gate), 1
+        h = h.expand(*z.shape[:-1], -1)  # one input, many ranks
+        return torch.addmm(h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1]), B.T, alpha=strength).view(h.shape)
+
     def delta(self, A, B, gate):
         delta = (B * gate).to(B.dtype) @ A
         return delta.T if self.fan_in_fan_out else delta
@@ -354,6 +366,8 @@ class MergedLinear(Linear):
         z = gated(F.linear(x, A).unflatten(-1, (self.projections, B.shape[-1])), gate)
         h = torch.einsum("...gb,gob->...go", z, B.to(z.dtype))
         return self.spread(h.flatten(-2), -1)
+
+    add_update = LoRALayer.add_update  # the update is no single product here
 
     def delta(self, A, B, gate):
         A = A.unflatten(0, (self.projections, B.shape[-1]))
