@@ -12,6 +12,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import has_length
 
 from .adapter_files import read_configs
@@ -24,7 +25,7 @@ from .gate import check_rank
 from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank
 from .report import aurac
 from .sampling import RankSampler
-from .sharing import share_between_ranks
+from .sharing import passes, share_between_ranks
 
 SAMPLINGS = ("example", "step", "matryoshka", "fixed")
 
@@ -98,7 +99,7 @@ class DyLoRATrainer(Trainer):
         self.task_metrics, self.compute_metrics = self.compute_metrics, self._metrics_of_all_ranks
         self._batches: GroupedBatches | None = None
         self._iterator, self._update, self._micro, self._micro_batches = None, 0, 0, 1
-        self._eval_order, self._loss_only, self._new_batch = None, False, lambda inputs: None
+        self._eval_order, self._loss_only, self._new_batch = None, False, lambda *batches: None
         self._frozen_by = None  # the optimizer that freeze_undrawn watches
 
     # --- batches --------------------------------------------------------------------------------------
@@ -268,20 +269,24 @@ class DyLoRATrainer(Trainer):
         if not self.eval_ranks:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        self._new_batch(inputs)
+        size = _batch_size(inputs)
+        # A model trained with a rank per example takes them in evaluation too; a pass of one rank alone gives its loss.
+        plan = passes(inputs, self.eval_ranks, self.rank_sampling == "example" and not self._loss_only)
+        self._new_batch(*(own for _, _, own in plan))
         outputs, labels = [], None
-        for b in self.eval_ranks:
-            with use_rank(self.model, b):
-                loss, logits, labels = super().prediction_step(model, inputs, self._loss_only, ignore_keys)
-            outputs.append(loss.expand(_batch_size(inputs)) if self._loss_only else _first(logits))
-            if outputs[-1].ndim > 2:
+        for ranks, rank, own in plan:
+            with use_rank(self.model, rank):
+                loss, logits, labels = super().prediction_step(model, own, self._loss_only, ignore_keys)
+            output = loss.expand(size) if self._loss_only else _first(logits)
+            if output.ndim > 2:
                 raise ValueError(
-                    f"The logits have shape {tuple(outputs[-1].shape)}; ranks are scored on one prediction an example, "
+                    f"The logits have shape {tuple(output.shape)}; ranks are scored on one prediction an example, "
                     f"(batch, classes). Leave out compute_metrics to have every rank's loss."
                 )
+            outputs += output.chunk(len(ranks))
         if self._loss_only:
-            labels = torch.zeros(_batch_size(inputs), device=outputs[0].device)
-        return None, torch.stack(outputs, dim=1), labels
+            labels = torch.zeros(size, device=outputs[0].device)
+        return None, torch.stack(outputs, dim=1), None if labels is None else nested_truncate(labels, size)
 
     def evaluation_loop(self, dataloader, description, prediction_loss_only=None, *args, **kwargs):
         self._loss_only = bool(self.eval_ranks) and description == "Evaluation" and (

@@ -5,7 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
 
 import loralib as lora
-from loralib.sharing import share_between_ranks
+from loralib import sharing
+from loralib.sharing import passes, share_between_ranks
 
 
 def models(roberta_config):
@@ -16,12 +17,16 @@ def models(roberta_config):
     yield lora.inject(GPT2LMHeadModel(config), ["c_attn"], r=4, lora_alpha=8)
 
 
-@pytest.mark.parametrize("which", range(3))
-def test_all_ranks_are_as_without_sharing(which, roberta_config):
-    model = list(models(roberta_config))[which].eval()
+def randomised(model):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("which", range(3))
+def test_all_ranks_are_as_without_sharing(which, roberta_config):
+    model = randomised(list(models(roberta_config))[which])
     batches = [
         {"input_ids": torch.randint(3, 100, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
         for _ in range(2)
@@ -41,6 +46,34 @@ def test_all_ranks_are_as_without_sharing(which, roberta_config):
                         found.append(model(**inputs).logits)
     assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
     assert not any("forward" in m.__dict__ or "base" in m.__dict__ for m in model.modules())
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("budget", [0, 40, 60, 10_000])
+def test_ranks_that_share_a_pass_have_their_own_logits(budget, which, roberta_config, monkeypatch):
+    """3 examples of 6 tokens: 1, 2, 3 or all 5 ranks go together."""
+    monkeypatch.setattr(sharing, "STACKED_TOKENS", budget)
+    model = randomised(list(models(roberta_config))[which])
+    inputs = {"input_ids": torch.randint(3, 100, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+    found = []
+    with torch.no_grad(), share_between_ranks(model) as new_batch:
+        plan = passes(inputs, [0, 1, 2, 3, 4])
+        new_batch(*(own for _, _, own in plan))
+        for ranks, rank, own in plan:
+            assert len(own["input_ids"]) == 3 * len(ranks) and own["input_ids"].numel() <= max(18, budget)
+            with lora.use_rank(model, rank):
+                found += model(**own).logits.chunk(len(ranks))
+        for b, logits in enumerate(found):
+            with lora.use_rank(model, b):
+                torch.testing.assert_close(logits, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+    assert [len(ranks) for ranks, _, _ in plan] == {0: [1] * 5, 40: [1, 2, 2], 60: [2, 3], 10_000: [5]}[budget]
+
+
+def test_passes_can_be_told_not_to_stack():
+    inputs = {"input_ids": torch.ones(2, 3), "scale": torch.tensor(2.0)}
+    assert [(ranks, rank) for ranks, rank, _ in passes(inputs, [1, 3], stack=False)] == [([1], 1), ([3], 3)]
+    assert all(own is inputs for _, _, own in passes(inputs, [1, 3], stack=False))
+    assert passes(inputs, [1, 3])[0][2]["scale"] == 2
 
 
 def test_embeddings_and_the_first_projections_run_once(roberta_config):

@@ -134,8 +134,11 @@ def test_two_processes_give_what_one_gives(frozen, n, roberta_config, roberta_ch
     assert np.allclose(logits, alone.predict(alone.eval_dataset).predictions, atol=2e-3)
 
 
-def test_all_ranks_in_one_pass_are_each_rank_alone_in_the_datas_order(roberta_config, roberta_checkpoint, tmp_path):
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_eval_batch_size=4)
+@pytest.mark.parametrize("sampling", ["example", "step"])  # ranks stacked in a pass, and one after the other
+def test_all_ranks_in_one_pass_are_each_rank_alone_in_the_datas_order(
+    sampling, roberta_config, roberta_checkpoint, tmp_path
+):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_eval_batch_size=4, rank_sampling=sampling)
     output = t.predict(t.eval_dataset)
     assert output.predictions.shape == (13, 4, 3)
     for b in range(1, 5):

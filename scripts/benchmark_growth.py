@@ -1,0 +1,135 @@
+"""How time and memory grow with r_max, width, length and data: the points of the plot, and why they lie so."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import benchmark_peers as peers
+import torch
+from benchmark_cases import batch, drawn, training_step
+from benchmark_peers import MINILM, Shape
+from benchmark_rows import Options, median
+from benchmark_timing import alternate, paired_ratio, saved_bytes
+
+import loralib as lora
+from loralib.batching import epoch_order
+from loralib.sharing import passes, share_between_ranks
+
+WHY = {
+    "r_max": "The update costs 4 r_max numbers a weight column against the base layer's width, so the step hardly grows "
+    "with r_max, and beside PEFT's not at all: only the gate, one small product, is added and one large one left out.",
+    "width": "Time grows with the square of the width, as the base layers' products do; the adapter's share shrinks.",
+    "length": "Time grows with the length, and a little more where attention's square shows; padding therefore costs as "
+    "much as text, which is why batches are grouped by length.",
+    "evaluation": "All ranks of a batch take one pass a rank, so the time grows with r_max; what they share is kept once, so the "
+    "memory does not.",
+    "data": "Ordering an epoch sorts the lengths, n log n; it stays far below the time of one training step.",
+}
+
+
+def grow(options: Options) -> dict[str, list[dict]]:
+    """{quantity: points}; times in ms, memory in MB."""
+    points = {
+        "r_max": [
+            step_point(MINILM, r, 16, 32, options) | {"x": r}
+            for r in ((1, 8, 64) if options.quick else (1, 2, 4, 8, 16, 32, 64))
+        ],
+        "width": [
+            step_point(Shape("", width, 6, width // 32), 8, 16, 32, options) | {"x": width}
+            for width in (128, 256, 512, 1024)
+        ],
+        "length": [step_point(MINILM, 8, 16, length, options) | {"x": length} for length in (16, 64, 256, 512)],
+        "evaluation": [evaluation_point(r) | {"x": r} for r in (1, 2, 4, 8, 16, 32, 64)],
+        "data": [order_point(n) | {"x": n} for n in (1_000, 10_000, 100_000, 400_000)],
+    }
+    return points
+
+
+def step_point(shape: Shape, r: int, rows: int, length: int, options: Options) -> dict:
+    inputs = batch(rows, length, options.device)
+    model, peer = peers.ours(shape, r, options.device), peers.peft(shape, r, options.device)
+    times = alternate(
+        {
+            "ours": training_step(model, inputs, options.device, "fp32", drawn(model, r, rows, "example")),
+            "peft": training_step(peer, inputs, options.device, "fp32"),
+        },
+        8,
+        options.device,
+    )
+    found = paired_ratio(times["ours"], times["peft"])
+    return {
+        "ours": 1000 * median(times["ours"]),
+        "peft": 1000 * median(times["peft"]),
+        "ratio": found.median,
+        "low": found.low,
+        "high": found.high,
+        "saved_mb": saved_bytes(lambda: model(**inputs).loss) / 1e6,
+    }
+
+
+def evaluation_point(r: int) -> dict:
+    """In a process of its own, whose peak of memory is then this evaluation's."""
+    found = subprocess.run([sys.executable, __file__, str(r)], check=True, capture_output=True, text=True)
+    ms, mb = map(float, found.stdout.split()[-2:])
+    return {"ours": ms, "peak_mb": mb}
+
+
+def evaluate_alone(r: int) -> tuple[float, float]:
+    """Milliseconds of an evaluation at r ranks, and by how many MB it raised the process's peak."""
+    model = peers.overlay(MINILM, r, "cpu").eval()
+    inputs = batch(32, 64, "cpu")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def evaluate():
+        with torch.no_grad(), model.first_token_only(), share_between_ranks(model) as new_batch:
+            plan = passes(inputs, list(range(1, r + 1)))
+            new_batch(*(own for _, _, own in plan))
+            for _, rank, own in plan:
+                with lora.use_rank(model, rank):
+                    model(**own)
+
+    seconds = alternate({"ours": evaluate}, 2)["ours"]
+    return 1000 * min(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def order_point(n: int) -> dict:
+    lengths = (torch.randn(n, generator=torch.Generator().manual_seed(0)).abs() * 20 + 5).int().tolist()
+    return {"ours": 1000 * min(alternate({"order": lambda: epoch_order(lengths, 32, 0, 0)}, 3)["order"])}
+
+
+def plot_growth(points: dict[str, list[dict]], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 7), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, 3).flat
+    drawings = [
+        ("r_max", "training step, ms", [("ours", "DyLoRA, rank per example"), ("peft", "PEFT LoRA")], "r_max"),
+        ("r_max", "saved for backward, MB", [("saved_mb", "DyLoRA")], "r_max"),
+        ("width", "training step, ms", [("ours", "DyLoRA, rank per example"), ("peft", "PEFT LoRA")], "hidden width"),
+        (
+            "length",
+            "training step, ms",
+            [("ours", "DyLoRA, rank per example"), ("peft", "PEFT LoRA")],
+            "tokens per example",
+        ),
+        ("evaluation", "all ranks of a batch: ms, peak MB", [("ours", "time, ms"), ("peak_mb", "memory, MB")], "r_max"),
+        ("data", "ordering an epoch, ms", [("ours", "length-grouped order")], "training examples"),
+    ]
+    for panel, (name, label, lines, x) in zip(panels, drawings, strict=True):
+        for key, title in lines:
+            panel.plot(
+                [p["x"] for p in points[name]], [p[key] for p in points[name]], marker="o", markersize=4, label=title
+            )
+        panel.set(xlabel=x, ylabel=label, xscale="log", ylim=(0, None))
+        if name in ("width", "length", "evaluation", "data"):
+            panel.set(yscale="log", ylim=(None, None))
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    print(*evaluate_alone(int(sys.argv[1])))

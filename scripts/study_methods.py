@@ -1,0 +1,167 @@
+"""What the study compares: each method is a few settings of DyLoRATrainer, or a variant of it that was tried.
+
+The published methods need nothing but the trainer's own arguments. What else was tried (``draw``, ``distil``, ...) lives
+here and not in the library, unless it measured better.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import loralib as lora
+from loralib.model import lora_layers
+from loralib.trainer import DyLoRATrainer
+
+R_MAX, ALPHA = 8, 16
+
+
+@dataclass(frozen=True)
+class Method:
+    """How an adapter is trained.
+
+    ``title`` is how the tables call it. ``r`` is the adapter's r_max; ``ranks`` those it is measured at.
+    """
+
+    title: str
+    sampling: str = "example"
+    r: int = R_MAX
+    alpha: float = ALPHA
+    scaling: str = "alpha/b"
+    distribution: str = "uniform"
+    frozen: bool = False
+    reduce: str = "sum"
+    gate_ranks: tuple[int, ...] = ()  # matryoshka: the ranks whose gates are added; () = all
+    group_by_length: bool = True
+    # Variants that were tried; each is a no-op at its default.
+    weights: tuple[float, ...] = ()  # draw ranks 1..r with these weights, evenly: each takes its share of every update
+    anneal: bool = False  # draw from the top rank alone at first, and reach ``weights`` (or uniform) half-way
+    distil: float = 0.0  # weight of the divergence from the same batch's logits at r_max (no gradient through these)
+    rate_B: float = 1.0  # learning rate of lora_B relative to all else (LoRA+)
+    orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
+
+    @property
+    def ranks(self) -> list[int]:
+        return list(range(1, self.r + 1)) if self.sampling != "fixed" else [self.r]
+
+
+UNIFORM = (1.0,) * R_MAX
+CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
+
+METHODS = {
+    **{f"lora-{r}": Method(f"LoRA trained at rank {r}", "fixed", r=r) for r in (1, 2, 4, 8)},
+    "released": Method("DyLoRA as released (per step, frozen)", "step", frozen=True),
+    "step": Method("DyLoRA, per step", "step"),
+    "step-geometric": Method("DyLoRA, per step, geometric 0.15", "step", distribution="geometric"),
+    "example": Method("DyLoRA, per example"),
+    "matryoshka-sum": Method(
+        "MatryoshkaLoRA (sum, alpha/sqrt(b))", "matryoshka", scaling="alpha/sqrt(b)", gate_ranks=(1, 2, 4, 8)
+    ),
+    "matryoshka-mean": Method("fixed gate, mean with alpha/b", "matryoshka", reduce="mean"),
+}
+# What a LoRA trained at r_max gives at the lower ranks, made from the run of lora-8.
+CUTS = {
+    "cut-alpha/b": "LoRA trained at rank 8, cut, alpha/b",
+    "cut-alpha/r": "LoRA trained at rank 8, cut, alpha/r",
+    "cut-svd": "LoRA trained at rank 8, reduced by SVD",
+}
+TRIED = {
+    "even": Method("per example, evenly", weights=UNIFORM),
+    "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
+    "even-constant": Method("per example, evenly, one strength 6", weights=UNIFORM, **CONSTANT),
+    "even-constant-16": Method("per example, evenly, one strength 16", weights=UNIFORM, scaling="alpha/r", alpha=128),
+    "ends": Method("per example, ranks 1 and 8 more often", weights=(3, 1, 1, 1, 1, 1, 1, 3)),
+    "ends-constant": Method(
+        "per example, ranks 1 and 8 more often, one strength 6", weights=(3, 1, 1, 1, 1, 1, 1, 3), **CONSTANT
+    ),
+    "powers-constant": Method(
+        "per example, ranks 1, 2, 4, 8 alone, one strength 6", weights=(1, 1, 0, 1, 0, 0, 0, 1), **CONSTANT
+    ),
+    "top-constant": Method("per example, rank 8 more often, one strength 6", weights=(1,) * 7 + (5,), **CONSTANT),
+    "anneal-constant": Method(
+        "per example, from rank 8 to all, one strength 6", weights=UNIFORM, anneal=True, **CONSTANT
+    ),
+    "distil-constant": Method(
+        "per example, evenly, distilled, one strength 6", weights=UNIFORM, distil=1.0, **CONSTANT
+    ),
+    "plus-constant": Method(
+        "per example, evenly, LoRA+ (B 4 times), one strength 6", weights=UNIFORM, rate_B=4.0, **CONSTANT
+    ),
+    "orthogonal-constant": Method(
+        "per example, evenly, orthogonal A, one strength 6", weights=UNIFORM, orthogonal=True, **CONSTANT
+    ),
+    "shuffled-constant": Method(
+        "per example, evenly, one strength 6, no grouping by length", weights=UNIFORM, group_by_length=False, **CONSTANT
+    ),
+    "mean-constant": Method("fixed gate, mean, one strength 6", "matryoshka", reduce="mean", **CONSTANT),
+}
+
+
+def even_draw(weights, n: int, seed: str) -> torch.Tensor:
+    """n ranks, rank b about n * weights[b - 1] / sum(weights) times, at most one more or less; their order is random."""
+    import random
+
+    draw = random.Random(seed)
+    edges = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    points = (torch.arange(n, dtype=torch.float64) + draw.random()) / n * edges[-1]
+    ranks = (torch.searchsorted(edges, points, right=True) + 1).clamp(max=len(weights)).tolist()
+    draw.shuffle(ranks)
+    return torch.tensor(ranks)
+
+
+class StudyTrainer(DyLoRATrainer):
+    """DyLoRATrainer with the variants of a ``Method``."""
+
+    def __init__(self, method: Method, **options):
+        super().__init__(
+            rank_sampling=method.sampling,
+            rank_distribution=method.distribution,
+            frozen=method.frozen,
+            matryoshka_reduce=method.reduce,
+            eval_ranks=method.ranks,
+            group_by_length=method.group_by_length,
+            **options,
+        )
+        self.method = method
+        if method.gate_ranks:
+            self.rank_sampler.ranks = list(method.gate_ranks)
+        if method.orthogonal:
+            for _, layer in lora_layers(self.model):
+                length = layer.lora_A.detach().norm() / layer.r**0.5
+                nn.init.orthogonal_(layer.lora_A, gain=float(length))
+
+    def _set_training_ranks(self, batch_size: int) -> None:
+        weights = self.method.weights
+        if not weights:
+            return super()._set_training_ranks(batch_size)
+        step = self.state.global_step
+        if self.method.anneal:
+            share = min(1.0, 2 * step / self.state.max_steps)
+            weights = [w * share for w in weights[:-1]] + [weights[-1] + (1 - share) * sum(weights[:-1])]
+        size = self._batches.update_size(self._update % self._batches.updates())
+        ranks = even_draw(weights, size, f"{self.args.seed}:{step}")
+        lora.set_rank(self.model, ranks[list(self._places())])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and self.method.distil:
+            with torch.no_grad(), lora.use_rank(model, self.method.r):
+                full = super().compute_loss(model, inputs, True, num_items_in_batch)[1].logits
+            own = F.log_softmax(outputs.logits.float(), -1)
+            loss = loss + self.method.distil * F.kl_div(
+                own, F.log_softmax(full.float(), -1), log_target=True, reduction="batchmean"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args, **kwargs):
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.method.rate_B != 1:
+            B = {id(p) for name, p in self.model.named_parameters() if name.endswith("lora_B")}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in B]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in B]
+                    optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.method.rate_B})
+        return optimizer
