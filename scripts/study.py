@@ -254,9 +254,9 @@ def run_all(cells: list[Cell], options) -> None:
             )
 
 
-def rate_cells(methods: list[str]) -> list[Cell]:
+def rate_cells(methods: list[str], rates: list[float]) -> list[Cell]:
     own = [name for name in methods if name not in SWEEP or name in SWEEP_ENDS]
-    return [Cell(task, name, 0, rate, "held_out") for name in own for rate in RATES for task in RATE_TASKS]
+    return [Cell(task, name, 0, rate, "held_out") for name in own for rate in rates for task in RATE_TASKS]
 
 
 def run_cells(tasks: list[str], methods: list[str], seeds: list[int], rates: dict[str, float]) -> list[Cell]:
@@ -276,6 +276,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *TRIED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rates", nargs="+", type=float, default=RATES, choices=RATES, help="for rates: these alone")
     parser.add_argument("--rate", type=float, help="for cell: instead of the chosen one")
     parser.add_argument("--held-out", action="store_true", help="for cell: measure on a tenth of train")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -286,13 +287,14 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "tables":
         from study_tables import write_tables
 
-        return write_tables(Path(options.results))
+        records = read_records(Path(options.results) / "runs.jsonl")
+        return write_tables(Path(options.results), records, chosen_rates(records), BUDGETS)
     if not options.encoder or not options.data:
         parser.error(f"{options.command} needs --encoder and --data.")
     records = read_records(Path(options.results) / "runs.jsonl")
     rates = chosen_rates(records)
     if options.command == "rates":
-        return run_all(rate_cells(options.methods), options)
+        return run_all(rate_cells(options.methods, options.rates), options)
     if options.command == "runs":
         without = [name for name in options.methods if name not in rates]
         if without:

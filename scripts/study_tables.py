@@ -1,0 +1,192 @@
+"""Tables, curves and cost of the study, from results/study/runs.jsonl."""
+
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from study_methods import CUTS, METHODS, TRIED
+
+from loralib.files import write_atomically, write_text
+from loralib.plots import plot_curves
+from loralib.report import aurac
+from loralib.runs import Curve
+
+SWEEP = ("lora-1", "lora-2", "lora-4", "lora-8")
+SHOWN = (1, 2, 4, 8)
+NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
+         "mnli": "MNLI, 13,393 examples (accuracy)"}  # fmt: skip
+PAPER = (
+    "The paper reports, for RoBERTa-base on eight GLUE tasks, an average of 84.22 at rank 1 and 85.44 at rank 8 for one "
+    "DyLoRA, against 54.90 and 85.27 for a LoRA trained at rank 8 and cut; and 83.30 / 84.47 (rank 1 / 8) for uniform "
+    "non-frozen sampling against 81.61 / 83.31 for frozen (arXiv 2210.07558). Encoder, data and budget differ from ours, so "
+    "only the order of methods can be compared."
+)
+
+
+def title(method: str) -> str:
+    return CUTS.get(method) or {**METHODS, **TRIED}[method].title
+
+
+def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
+    """{(task, method): {seed: {rank: score}}}; the sweep's four runs of a seed are one method, "sweep"."""
+    found: dict = defaultdict(lambda: defaultdict(dict))
+    for record in records:
+        if record["split"] != split:
+            continue
+        method = "sweep" if record["method"] in SWEEP else record["method"]
+        for b, value in record["scores"].items():
+            found[record["task"], method][record["seed"]][int(b)] = value
+    for key in [key for key in found if key[1] == "sweep"]:  # seeds whose four runs are there
+        found[key] = {seed: curve for seed, curve in found[key].items() if len(curve) == len(SWEEP)}
+    return {key: dict(by_seed) for key, by_seed in found.items() if by_seed}
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float | None]:
+    """The mean and its standard error (None for one value)."""
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+    return float(np.mean(values)), error
+
+
+def shown(values: list[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
+
+
+def area(curve: dict[int, float]) -> float:
+    """AURAC over ranks 1, 2, 4 and 8, which the sweep has too."""
+    return aurac(list(SHOWN), [curve[b] for b in SHOWN])
+
+
+def order(methods) -> list[str]:
+    wanted = ["sweep", *CUTS, *METHODS, *TRIED]
+    return sorted(methods, key=wanted.index)
+
+
+def called(method: str) -> str:
+    return "LoRA trained at that rank alone (the sweep, 4 runs)" if method == "sweep" else title(method)
+
+
+def task_table(found: dict, task: str) -> list[str]:
+    lines = [
+        f"### {NAMES[task]}",
+        "",
+        "| method | r=1 | r=2 | r=4 | r=8 | AURAC | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for method in order(m for t, m in found if t == task):
+        curves = list(found[task, method].values())
+        cells = [shown([curve[b] for curve in curves]) for b in SHOWN]
+        lines.append(
+            f"| {called(method)} | {' | '.join(cells)} | {shown([area(curve) for curve in curves])} | {len(curves)} |"
+        )
+    return [*lines, ""]
+
+
+def averaged(found: dict, method: str) -> dict[int, dict[int, float]]:
+    """{seed: {rank: the mean over tasks}} for seeds that every task has."""
+    tasks = list(dict.fromkeys(task for task, _ in found))
+    runs = [found.get((task, method), {}) for task in tasks]
+    seeds = set.intersection(*(set(by_seed) for by_seed in runs)) if runs else set()
+    return {seed: {b: float(np.mean([run[seed][b] for run in runs])) for b in SHOWN} for seed in sorted(seeds)}
+
+
+def average_table(found: dict) -> list[str]:
+    """The mean over tasks, and its difference from the sweep's, paired by seed."""
+    sweep = averaged(found, "sweep")
+    lines = ["| method | r=1 | r=2 | r=4 | r=8 | AURAC | seeds | minus the sweep, at 1 / 2 / 4 / 8 |",
+             "|---|---:|---:|---:|---:|---:|---:|---|"]  # fmt: skip
+    for method in order({m for _, m in found}):
+        own = averaged(found, method)
+        if not own:
+            continue
+        cells = [shown([curve[b] for curve in own.values()]) for b in SHOWN]
+        both = [seed for seed in own if seed in sweep]
+        apart = [shown([own[seed][b] - sweep[seed][b] for seed in both]) for b in SHOWN] if both else []
+        beside = "" if method == "sweep" else " / ".join(apart)
+        lines.append(
+            f"| {called(method)} | {' | '.join(cells)} | {shown([area(c) for c in own.values()])} | {len(own)} | {beside} |"
+        )
+    return [*lines, ""]
+
+
+def rate_table(records: list[dict]) -> list[str]:
+    """AURAC on the held-out tenths, by rate: how the rates were chosen, and what was tried."""
+    rates = sorted({r["rate"] for r in records if r["split"] == "held_out"})
+    cells = {
+        (r["method"], r["task"], r["rate"]): r["aurac"] for r in records if r["split"] == "held_out" and r["seed"] == 0
+    }
+    tasks = list(dict.fromkeys(task for _, task, _ in cells))
+    lines = ["| method | " + " | ".join(f"{task} {rate:g}" for task in tasks for rate in rates) + " |",
+             "|---|" + "---:|" * (len(tasks) * len(rates))]  # fmt: skip
+    for method in order({m for m, _, _ in cells}):
+        row = [cells.get((method, task, rate)) for task in tasks for rate in rates]
+        lines.append(f"| {title(method)} | " + " | ".join("" if v is None else f"{v:.1f}" for v in row) + " |")
+    return [*lines, ""]
+
+
+def cost_table(records: list[dict]) -> list[str]:
+    lines = ["| method | runs | optimizer steps | training, minutes |", "|---|---:|---:|---:|"]
+    own = [r for r in records if r["split"] == "validation" and r["method"] not in CUTS]
+    for method in order({r["method"] if r["method"] not in SWEEP else "sweep" for r in own}):
+        mine = [r for r in own if (r["method"] in SWEEP if method == "sweep" else r["method"] == method)]
+        seeds = {(r["task"], r["seed"]) for r in mine}
+        lines.append(
+            f"| {called(method)} | {len(mine) / len(seeds):.0f} a task and seed | "
+            f"{sum(r['steps'] for r in mine) / len(seeds):,.0f} | {sum(r['seconds'] for r in mine) / len(seeds) / 60:.1f} |"
+        )
+    return [*lines, ""]
+
+
+def to_curves(found: dict) -> list[Curve]:
+    """What the plot shows: the sweep, the cuts, the released setting and the methods beside it."""
+    curves = []
+    for (task, method), by_seed in found.items():
+        ranks = sorted(next(iter(by_seed.values())))
+        values = np.array([[curve[b] for b in ranks] for curve in by_seed.values()])
+        errors = tuple((values.std(0, ddof=1) / math.sqrt(len(values))).tolist()) if len(values) > 1 else None
+        curves.append(
+            Curve(task, "", called(method), "score", tuple(ranks), tuple(values.mean(0).tolist()), errors, len(values))
+        )
+    return curves
+
+
+def write_tables(directory: Path, records: list[dict], rates: dict[str, float], budgets: dict) -> None:
+    """README.md and curves.png from the records."""
+    found = scores(records)
+    lines = [
+        "# Does one DyLoRA run match a LoRA sweep?",
+        "",
+        "Made by `scripts/study.py` (commands below). MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value "
+        "adapted, r_max 8, alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, bf16 autocast on one CPU "
+        "core a run. Mean ± standard error over seeds; AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, "
+        "order and number of steps.",
+        "",
+    ]
+    if found:
+        count = len({task for task, _ in found})
+        lines += [
+            f"## Average of {count} tasks",
+            "",
+            *average_table(found),
+            "![curves](curves.png)",
+            "",
+            "## By task",
+            "",
+        ]
+        for task in [task for task in NAMES if any(t == task for t, _ in found)]:
+            lines += task_table(found, task)
+        lines += ["## Cost", "", *cost_table(records)]
+        write_atomically(directory / "curves.png", lambda file: plot_curves(to_curves(found), file, kind="png"))
+    lines += ["## Learning rates, and what was tried", "",
+              "AURAC on a held-out tenth of train, seed 0, by task and rate (`study.py rates`); never on validation. "
+              "Chosen: " + ", ".join(f"{name} {rate:g}" for name, rate in sorted(rates.items())) + ".",
+              "", *rate_table(records)]  # fmt: skip
+    budget = ", ".join(
+        f"{task} {b.epochs} epochs" + (f" of {b.train:,} examples" if b.train else "")
+        + (f", the first {b.validation:,} of validation" if b.validation else "")
+        for task, b in budgets.items()
+    )  # fmt: skip
+    lines += ["## Limits", "", f"One small encoder; budgets: {budget}. Seeds change the head's and the adapter's start, the "
+              "order of the data and the ranks drawn; the validation set is one. " + PAPER, ""]  # fmt: skip
+    write_text(directory / "README.md", "\n".join(lines))
