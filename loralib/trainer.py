@@ -23,6 +23,7 @@ from .files import write_text
 from .frozen import freeze_undrawn
 from .gate import check_rank
 from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank
+from .precision import frozen_weights_in
 from .report import aurac
 from .sampling import RankSampler
 from .sharing import passes, share_between_ranks
@@ -192,7 +193,7 @@ class DyLoRATrainer(Trainer):
     def train(self, *args, **kwargs):
         """As Trainer's; afterwards the model runs at r_max."""
         try:
-            with self._first_token_only():
+            with self._savings():
                 return super().train(*args, **kwargs)
         finally:
             if self.rank_sampler is not None:
@@ -300,15 +301,28 @@ class DyLoRATrainer(Trainer):
             if self.eval_ranks:
                 stack.callback(setattr, self, "_new_batch", self._new_batch)
                 self._new_batch = stack.enter_context(share_between_ranks(self.model))
-                stack.enter_context(self._first_token_only())
+                stack.enter_context(self._savings())
             output = super().evaluation_loop(dataloader, description, only or None, *args, **kwargs)
         return output._replace(
             predictions=self._in_order(output.predictions), label_ids=self._in_order(output.label_ids)
         )
 
-    def _first_token_only(self):
-        """The model's own context in which its last block computes what the classifier reads, if it has one."""
-        return getattr(self.model, "first_token_only", contextlib.nullcontext)()
+    @contextlib.contextmanager
+    def _savings(self):
+        """What gives the same for less while the model is trained or measured.
+
+        The model's own context in which its last block computes what the classifier reads, if it has one; and frozen
+        weights in autocast's precision (see ``frozen_weights_in``), unless something else looks after the weights.
+        """
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+        others = (
+            self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.bf16_full_eval or self.args.fp16_full_eval
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(getattr(self.model, "first_token_only", contextlib.nullcontext)())
+            if dtype and self.rank_sampler is not None and not others:
+                stack.enter_context(frozen_weights_in(self.model, dtype))
+            yield
 
     def _in_order(self, values):
         """Put what was computed from the longest to the shortest example back into the data's order."""

@@ -1,5 +1,6 @@
 """DyLoRATrainer on a tiny RoBERTa: exact splits, exact resuming, all ranks in one pass."""
 
+import contextlib
 import json
 import math
 import os
@@ -357,3 +358,29 @@ def test_dropping_the_last_training_batch_measures_all(roberta_config, roberta_c
     t = trainer(roberta_config, roberta_checkpoint, tmp_path, dataloader_drop_last=True, per_device_eval_batch_size=4)
     t.train()
     assert t.state.global_step == 2 and t.predict(t.eval_dataset).predictions.shape[0] == 13
+
+
+def test_bf16_holds_the_frozen_weights_so_while_it_works_and_gives_them_back(
+    roberta_config, roberta_checkpoint, tmp_path, monkeypatch
+):
+    """Losses, adapter and logits are those of the same run without it, to the bit."""
+    runs = []
+    for held in (True, False):
+        if not held:
+            monkeypatch.setattr("loralib.trainer.frozen_weights_in", lambda *_: contextlib.nullcontext())
+        t = trainer(roberta_config, roberta_checkpoint, tmp_path, bf16=True)
+        weight = t.model.roberta.encoder.layer[0].intermediate.dense.weight
+        seen = []
+        forward = t.model.forward
+        t.model.forward = lambda *args, seen=seen, t=t, forward=forward, **kwargs: (
+            seen.append(t.model.roberta.encoder.layer[0].intermediate.dense.weight.dtype) or forward(*args, **kwargs)
+        )
+        t._set_signature_columns_if_needed = lambda: None
+        t._signature_columns = ["input_ids", "attention_mask", "labels"]
+        losses = log(t)
+        logits = t.predict(t.eval_dataset).predictions
+        assert set(seen) == {torch.bfloat16 if held else torch.float32}
+        assert t.model.roberta.encoder.layer[0].intermediate.dense.weight is weight and weight.dtype == torch.float32
+        runs.append((losses, logits, [p.detach().clone() for p in t.model.parameters()]))
+    assert runs[0][0] == runs[1][0] and np.array_equal(runs[0][1], runs[1][1])
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
