@@ -22,9 +22,11 @@ from transformers_dylora.data import padding_share
 import loralib as lora
 from loralib import sharing
 from loralib.batching import GroupedBatches
+from loralib.precision import frozen_weights_in
 from loralib.sharing import passes, share_between_ranks
 
 R_MAX, BUILDS = 8, 3
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def batch(rows: int, length: int, device: str) -> dict[str, torch.Tensor]:
@@ -99,7 +101,7 @@ def steps(options: Options) -> Iterator[Row]:
 
 
 def recipe_step(options: Options) -> Iterator[Row]:
-    """The step as run_glue makes it (the last block for the first token alone), and how near it is to the limit."""
+    """The step as run_glue makes it, and how near it is to the limit."""
     rows, length = (16, 32) if options.quick else (16, 64)
     inputs = batch(rows, length, options.device)
     for shape in options.shapes():
@@ -109,13 +111,13 @@ def recipe_step(options: Options) -> Iterator[Row]:
             inner = training_step(model, inputs, options.device, dtype, drawn(model, R_MAX, rows, "example"))
             name = "run_glue's step"
             plain = peers.peft(shape, R_MAX, options.device)
-            with model.first_token_only():
+            with run_glues_savings(model, dtype):
                 with FlopCounterMode(display=False) as counter:
                     inner()
                 times = alternate(
                     {name: inner, "PEFT LoRA": training_step(plain, inputs, options.device, dtype)}, 15, options.device
                 )
-            rate = product_rate({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], options.device)
+            rate = product_rate(DTYPES[dtype], options.device)
             share = counter.get_total_flops() / median(times[name]) / rate
             note = f"{100 * share:.0f} % of the {dtype} matrix-product peak, {rate / 1e9:.0f} GFLOP/s"
             yield from timed(
@@ -132,31 +134,25 @@ def recipe_step(options: Options) -> Iterator[Row]:
 
 
 def saved(options: Options) -> Iterator[Row]:
-    """What autograd keeps for the backward pass."""
+    """What autograd keeps for the backward pass. Per step: at r_max, which keeps most."""
     inputs = batch(16, 64, options.device)
-    for shape in options.shapes():
-        for dtype in options.dtypes:
-            kept = {}
-            for name, model in {"PEFT LoRA": peers.peft, "DyLoRA": peers.ours}.items():
-                model = model(shape, R_MAX, options.device).train()
+    for shape, dtype in itertools.product(options.shapes(), options.dtypes):
 
-                def forward(model=model, dtype=dtype):
-                    with autocast(options.device, dtype):
-                        return model(**inputs).loss
+        def kept(model, rank=None, dtype=dtype) -> float:
+            if rank is not None:
+                lora.set_rank(model.train(), rank)
+            with autocast(options.device, dtype):
+                return saved_bytes(lambda: model.train()(**inputs).loss) / 1e6
 
-                if name == "PEFT LoRA":
-                    kept[name] = saved_bytes(forward)
-                    continue
-                for per in ("example", "step"):
-                    # per step: the largest rank, which keeps most
-                    lora.set_rank(model, R_MAX if per == "step" else torch.arange(16) % R_MAX + 1)
-                    kept[f"DyLoRA, rank per {per}"] = saved_bytes(forward)
-            for name in kept:
-                if name != "PEFT LoRA":
-                    yield exact(
-                        "saved for backward", f"{shape.name}, batch 16 x 64, {dtype}", name, "PEFT LoRA", "MB",
-                        kept[name] / 1e6, kept["PEFT LoRA"] / 1e6, 1.0,
-                    )  # fmt: skip
+        ranks = torch.arange(16) % R_MAX + 1
+        theirs = kept(peers.peft(shape, R_MAX, options.device))
+        model, trained = (make(shape, R_MAX, options.device) for make in (peers.ours, peers.overlay))
+        with run_glues_savings(trained, dtype):
+            in_run_glue = kept(trained, ranks)
+        ours = {"rank per example": kept(model, ranks), "rank per step": kept(model, R_MAX), "in run_glue": in_run_glue}
+        for name, value in ours.items():
+            setting = f"{shape.name}, batch 16 x 64, {dtype}"
+            yield exact("saved for backward", setting, f"DyLoRA, {name}", "PEFT LoRA", "MB", value, theirs, 1.0)
 
 
 # --- evaluation of all ranks ----------------------------------------------------------------------------
@@ -198,7 +194,7 @@ def at_all_ranks(model, inputs: dict, options: Options, dtype: str, budget: int 
     with (
         torch.no_grad(),
         autocast(options.device, dtype),
-        model.first_token_only(),
+        run_glues_savings(model, dtype),
         share_between_ranks(model) as new_batch,
         stacking(budget),
     ):
@@ -213,6 +209,16 @@ def at_all_ranks(model, inputs: dict, options: Options, dtype: str, budget: int 
 def repeated(model, inputs: dict, options: Options, dtype: str) -> list[torch.Tensor]:
     with torch.no_grad(), autocast(options.device, dtype):
         return [model(**inputs).logits for _ in range(R_MAX)]
+
+
+@contextlib.contextmanager
+def run_glues_savings(model, dtype: str):
+    """What DyLoRATrainer does around training and evaluation: the last block for the first token, weights rounded once."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(model.first_token_only())
+        if dtype != "fp32":
+            stack.enter_context(frozen_weights_in(model, DTYPES[dtype]))
+        yield
 
 
 @contextlib.contextmanager
