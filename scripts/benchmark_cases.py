@@ -142,7 +142,7 @@ def saved(options: Options) -> Iterator[Row]:
             if rank is not None:
                 lora.set_rank(model.train(), rank)
             with autocast(options.device, dtype):
-                return saved_bytes(lambda: model.train()(**inputs).loss) / 1e6
+                return saved_bytes(lambda: model.train()(**inputs).loss, model.parameters()) / 1e6
 
         ranks = torch.arange(16) % R_MAX + 1
         theirs = kept(peers.peft(shape, R_MAX, options.device))

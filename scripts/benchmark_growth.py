@@ -64,7 +64,7 @@ def step_point(shape: Shape, r: int, rows: int, length: int, options: Options) -
         "ratio": found.median,
         "low": found.low,
         "high": found.high,
-        "saved_mb": saved_bytes(lambda: model(**inputs).loss) / 1e6,
+        "saved_mb": saved_bytes(lambda: model(**inputs).loss, model.parameters()) / 1e6,
     }
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -50,13 +50,14 @@ def paired_ratio(ours: list[float], peer: list[float]) -> Ratio:
     return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
-def saved_bytes(run: Callable[[], object]) -> int:
-    """Bytes of the tensors that autograd keeps for the backward pass of ``run``, parameters not counted."""
+def saved_bytes(run: Callable[[], object], parameters: Iterable[torch.Tensor] = ()) -> int:
+    """Bytes of the tensors that autograd keeps for the backward pass of ``run``, ``parameters`` not counted."""
+    theirs = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     storages = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not (tensor.is_leaf and tensor.requires_grad):
-            storage = tensor.untyped_storage()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in theirs:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 

@@ -41,7 +41,9 @@ def test_every_contender_runs_once_a_round_after_one_warm_up():
 
 def test_saved_bytes_of_a_known_graph():
     x, w = torch.randn(10, 4), torch.randn(4, 3, requires_grad=True)
-    assert timing.saved_bytes(lambda: (x @ w).exp()) == x.nbytes + 10 * 3 * 4  # x for w's gradient, exp's own output
+    assert (
+        timing.saved_bytes(lambda: (x @ w).exp(), [w]) == x.nbytes + 10 * 3 * 4
+    )  # x for w's gradient, exp's own output
 
 
 def test_the_command_records_a_table_and_its_check_fails_on_a_worse_ratio(tmp_path, capsys):
