@@ -40,23 +40,25 @@ def main(argv: list[str] | None = None) -> int:
     file = Path(args.results) / f"{args.device.split(':')[0]}{'-quick' if args.quick else ''}.json"
     if args.check and not file.exists():
         parser.error(f"--check compares with {file}, which is not there; run without --check first.")
-    rows = []
+    command = sys.argv[1:] if argv is None else argv
+    worse = []
     for name in [name for name in args.cases or cases if name in cases]:
-        start = time.perf_counter()
+        start, rows = time.perf_counter(), []
         for row in cases[name](options):
             rows.append(row)
             print(tables.line(row), flush=True)
         print(f"  ({name}: {time.perf_counter() - start:.0f} s)", flush=True)
+        if args.check:
+            worse += tables.regressions(rows, tables.read(file)["rows"])
+        else:  # case by case: an interrupted run keeps what it has measured
+            tables.record(file, rows, None, options, command)
     if args.check:
-        worse = tables.regressions(rows, tables.read(file)["rows"])
         print("\n".join(worse) or "no ratio is worse than the recorded one")
         return 1 if worse else 0
-    file.parent.mkdir(parents=True, exist_ok=True)
-    growth = None
     if not args.quick and (args.cases is None or "growth" in args.cases):
         growth = grow(options)
         plot_growth(growth, file.with_name(file.stem + "-growth.png"))
-    tables.record(file, rows, growth, options, sys.argv[1:] if argv is None else argv)
+        tables.record(file, [], growth, options, command)
     tables.write_readme(file.parent)
     return 0
 

@@ -57,6 +57,7 @@ def read(file: Path) -> dict:
 
 def record(file: Path, rows: list[Row], growth: dict | None, options: Options, argv: list[str]) -> None:
     """Write the device's JSON file; what was not measured this time keeps its rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     before = read(file) if file.exists() else {"commands": [], "rows": [], "growth": None}
     fresh = [asdict(row) for row in rows]
     seen = {row["case"] for row in fresh}
