@@ -48,6 +48,7 @@ class Method:
 
 UNIFORM = (1.0,) * R_MAX
 CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
+CONSTANT_2 = dict(scaling="alpha/r", alpha=16)  # the strength of a LoRA of rank 8 with alpha 16
 
 METHODS = {
     **{f"lora-{r}": Method(f"LoRA trained at rank {r}", "fixed", r=r) for r in (1, 2, 4, 8)},
@@ -70,6 +71,13 @@ TRIED = {
     "even": Method("per example, evenly", weights=UNIFORM),
     "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
     "even-constant": Method("per example, evenly, one strength 6", weights=UNIFORM, **CONSTANT),
+    "even-constant-2": Method("per example, evenly, one strength 2", weights=UNIFORM, **CONSTANT_2),
+    "ends-constant-2": Method(
+        "per example, ranks 1 and 8 more often, one strength 2", weights=(3, 1, 1, 1, 1, 1, 1, 3), **CONSTANT_2
+    ),
+    "distil-constant-2": Method(
+        "per example, evenly, distilled, one strength 2", weights=UNIFORM, distil=1.0, **CONSTANT_2
+    ),
     "even-constant-16": Method("per example, evenly, one strength 16", weights=UNIFORM, scaling="alpha/r", alpha=128),
     "ends": Method("per example, ranks 1 and 8 more often", weights=(3, 1, 1, 1, 1, 1, 1, 3)),
     "ends-constant": Method(
