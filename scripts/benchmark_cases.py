@@ -26,7 +26,7 @@ from loralib.precision import frozen_weights_in
 from loralib.sharing import passes, share_between_ranks
 
 R_MAX, BUILDS = 8, 3
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def batch(rows: int, length: int, device: str) -> dict[str, torch.Tensor]:

@@ -40,7 +40,7 @@ def grow(options: Options) -> dict[str, list[dict]]:
             for width in (128, 256, 512, 1024)
         ],
         "length": [step_point(MINILM, 8, 16, length, options) | {"x": length} for length in (16, 64, 256, 512)],
-        "evaluation": [evaluation_point(r) | {"x": r} for r in (1, 2, 4, 8, 16, 32, 64)],
+        "evaluation": [evaluation_point(r, options.device) | {"x": r} for r in (1, 2, 4, 8, 16, 32, 64)],
         "data": [order_point(n) | {"x": n} for n in (1_000, 10_000, 100_000, 400_000)],
     }
     return points
@@ -68,18 +68,22 @@ def step_point(shape: Shape, r: int, rows: int, length: int, options: Options) -
     }
 
 
-def evaluation_point(r: int) -> dict:
+def evaluation_point(r: int, device: str) -> dict:
     """In a process of its own, whose peak of memory is then this evaluation's."""
-    found = subprocess.run([sys.executable, __file__, str(r)], check=True, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, __file__, str(r), device], check=True, capture_output=True, text=True)
     ms, mb = map(float, found.stdout.split()[-2:])
     return {"ours": ms, "peak_mb": mb}
 
 
-def evaluate_alone(r: int) -> tuple[float, float]:
-    """Milliseconds of an evaluation at r ranks, and by how many MB it raised the process's peak."""
-    model = peers.overlay(MINILM, r, "cpu").eval()
-    inputs = batch(32, 64, "cpu")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def evaluate_alone(r: int, device: str) -> tuple[float, float]:
+    """Milliseconds of an evaluation at r ranks, and by how many MB it raised the peak (of the process, or of the GPU)."""
+    model = peers.overlay(MINILM, r, device).eval()
+    inputs = batch(32, 64, device)
+
+    def peak() -> float:
+        if device != "cpu":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
     def evaluate():
         with torch.no_grad(), model.first_token_only(), share_between_ranks(model) as new_batch:
@@ -89,8 +93,9 @@ def evaluate_alone(r: int) -> tuple[float, float]:
                 with lora.use_rank(model, rank):
                     model(**own)
 
-    seconds = alternate({"ours": evaluate}, 2)["ours"]
-    return 1000 * min(seconds), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    before = peak()
+    seconds = alternate({"ours": evaluate}, 2, device)["ours"]
+    return 1000 * min(seconds), peak() - before
 
 
 def order_point(n: int) -> dict:
@@ -132,4 +137,4 @@ def plot_growth(points: dict[str, list[dict]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    print(*evaluate_alone(int(sys.argv[1])))
+    print(*evaluate_alone(int(sys.argv[1]), sys.argv[2]))

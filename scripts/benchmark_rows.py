@@ -34,7 +34,7 @@ class Options:
 
     @property
     def dtypes(self) -> list[str]:
-        return ["fp32", "bf16"]
+        return ["fp32", "bf16"] if self.device == "cpu" else ["fp32", "bf16", "fp16"]
 
     def shapes(self) -> list[Shape]:
         return [MINILM, ROBERTA_BASE.cut(2)] if self.quick else [MINILM, ROBERTA_BASE]
