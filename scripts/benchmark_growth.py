@@ -17,14 +17,14 @@ from loralib.batching import epoch_order
 from loralib.sharing import passes, share_between_ranks
 
 WHY = {
-    "r_max": "The update costs 4 r_max numbers a weight column against the base layer's width, so the step hardly grows "
-    "with r_max, and beside PEFT's not at all: only the gate, one small product, is added and one large one left out.",
-    "width": "Time grows with the square of the width, as the base layers' products do; the adapter's share shrinks.",
-    "length": "Time grows with the length, and a little more where attention's square shows; padding therefore costs as "
-    "much as text, which is why batches are grouped by length.",
-    "evaluation": "All ranks of a batch take one pass a rank, so the time grows with r_max; what they share is kept once, so the "
-    "memory does not.",
-    "data": "Ordering an epoch sorts the lengths, n log n; it stays far below the time of one training step.",
+    "r_max": "The update costs r_max / width of what its base layer costs, so the step hardly grows with r_max; beside PEFT's it "
+    "stays where it is, because both do the same products and ours scales r_max columns where PEFT scales the output.",
+    "width": "The base layers' products grow with the square of the width, all else with the width; the adapter's share shrinks.",
+    "length": "Up to some 256 tokens time grows as the text does, beyond it attention's square shows; padding costs as much as "
+    "text, which is why batches are grouped by length.",
+    "evaluation": "Every rank needs its own products, so time grows with r_max; passes hold no more tokens than a batch (or "
+    "2,048), and what the ranks share is kept once, so memory does not.",
+    "data": "Ordering an epoch sorts lengths, n log n: about half a second for as many examples as MNLI has.",
 }
 
 
@@ -83,7 +83,11 @@ def evaluate_alone(r: int, device: str) -> tuple[float, float]:
     def peak() -> float:
         if device != "cpu":
             return torch.cuda.max_memory_allocated() / 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        status = Path("/proc/self/status")  # this process's own peak, which getrusage takes over from its parent
+        if not status.exists():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
 
     def evaluate():
         with torch.no_grad(), model.first_token_only(), share_between_ranks(model) as new_batch:
@@ -124,13 +128,16 @@ def plot_growth(points: dict[str, list[dict]], path: Path) -> None:
         ("data", "ordering an epoch, ms", [("ours", "length-grouped order")], "training examples"),
     ]
     for panel, (name, label, lines, x) in zip(panels, drawings, strict=True):
+        own = [p["x"] for p in points[name]]
         for key, title in lines:
-            panel.plot(
-                [p["x"] for p in points[name]], [p[key] for p in points[name]], marker="o", markersize=4, label=title
-            )
-        panel.set(xlabel=x, ylabel=label, xscale="log", ylim=(0, None))
-        if name in ("width", "length", "evaluation", "data"):
-            panel.set(yscale="log", ylim=(None, None))
+            panel.plot(own, [p[key] for p in points[name]], marker="o", markersize=4, label=title)
+        panel.set(xlabel=x, ylabel=label, xscale="log")
+        panel.set_xticks(own, [f"{value:,}" for value in own], minor=False)
+        panel.set_xticks([], minor=True)
+        if name == "r_max":
+            panel.set_ylim(bottom=0)
+        else:
+            panel.set_yscale("log")
         panel.grid(alpha=0.3)
         panel.legend(fontsize="small")
     figure.savefig(path, dpi=120)
