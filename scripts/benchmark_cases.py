@@ -134,7 +134,7 @@ def recipe_step(options: Options) -> Iterator[Row]:
 
 
 def saved(options: Options) -> Iterator[Row]:
-    """What autograd keeps for the backward pass. Per step: at r_max, which keeps most."""
+    """What autograd keeps for the backward pass. Per step: at r_max, which keeps most. Per example: the gate, 512 bytes, too."""
     inputs = batch(16, 64, options.device)
     for shape, dtype in itertools.product(options.shapes(), options.dtypes):
 
@@ -152,7 +152,7 @@ def saved(options: Options) -> Iterator[Row]:
         ours = {"rank per example": kept(model, ranks), "rank per step": kept(model, R_MAX), "in run_glue": in_run_glue}
         for name, value in ours.items():
             setting = f"{shape.name}, batch 16 x 64, {dtype}"
-            yield exact("saved for backward", setting, f"DyLoRA, {name}", "PEFT LoRA", "MB", value, theirs, 1.0)
+            yield exact("saved for backward", setting, f"DyLoRA, {name}", "PEFT LoRA", "MB", value, theirs, 1.0001)
 
 
 # --- evaluation of all ranks ----------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def step_point(shape: Shape, r: int, rows: int, length: int, options: Options) -
             "ours": training_step(model, inputs, options.device, "fp32", drawn(model, r, rows, "example")),
             "peft": training_step(peer, inputs, options.device, "fp32"),
         },
-        8,
+        8 if length <= 64 else 4,
         options.device,
     )
     found = paired_ratio(times["ours"], times["peft"])
@@ -98,7 +98,7 @@ def evaluate_alone(r: int, device: str) -> tuple[float, float]:
                     model(**own)
 
     before = peak()
-    seconds = alternate({"ours": evaluate}, 2, device)["ours"]
+    seconds = alternate({"ours": evaluate}, 1, device)["ours"]
     return 1000 * min(seconds), peak() - before
 
 
