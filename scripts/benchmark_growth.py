@@ -1,6 +1,5 @@
 """How time and memory grow with r_max, width, length and data: the points of the plot, and why they lie so."""
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -76,18 +75,9 @@ def evaluation_point(r: int, device: str) -> dict:
 
 
 def evaluate_alone(r: int, device: str) -> tuple[float, float]:
-    """Milliseconds of an evaluation at r ranks, and by how many MB it raised the peak (of the process, or of the GPU)."""
+    """Milliseconds of an evaluation at r ranks, and how many MB it took at most, beside the model."""
     model = peers.overlay(MINILM, r, device).eval()
     inputs = batch(32, 64, device)
-
-    def peak() -> float:
-        if device != "cpu":
-            return torch.cuda.max_memory_allocated() / 2**20
-        status = Path("/proc/self/status")  # this process's own peak, which getrusage takes over from its parent
-        if not status.exists():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
 
     def evaluate():
         with torch.no_grad(), model.first_token_only(), share_between_ranks(model) as new_batch:
@@ -97,9 +87,25 @@ def evaluate_alone(r: int, device: str) -> tuple[float, float]:
                 with lora.use_rank(model, rank):
                     model(**own)
 
-    before = peak()
+    before = memory("VmRSS", device)
+    reset_peak(device)
     seconds = alternate({"ours": evaluate}, 1, device)["ours"]
-    return 1000 * min(seconds), peak() - before
+    return 1000 * min(seconds), memory("VmHWM", device) - before
+
+
+def reset_peak(device: str) -> None:
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts anew
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def memory(name: str, device: str) -> float:
+    """MB in use ("VmRSS") or the peak since ``reset_peak`` ("VmHWM"): the process's, as Linux counts it, or the GPU's."""
+    if device != "cpu":
+        return (torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()) / 2**20
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith(name)).split()[1]) / 1024
 
 
 def order_point(n: int) -> dict:
