@@ -37,6 +37,7 @@ class Shape:
             max_position_embeddings=514,
             pad_token_id=1,
             num_labels=2,
+            problem_type="single_label_classification",  # else the first forward sets it, and torch.compile starts anew
         )
 
     def cut(self, layers: int) -> "Shape":

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
 
 import loralib as lora
+from loralib.model import lora_layers
 
 
 class Net(nn.Module):
@@ -226,3 +228,18 @@ def test_importing_loralib_needs_torch_alone():
         "assert not new & {'transformers', 'peft', 'matplotlib', 'safetensors', 'numpy', 'scipy', 'sklearn'}, new"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_ranks_per_example_are_compiled_once():
+    """Shapes do not depend on the ranks drawn: one graph, forward and backward, serves them all."""
+    model = nn.Sequential(lora.Linear(6, 5, r=4, lora_alpha=8), nn.Tanh(), lora.Linear(5, 3, r=4, lora_alpha=8))
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_B)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled, x = torch.compile(model, backend=counter), torch.randn(7, 6)
+    for step in range(4):
+        lora.set_rank(model, lora.RankSampler(4, seed=step)(step, 7))
+        found = compiled(x)
+        torch.testing.assert_close(found, model(x))
+        found.sum().backward()
+    assert counter.frame_count == 1
