@@ -20,15 +20,15 @@ def passes(inputs: dict, ranks: list[int], stack: bool = True) -> list[tuple[lis
     """How to run one batch at ``ranks``: for each forward pass its ranks, what to set, and its inputs.
 
     Args:
-        inputs: the model's inputs, ``input_ids`` or the first tensor (batch, tokens, ..) first.
+        inputs: the model's inputs; the first tensor's numbers are the tokens (``input_ids`` of a text model).
         stack: let several ranks share a pass, up to ``STACKED_TOKENS``; the layers must take one rank per example then. The
             rows of the output are those of the pass's first rank, then those of its second, ..
 
     A pass holds no more tokens than that or than the batch itself, however many ranks there are.
     """
     first = next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
-    size, tokens = len(first), math.prod(first.shape[:2])
-    together = max(1, STACKED_TOKENS // max(1, tokens)) if stack else 1
+    size = len(first)
+    together = max(1, STACKED_TOKENS // max(1, first.numel())) if stack else 1  # an image's numel is past any budget
     count = math.ceil(len(ranks) / together)
     groups = [ranks[i * len(ranks) // count : (i + 1) * len(ranks) // count] for i in range(count)]
     repeated = {1: inputs}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import benchmark_peers as peers
 import torch
-from benchmark_cases import batch, drawn, training_step
 from benchmark_peers import MINILM, Shape
 from benchmark_rows import Options, median
+from benchmark_steps import batch, drawn, training_step
 from benchmark_timing import alternate, paired_ratio, saved_bytes
 
 import loralib as lora

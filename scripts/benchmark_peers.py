@@ -15,7 +15,7 @@ from transformers_dylora.models.roberta import RobertaForSequenceClassification
 import loralib as lora
 
 TARGETS = ["query", "value"]
-ALPHA = 16
+R_MAX, ALPHA = 8, 16
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import benchmark_peers as peers
 import torch
+from benchmark_peers import R_MAX
 from benchmark_rows import Options, Row, exact
 from benchmark_timing import alternate, autocast
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
@@ -24,7 +25,7 @@ from loralib.trainer import DyLoRATrainer
 
 sys.path.append(str(Path(__file__).parents[1] / "examples" / "NLU" / "examples" / "text-classification"))
 
-R_MAX, EPOCHS, BATCH, RATE = 8, 3, 32, 1e-3
+EPOCHS, BATCH, RATE = 3, 32, 1e-3
 LIMITS = {"rte": 1 / 20, "cola": 1 / 80}  # ours against the released settings
 
 

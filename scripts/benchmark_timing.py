@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
 class Ratio:
@@ -78,4 +80,4 @@ def autocast(device: str, dtype: str):
     """The context of a precision: "fp32", or autocast to "bf16" or "fp16"."""
     if dtype == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype])
+    return torch.autocast(torch.device(device).type, DTYPES[dtype])
