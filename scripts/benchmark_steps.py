@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import benchmark_peers as peers
 import torch
-from benchmark_peers import MINILM, R_MAX, ROBERTA_BASE, Shape
+from benchmark_peers import R_MAX, ROBERTA_BASE, Shape
 from benchmark_rows import Options, Row, exact, median, timed
 from benchmark_timing import DTYPES, alternate, autocast, paired_ratio, product_rate, saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
