@@ -20,6 +20,7 @@ from .model import (
     set_rank,
     use_rank,
 )
+from .ordering import order_components
 from .sampling import RankSampler
 from .version import __version__
 
@@ -42,6 +43,7 @@ __all__ = [
     "matryoshka_gate",
     "max_rank",
     "merge",
+    "order_components",
     "save_adapter",
     "set_gate",
     "set_matryoshka_gate",

@@ -23,12 +23,14 @@ from .files import write_text
 from .frozen import freeze_undrawn
 from .gate import check_rank
 from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank
+from .ordering import order_components
 from .precision import frozen_weights_in
 from .report import aurac
 from .sampling import RankSampler
 from .sharing import passes, share_between_ranks
 
 SAMPLINGS = ("example", "step", "matryoshka", "fixed")
+FULL_RANK_SHARE = 0.5
 
 
 class DyLoRATrainer(Trainer):
@@ -49,6 +51,9 @@ class DyLoRATrainer(Trainer):
         rank_sampling: "example" (each example its own rank), "step" (one for an update, as in the paper), "matryoshka"
             (a fixed gate: see ``set_matryoshka_gate``), "fixed" (always r_max: plain LoRA).
         rank_distribution, r_min: see ``RankSampler``.
+        full_rank_share: of the updates, 0 to below 1, the first so many train all components together, as plain LoRA
+            does; then ``order_components`` sorts them and ranks are drawn. Default 0.5 where ranks are drawn; 0 is the
+            paper's way. It asks for a model with ``scaling="alpha/r"``. Measured in results/study.
         frozen: train component b alone (paper, eq. 10), and move no other.
         matryoshka_reduce: "sum" or "mean" of the gates.
         eval_ranks: the ranks to measure, default 1..r_max.
@@ -64,6 +69,7 @@ class DyLoRATrainer(Trainer):
         rank_sampling: str = "example",
         rank_distribution: str = "uniform",
         r_min: int = 1,
+        full_rank_share: float | None = None,
         frozen: bool = False,
         matryoshka_reduce: str = "sum",
         eval_ranks: list[int] | None = None,
@@ -74,8 +80,16 @@ class DyLoRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         if rank_sampling not in SAMPLINGS:
             raise ValueError(f"rank_sampling is {rank_sampling!r}; choose one of {', '.join(map(repr, SAMPLINGS))}.")
-        if frozen and rank_sampling not in ("example", "step"):
+        draws = rank_sampling in ("example", "step")
+        if frozen and not draws:
             raise ValueError(f"frozen training needs drawn ranks; rank_sampling={rank_sampling!r} draws none.")
+        if full_rank_share is None:
+            full_rank_share = FULL_RANK_SHARE if draws else 0.0
+        if not 0 <= full_rank_share < 1 or (full_rank_share and not draws):
+            raise ValueError(
+                f"full_rank_share is {full_rank_share} with rank_sampling={rank_sampling!r}; give 0 to below 1, and 0 "
+                f"where no ranks are drawn."
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
@@ -87,6 +101,7 @@ class DyLoRATrainer(Trainer):
                 "--train_sampling_strategy batch_rebalance and --batch_eval_metrics."
             )
         self.rank_sampling, self.frozen, self.matryoshka_reduce = rank_sampling, frozen, matryoshka_reduce
+        self.full_rank_share = full_rank_share
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
         self.eval_ranks, self.rank_sampler, self.r_min = [], None, r_min
         if has_lora(self.model):
@@ -221,19 +236,23 @@ class DyLoRATrainer(Trainer):
 
     def _set_training_ranks(self, batch_size: int) -> None:
         step, places = self.state.global_step, self._places()
+        full_steps = self.rank_sampler.full_steps = round(self.full_rank_share * self.state.max_steps)
+        frozen = self.frozen and step >= full_steps
+        if 0 < step == full_steps and self._micro == 0:
+            order_components(self.model, self.optimizer)
         if self.rank_sampling == "fixed":
             set_rank(self.model, self.rank_sampler.r_max)
         elif self.rank_sampling == "matryoshka":
             set_matryoshka_gate(self.model, self.rank_sampler.ranks, self.matryoshka_reduce)
         elif self.rank_sampling == "step":
-            set_rank(self.model, self.rank_sampler(step, batch_size), self.frozen)
+            set_rank(self.model, self.rank_sampler(step, batch_size), frozen)
         elif places is None:
             ranks = self.rank_sampler(step, batch_size, self._micro, self.args.process_index)
-            set_rank(self.model, ranks, self.frozen)
+            set_rank(self.model, ranks, frozen)
         else:
             # Drawn for the whole update and cut: an example's rank does not depend on how the update is split.
             ranks = self.rank_sampler(step, self._batches.update_size(self._update % self._batches.updates()))
-            set_rank(self.model, ranks[list(places) or [0]], self.frozen)
+            set_rank(self.model, ranks[list(places) or [0]], frozen)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -371,6 +390,7 @@ class DyLoRATrainer(Trainer):
             "sampling": self.rank_sampling,
             "distribution": self.rank_sampler.distribution,
             "r_min": self.r_min,
+            "full_rank_share": self.full_rank_share,
             "frozen": self.frozen,
         }
         save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)

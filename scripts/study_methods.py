@@ -1,7 +1,7 @@
 """What the study compares: each method is a few settings of DyLoRATrainer, or a variant of it that was tried.
 
-The published methods need nothing but the trainer's own arguments. What else was tried (``draw``, ``distil``, ...) lives
-here and not in the library, unless it measured better.
+The published methods and ``ordered``, which measured best, need nothing but the trainer's own arguments. What else was tried
+(``weights``, ``distil``, ...) lives here and not in the library.
 """
 
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ class Method:
     scaling: str = "alpha/b"
     distribution: str = "uniform"
     frozen: bool = False
+    full_rank_share: float = 0.0
     reduce: str = "sum"
     gate_ranks: tuple[int, ...] = ()  # matryoshka: the ranks whose gates are added; () = all
     group_by_length: bool = True
@@ -40,6 +41,7 @@ class Method:
     distil: float = 0.0  # weight of the divergence from the same batch's logits at r_max (no gradient through these)
     rate_B: float = 1.0  # learning rate of lora_B relative to all else (LoRA+)
     orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
+    strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
 
     @property
     def ranks(self) -> list[int]:
@@ -47,6 +49,8 @@ class Method:
 
 
 UNIFORM = (1.0,) * R_MAX
+ENDS = (3, 1, 1, 1, 1, 1, 1, 3)
+POWERS = (1, 1, 0, 1, 0, 0, 0, 1)
 CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
 CONSTANT_2 = dict(scaling="alpha/r", alpha=16)  # the strength of a LoRA of rank 8 with alpha 16
 
@@ -60,6 +64,9 @@ METHODS = {
         "MatryoshkaLoRA (sum, alpha/sqrt(b))", "matryoshka", scaling="alpha/sqrt(b)", gate_ranks=(1, 2, 4, 8)
     ),
     "matryoshka-mean": Method("fixed gate, mean with alpha/b", "matryoshka", reduce="mean"),
+    "ordered": Method(
+        "DyLoRA, half at r_max, ordered, then per example (our default)", full_rank_share=0.5, **CONSTANT_2
+    ),
 }
 # What a LoRA trained at r_max gives at the lower ranks, made from the run of lora-8.
 CUTS = {
@@ -68,24 +75,35 @@ CUTS = {
     "cut-svd": "LoRA trained at rank 8, reduced by SVD",
 }
 TRIED = {
+    "ordered-0.3": Method("ordered after 0.3 of the training", full_rank_share=0.3, **CONSTANT_2),
+    "ordered-0.7": Method("ordered after 0.7 of the training", full_rank_share=0.7, **CONSTANT_2),
+    "ordered-even": Method("ordered, ranks drawn evenly", full_rank_share=0.5, weights=UNIFORM, **CONSTANT_2),
+    "ordered-ends": Method("ordered, ranks 1 and 8 more often", full_rank_share=0.5, weights=ENDS, **CONSTANT_2),
+    "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", full_rank_share=0.5, weights=POWERS, **CONSTANT_2),
+    "ordered-alpha/b": Method("ordered, alpha/b", full_rank_share=0.5),
+    **{
+        f"strengths-{name}": Method(
+            f"per example, component k at strength {title}", weights=weights, strengths=strengths, scaling="alpha/r"
+        )
+        for name, title, weights, strengths in [
+            ("1/k", "16/k", UNIFORM, tuple(16 / k for k in range(1, 9))),
+            ("linear", "6 (9 - k)/8", UNIFORM, tuple(6 * (9 - k) / 8 for k in range(1, 9))),
+            ("ends-1/k", "16/k, ranks 1 and 8 more often", ENDS, tuple(16 / k for k in range(1, 9))),
+            ("ends-sqrt", "8/sqrt(k), ranks 1 and 8 more often", ENDS, tuple(8 / k**0.5 for k in range(1, 9))),
+        ]
+    },
     "even": Method("per example, evenly", weights=UNIFORM),
     "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
     "even-constant": Method("per example, evenly, one strength 6", weights=UNIFORM, **CONSTANT),
     "even-constant-2": Method("per example, evenly, one strength 2", weights=UNIFORM, **CONSTANT_2),
-    "ends-constant-2": Method(
-        "per example, ranks 1 and 8 more often, one strength 2", weights=(3, 1, 1, 1, 1, 1, 1, 3), **CONSTANT_2
-    ),
+    "ends-constant-2": Method("per example, ranks 1 and 8 more often, one strength 2", weights=ENDS, **CONSTANT_2),
     "distil-constant-2": Method(
         "per example, evenly, distilled, one strength 2", weights=UNIFORM, distil=1.0, **CONSTANT_2
     ),
     "even-constant-16": Method("per example, evenly, one strength 16", weights=UNIFORM, scaling="alpha/r", alpha=128),
-    "ends": Method("per example, ranks 1 and 8 more often", weights=(3, 1, 1, 1, 1, 1, 1, 3)),
-    "ends-constant": Method(
-        "per example, ranks 1 and 8 more often, one strength 6", weights=(3, 1, 1, 1, 1, 1, 1, 3), **CONSTANT
-    ),
-    "powers-constant": Method(
-        "per example, ranks 1, 2, 4, 8 alone, one strength 6", weights=(1, 1, 0, 1, 0, 0, 0, 1), **CONSTANT
-    ),
+    "ends": Method("per example, ranks 1 and 8 more often", weights=ENDS),
+    "ends-constant": Method("per example, ranks 1 and 8 more often, one strength 6", weights=ENDS, **CONSTANT),
+    "powers-constant": Method("per example, ranks 1, 2, 4, 8 alone, one strength 6", weights=POWERS, **CONSTANT),
     "top-constant": Method("per example, rank 8 more often, one strength 6", weights=(1,) * 7 + (5,), **CONSTANT),
     "anneal-constant": Method(
         "per example, from rank 8 to all, one strength 6", weights=UNIFORM, anneal=True, **CONSTANT
@@ -125,6 +143,7 @@ class StudyTrainer(DyLoRATrainer):
         super().__init__(
             rank_sampling=method.sampling,
             rank_distribution=method.distribution,
+            full_rank_share=method.full_rank_share,
             frozen=method.frozen,
             matryoshka_reduce=method.reduce,
             eval_ranks=method.ranks,
@@ -140,16 +159,28 @@ class StudyTrainer(DyLoRATrainer):
                 nn.init.orthogonal_(layer.lora_A, gain=float(length))
 
     def _set_training_ranks(self, batch_size: int) -> None:
-        weights = self.method.weights
-        if not weights:
-            return super()._set_training_ranks(batch_size)
-        step = self.state.global_step
+        super()._set_training_ranks(batch_size)
+        weights, step = self.method.weights, self.state.global_step
+        if not weights or step < self.rank_sampler.full_steps:
+            return
         if self.method.anneal:
             share = min(1.0, 2 * step / self.state.max_steps)
             weights = [w * share for w in weights[:-1]] + [weights[-1] + (1 - share) * sum(weights[:-1])]
         size = self._batches.update_size(self._update % self._batches.updates())
-        ranks = even_draw(weights, size, f"{self.args.seed}:{step}")
-        lora.set_rank(self.model, ranks[list(self._places())])
+        ranks = even_draw(weights, size, f"{self.args.seed}:{step}")[list(self._places())]
+        lora.set_rank(self.model, ranks)
+        if self.method.strengths:
+            drawn = torch.arange(self.method.r) < ranks[:, None]
+            lora.set_gate(self.model, drawn * torch.tensor(self.method.strengths))
+
+    def train(self, *args, **kwargs):
+        """As the library's; then own strengths of the components become part of lora_B."""
+        output = super().train(*args, **kwargs)
+        if self.method.strengths:
+            with torch.no_grad():
+                for _, layer in lora_layers(self.model):
+                    layer.lora_B *= torch.tensor(self.method.strengths) / layer.strength()
+        return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -112,16 +112,18 @@ def average_table(found: dict) -> list[str]:
 
 def rate_table(records: list[dict]) -> list[str]:
     """AURAC on the held-out tenths, by rate: how the rates were chosen, and what was tried."""
-    rates = sorted({r["rate"] for r in records if r["split"] == "held_out"})
-    cells = {
-        (r["method"], r["task"], r["rate"]): r["aurac"] for r in records if r["split"] == "held_out" and r["seed"] == 0
-    }
+    cells: dict = defaultdict(list)
+    for record in records:
+        if record["split"] == "held_out":
+            cells[record["method"], record["task"], record["rate"]].append((record["seed"], record["aurac"]))
     tasks = list(dict.fromkeys(task for _, task, _ in cells))
+    rates = sorted({rate for _, _, rate in cells})
     lines = ["| method | " + " | ".join(f"{task} {rate:g}" for task in tasks for rate in rates) + " |",
              "|---|" + "---:|" * (len(tasks) * len(rates))]  # fmt: skip
     for method in order({m for m, _, _ in cells}):
-        row = [cells.get((method, task, rate)) for task in tasks for rate in rates]
-        lines.append(f"| {title(method)} | " + " | ".join("" if v is None else f"{v:.1f}" for v in row) + " |")
+        row = [sorted(cells.get((method, task, rate), [])) for task in tasks for rate in rates]
+        shown = " | ".join(", ".join(f"{value:.1f}" for _, value in found) for found in row)
+        lines.append(f"| {title(method)} | {shown} |")
     return [*lines, ""]
 
 
@@ -179,7 +181,7 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         lines += ["## Cost", "", *cost_table(records)]
         write_atomically(directory / "curves.png", lambda file: plot_curves(to_curves(found), file, kind="png"))
     lines += ["## Learning rates, and what was tried", "",
-              "AURAC on a held-out tenth of train, seed 0, by task and rate (`study.py rates`); never on validation. "
+              "AURAC on a held-out tenth of train, by task and rate, seed by seed (`study.py rates`); never on validation. "
               "Chosen: " + ", ".join(f"{name} {rate:g}" for name, rate in sorted(rates.items())) + ".",
               "", *rate_table(records)]  # fmt: skip
     budget = ", ".join(

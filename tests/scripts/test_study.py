@@ -24,29 +24,32 @@ def test_an_even_draw_gives_each_rank_its_share(weights, n, seed):
         assert abs(int((ranks == b).sum()) - n * weight / sum(weights)) < 1 + 1e-9
 
 
-def line(method, rate, task, aurac):
-    return {"method": method, "rate": rate, "task": task, "aurac": aurac, "split": "held_out", "seed": 0}
+def lines_of(method, *scores):
+    """Held-out records of a method, ``scores`` by rate, the same for every task and seed."""
+    return [
+        {"method": method, "rate": rate, "task": task, "aurac": score, "split": "held_out", "seed": seed}
+        for task, seed in study.RATE_RUNS
+        for rate, score in zip(study.RATES, scores, strict=True)
+    ]
 
 
-def test_the_rate_is_the_best_of_both_tasks_and_one_for_the_sweep():
+def test_the_rate_is_the_best_over_tasks_and_one_for_the_sweep():
     _, middle, high = study.RATES
-    lines = [
-        line("example", rate, task, s)
-        for task in ("rte", "cola")
-        for rate, s in zip(study.RATES, (1, 3, 2), strict=True)
-    ]
-    lines += [
-        line("lora-1", rate, task, s)
-        for task in ("rte", "cola")
-        for rate, s in zip(study.RATES, (5, 1, 0), strict=True)
-    ]
+    lines = lines_of("example", 1, 3, 2) + lines_of("lora-1", 5, 1, 0)
     assert study.chosen_rates(lines) == {"example": middle}  # lora-8 is not there yet
-    lines += [
-        line("lora-8", rate, task, s)
-        for task in ("rte", "cola")
-        for rate, s in zip(study.RATES, (0, 1, 9), strict=True)
-    ]
+    lines += lines_of("lora-8", 0, 1, 9)
     assert study.chosen_rates(lines) == {"example": middle, **{f"lora-{r}": high for r in (1, 2, 4, 8)}}
+
+
+def test_two_seeds_of_a_task_weigh_as_much_as_one_of_another():
+    low, middle, _ = study.RATES
+    lines = lines_of("example", 0, 0, 0)
+    for record in lines:
+        if record["task"] == "cola":
+            record["aurac"] = 10.0 if record["rate"] == low else 0.0
+        if record["task"] == "rte":
+            record["aurac"] = 11.0 if record["rate"] == middle else 0.0
+    assert study.chosen_rates(lines) == {"example": middle}
 
 
 def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
@@ -109,7 +112,7 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd):
     few = ["--methods", "lora-1", "lora-8", "example"]
     study.main(["rates", *tiny, *few])
     study.main(["rates", *tiny, *few])
-    assert "18 of 18 runs are there" in capfd.readouterr().out  # 3 methods x 3 rates x 2 tasks, none repeated
+    assert "27 of 27 runs are there" in capfd.readouterr().out  # 3 methods x 3 rates x 3 tasks and seeds, none repeated
     study.main(["runs", *tiny, *few, "--tasks", "rte", "cola", "--seeds", "0"])
     lines = study.read_records(tmp_path / "results" / "runs.jsonl")
     runs = {(r["task"], r["method"]): r for r in lines if r["split"] == "validation"}

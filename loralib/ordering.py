@@ -1,0 +1,91 @@
+"""Components in the order of their importance, so that the first b of a trained adapter are its best b."""
+
+import torch
+from torch import nn
+
+from .layers import Embedding, LoRALayer
+from .model import lora_layers
+
+# Optimizer state that follows the gradient, and state that follows its square, by torch's names.
+FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")
+SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+
+
+@torch.no_grad()
+def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    """Rewrite the components of every layer, in place, so that the first b are the best b.
+
+    With the singular value decomposition ``lora_B @ lora_A = U S V^T``, singular values falling, the factors become
+
+        lora_A' = a V^T,    lora_B' = U S / a,    a = |lora_A|_F / sqrt(r)
+
+    At r_max the model computes what it did, to rounding, and ``lora_B'[:, :b] @ lora_A'[:b]`` is the nearest matrix of
+    rank b (Eckart-Young); with ``scaling="alpha/r"`` rank b runs at the strength of r_max. Rows of lora_A keep their mean
+    length: a component with two short factors would hardly train on. In an Embedding lora_B keeps it, since lora_A is the
+    factor that starts at zero. A MergedLinear is ordered projection by projection; a component of a convolution has as
+    many singular values as rows of lora_A.
+
+    ``optimizer`` is the one that trains the adapter; its momenta go along. With lora_A' = R lora_A the gradients are
+    R^-T dA and dB R^T, and so are their running means; running means of squares follow as if entries were independent,
+    with R's squared. Other state stays as it is. In a distributed run all processes call this together; the first one's
+    result counts. Raises RuntimeError if a layer is merged.
+    """
+    layers = lora_layers(model)
+    for name, layer in layers:
+        layer.module_name = name
+        layer.check_unmerged()
+    for _, layer in layers:
+        (kept, see_kept), (other, see_other) = _factors(layer)
+        result = ordered(see_kept(kept).cpu().double(), see_other(other).cpu().double())
+        new_kept, new_other, R = (_of_first_process(value.to(kept.device)) for value in result)
+        see_kept(kept).copy_(new_kept)
+        see_other(other).copy_(new_other)
+        if optimizer is not None:
+            back = torch.linalg.pinv(R.cpu()).to(R.device).mT
+            for state, turn in _moments(optimizer, kept, back):
+                see_kept(state).copy_(turn @ see_kept(state))
+            for state, turn in _moments(optimizer, other, R.mT):
+                see_other(state).copy_(see_other(state) @ turn)
+
+
+def _factors(layer: LoRALayer):
+    """The factor that keeps its length and the other one, each with how its tensors are seen: (projections, components,
+    d) and (projections, d, components)."""
+    if isinstance(layer, Embedding):
+        return (layer.lora_B, lambda t: t.T[None]), (layer.lora_A, lambda t: t.T[None])
+    p, n = layer.projections, layer.r * layer.rows
+    return (layer.lora_A, lambda t: t.view(p, n, -1)), (layer.lora_B, lambda t: t.view(p, -1, n))
+
+
+def ordered(kept: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """kept' = R kept with orthogonal rows of one length, other' with kept' other' = kept other, and R.
+
+    Shapes: kept (..., n, d), other (..., m, n), R (..., n, n). Where n is more than m or d, the components beyond these are
+    zero: the product has no use for them.
+    """
+    n = kept.shape[-2]
+    Q_kept, R_kept = torch.linalg.qr(kept.mT)
+    Q_other, R_other = torch.linalg.qr(other)
+    U, S, Vt = torch.linalg.svd(R_other @ R_kept.mT, full_matrices=False)
+    length = torch.linalg.matrix_norm(kept)[..., None, None] / n**0.5
+    length = torch.where(length > 0, length, 1)
+    missing = n - S.shape[-1]
+    new_kept = nn.functional.pad(length * Vt @ Q_kept.mT, (0, 0, 0, missing))
+    new_other = nn.functional.pad(Q_other @ (U * S[..., None, :]) / length, (0, missing))
+    return new_kept, new_other, new_kept @ torch.linalg.pinv(kept)
+
+
+def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, turn: torch.Tensor):
+    """The optimizer's running means for a parameter, each with the matrix that turns it."""
+    for name, state in optimizer.state.get(parameter, {}).items():
+        if name in FIRST_MOMENTS and state is not None:
+            yield state, turn.to(state.dtype)
+        elif name in SECOND_MOMENTS and state is not None:
+            yield state, turn.square().to(state.dtype)
+
+
+def _of_first_process(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.contiguous()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(tensor, 0)
+    return tensor
