@@ -37,7 +37,8 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     for _, layer in layers:
         (kept, see_kept), (other, see_other) = _factors(layer)
         result = ordered(see_kept(kept).cpu().double(), see_other(other).cpu().double())
-        new_kept, new_other, R = (_of_first_process(value.to(kept.device)) for value in result)
+        precision = torch.promote_types(kept.dtype, torch.float32)
+        new_kept, new_other, R = (_of_first_process(value.to(kept.device, precision)) for value in result)
         see_kept(kept).copy_(new_kept)
         see_other(other).copy_(new_other)
         if optimizer is not None:

@@ -90,6 +90,8 @@ class DyLoRATrainer(Trainer):
                 f"full_rank_share is {full_rank_share} with rank_sampling={rank_sampling!r}; give 0 to below 1, and 0 "
                 f"where no ranks are drawn."
             )
+        if full_rank_share and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("DeepSpeed and FSDP keep no whole factors to order; give full_rank_share=0 there.")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "

@@ -45,8 +45,17 @@ def test_steps_micro_steps_processes_and_seeds_differ():
     assert len({tuple(d.tolist()) for d in draws}) == 5
 
 
+@pytest.mark.parametrize("per", ["example", "step"])
+def test_full_steps_come_first_and_change_no_later_draw(per):
+    plain, sampler = RankSampler(8, per=per, seed=2), RankSampler(8, per=per, seed=2, full_steps=5)
+    for step in range(10):
+        drawn = torch.as_tensor(sampler(step, 64))
+        wanted = torch.as_tensor(plain(step, 64))
+        assert torch.equal(drawn, torch.full_like(wanted, 8) if step < 5 else wanted)
+
+
 @pytest.mark.parametrize(
-    "options", [{"r_min": 0}, {"r_min": 9}, {"distribution": "zipf"}, {"p": 1.0}, {"per": "batch"}]
+    "options", [{"full_steps": -1}, {"r_min": 0}, {"r_min": 9}, {"distribution": "zipf"}, {"p": 1.0}, {"per": "batch"}]
 )
 def test_wrong_settings_are_refused(options):
     with pytest.raises(ValueError):

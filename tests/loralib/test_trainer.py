@@ -48,7 +48,7 @@ def trainer(config, checkpoint, output, n=22, rank=None, **options):
     own = {
         k: options.pop(k)
         for k in list(options)
-        if k in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min")
+        if k in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min", "full_rank_share")
     }
     args = TrainingArguments(
         output_dir=str(output), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
@@ -221,20 +221,60 @@ def test_a_rank_per_step_is_the_same_for_all_micro_batches(roberta_config, rober
     options = dict(
         per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=4, rank_sampling="step"
     )
-    drawn = drawn_ranks(trainer(roberta_config, roberta_checkpoint, tmp_path, **options), monkeypatch)
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, full_rank_share=0, **options)
+    drawn = drawn_ranks(t, monkeypatch)
     assert len(drawn) == 4 * 11
     by_step = {step: {rank for s, rank in drawn if s == step} for step, _ in drawn}
     assert all(len(ranks) == 1 for ranks in by_step.values()) and len({r for s in by_step.values() for r in s}) > 1
 
 
 def test_a_rank_per_example_and_r_min(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
-    drawn = drawn_ranks(trainer(roberta_config, roberta_checkpoint, tmp_path, r_min=3), monkeypatch)
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, r_min=3, full_rank_share=0)
+    drawn = drawn_ranks(t, monkeypatch)
     assert [len(ranks) for _, ranks in drawn] == [8, 8, 6]
     assert {r for _, ranks in drawn for r in ranks} == {3, 4}
 
 
+@pytest.mark.parametrize("sampling", ["example", "step"])
+def test_full_rank_first_then_ordered_once_then_drawn(
+    sampling, roberta_config, roberta_checkpoint, tmp_path, monkeypatch
+):
+    """12 updates of 8 in micro-batches of 2; ordered before the fourth's first one, with the optimizer's state."""
+    ordered = []
+
+    def order(model, optimizer):
+        assert optimizer.state[next(p for n, p in model.named_parameters() if n.endswith("lora_A"))]["exp_avg"].any()
+        ordered.append(t.state.global_step)
+        lora.order_components(model, optimizer)
+
+    monkeypatch.setattr("loralib.trainer.order_components", order)
+    t = trainer(
+        roberta_config, roberta_checkpoint, tmp_path, rank_sampling=sampling, full_rank_share=0.25, num_train_epochs=4,
+        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+    )  # fmt: skip
+    drawn = drawn_ranks(t, monkeypatch)
+    assert ordered == [3]
+    ranks = {step: {r for s, own in drawn if s == step for r in np.atleast_1d(own)} for step in range(12)}
+    assert all(ranks[step] == {4} for step in range(3)) and set.union(*(ranks[s] for s in range(3, 12))) == {1, 2, 3, 4}
+
+
+def test_the_full_rank_part_is_plain_lora(roberta_config, roberta_checkpoint, tmp_path):
+    options = dict(num_train_epochs=4)
+    plain = log(trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="fixed", **options))
+    ours = log(trainer(roberta_config, roberta_checkpoint, tmp_path, full_rank_share=0.5, **options))
+    assert len(ours) == 12 and np.allclose(ours[:6], plain[:6], rtol=1e-3) and not np.allclose(ours[6:], plain[6:])
+
+
 def test_frozen_training_moves_only_what_was_drawn(roberta_config, roberta_checkpoint, tmp_path):
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="step", frozen=True, weight_decay=0.1)
+    t = trainer(
+        roberta_config,
+        roberta_checkpoint,
+        tmp_path,
+        rank_sampling="step",
+        frozen=True,
+        full_rank_share=0,
+        weight_decay=0.1,
+    )
     before = t.model.roberta.encoder.layer[0].attention.self.query.lora_A.detach().clone()
     t.train()
     ranks = {t.rank_sampler(step, 0) for step in range(3)}
@@ -242,7 +282,9 @@ def test_frozen_training_moves_only_what_was_drawn(roberta_config, roberta_check
     assert {j + 1 for j in range(4) if not torch.equal(after[j], before[j])} == ranks
 
 
-@pytest.mark.parametrize("stop", [3, 2], ids=["at the end of an epoch", "within one"])
+@pytest.mark.parametrize(
+    "stop", [3, 2, 4, 6], ids=["at the end of an epoch", "within one", "before components are ordered", "after"]
+)
 def test_resuming_ends_where_the_uninterrupted_run_ends(stop, roberta_config, roberta_checkpoint, tmp_path):
     config = type(roberta_config).from_dict(roberta_config.to_dict() | {"hidden_dropout_prob": 0.1})
     options = dict(
@@ -305,6 +347,8 @@ def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, robert
     [
         ({"rank_sampling": "random"}, "rank_sampling"),
         ({"rank_sampling": "fixed", "frozen": True}, "frozen"),
+        ({"full_rank_share": 1.0}, "full_rank_share is 1.0"),
+        ({"rank_sampling": "fixed", "full_rank_share": 0.5}, "full_rank_share is 0.5"),
         ({"eval_ranks": [5]}, "rank is 5"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
     ],
@@ -344,7 +388,7 @@ def test_resuming_and_evaluating_change_nothing_in_the_real_model(roberta_checkp
 
 
 def test_frozen_training_under_the_users_own_optimizer(roberta_config, roberta_checkpoint, tmp_path):
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="step", frozen=True)
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="step", frozen=True, full_rank_share=0)
     parameters = [p for p in t.model.parameters() if p.requires_grad]
     t.optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
     before = t.model.roberta.encoder.layer[0].attention.self.query.lora_A.detach().clone()
