@@ -87,6 +87,11 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
+def scaling_of(path: str | os.PathLike) -> str:
+    """The scaling rule of an adapter's directory; a ``.bin``, which says none, has the paper's."""
+    return read_directory(Path(path))[1]["scaling"] if Path(path).is_dir() else "alpha/b"
+
+
 def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
     """The contents of adapter_config.json and dylora.json in an adapter's directory."""
     return tuple(json.loads((Path(path) / name).read_text(encoding="utf-8")) for name in (CONFIG, EXTRA))

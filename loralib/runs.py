@@ -57,10 +57,11 @@ def split_of(results: dict, split: str | None) -> str:
 
 
 def label(results: dict) -> str:
-    """How a run's method is called in a legend."""
+    """How a run's method is called in a legend, with a scaling rule that is not the usual one."""
+    usual = "alpha/r" if results.get("full_rank_share") else "alpha/b"
     scaling = results.get("scaling")
     name = results["method"].replace("at r_max", f"at rank {results['max_rank']}")
-    return name if scaling in (None, "alpha/b") else f"{name}, {scaling}"
+    return name if scaling in (None, usual) else f"{name}, {scaling}"
 
 
 def scores_of(results: dict, split: str) -> tuple[list[int], list[float]]:

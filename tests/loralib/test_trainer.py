@@ -358,6 +358,19 @@ def test_settings_that_contradict_each_other(options, message, roberta_config, r
         trainer(roberta_config, roberta_checkpoint, tmp_path, **options)
 
 
+@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
+def test_sharded_factors_cannot_be_ordered(name, roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+    create = DyLoRATrainer.create_accelerator_and_postprocess
+
+    def create_sharded(self):
+        create(self)
+        setattr(self, name, True)
+
+    monkeypatch.setattr(DyLoRATrainer, "create_accelerator_and_postprocess", create_sharded)
+    with pytest.raises(ValueError, match="give full_rank_share=0"):
+        trainer(roberta_config, roberta_checkpoint, tmp_path)
+
+
 def test_resuming_and_evaluating_change_nothing_in_the_real_model(roberta_checkpoint, roberta_config, tmp_path):
     """The overlay runs its last layer for the first token alone, with other dropout masks: through evaluations too."""
     from transformers_dylora.models.roberta import RobertaForSequenceClassification as Overlay

@@ -324,6 +324,30 @@ def test_the_other_samplings_and_settings(sampling, roberta_checkpoint, glue, tm
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["use_rslora"]
 
 
+def test_as_released_is_four_flags(roberta_checkpoint, glue, tmp_path):
+    """... and the default is none of them."""
+    four = ["--rank_sampling", "step", "--lora_frozen", "--full_rank_share", "0", "--lora_scaling", "alpha/b"]
+    found = {
+        name: run_glue().main(command(roberta_checkpoint, glue, tmp_path / name, "rte", *more))
+        for name, more in {"one": ["--as_released"], "four": four, "default": []}.items()
+    }
+    told = ("sampling", "frozen", "full_rank_share", "scaling")
+    assert [found["one"][key] for key in told] == ["step", True, 0.0, "alpha/b"]
+    assert [found["default"][key] for key in told] == ["example", False, 0.5, "alpha/r"]
+    one, four, default = (load_file(tmp_path / name / "adapter_model.safetensors") for name in found)
+    assert all(torch.equal(one[key], four[key]) for key in one)
+    assert not all(torch.equal(one[key], default[key]) for key in one)
+
+
+def test_the_papers_way_has_the_papers_strength_and_a_loaded_adapter_its_own(roberta_checkpoint, glue, tmp_path):
+    paper = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "paper", "rte", "--full_rank_share", "0"))
+    assert paper["scaling"] == "alpha/b" and paper["method"] == "DyLoRA, a rank per example"
+    again = ["--lora_path", str(tmp_path / "paper")]
+    argv = [a for a in command(roberta_checkpoint, glue, tmp_path / "again", "rte", *again) if a != "--do_train"]
+    found = run_glue().main(argv)
+    assert found["scaling"] == "alpha/b" and found["splits"] == paper["splits"]
+
+
 def test_frozen_geometric_and_other_target_modules(roberta_checkpoint, glue, tmp_path):
     more = [
         "--lora_frozen",
@@ -446,6 +470,15 @@ MISTAKES = {
     "no such adapter": (["--lora_path", "/nowhere"], "--lora_path /nowhere does not exist"),
     "no such checkpoint": (["--resume_from_checkpoint", "true"], "no checkpoint"),
     "a warm-up of more than all": (["--warmup_ratio", "1.5"], "--warmup_ratio is 1.5"),
+    "a share of all": (["--full_rank_share", "1"], "--full_rank_share is 1"),
+    "a share without draws": (
+        ["--full_rank_share", "0.5", "--rank_sampling", "fixed"],
+        "--full_rank_share needs drawn ranks",
+    ),
+    "as released and not": (
+        ["--as_released", "--rank_sampling", "matryoshka"],
+        "--as_released means --rank_sampling step",
+    ),
     "a bad scaling": (["--lora_scaling", "alpha"], None),
 }
 

@@ -85,6 +85,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
         rank_sampling=model_args.rank_sampling,
         rank_distribution=model_args.rank_distribution,
         r_min=model_args.lora_r_min,
+        full_rank_share=model_args.full_rank_share,
         frozen=model_args.apply_lora and model_args.lora_frozen,
         matryoshka_reduce=model_args.matryoshka_reduce,
         eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,

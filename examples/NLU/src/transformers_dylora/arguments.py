@@ -8,7 +8,11 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from loralib.trainer import FULL_RANK_SHARE
+
 from .errors import UsageError
+
+RELEASED = {"rank_sampling": "step", "lora_frozen": True, "full_rank_share": 0.0, "lora_scaling": "alpha/b"}
 
 
 @dataclass
@@ -79,8 +83,12 @@ class ModelArguments:
     lora_r: int = field(default=8, metadata={"help": "r_max: the adapter works at every rank from 1 to this."})
     lora_alpha: float = field(default=16, metadata={"help": "alpha of the scaling rule."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
-    lora_scaling: Literal["alpha/b", "alpha/r", "alpha/sqrt(b)"] = field(
-        default="alpha/b", metadata={"help": "Strength of the update at rank b."}
+    lora_scaling: Literal["alpha/b", "alpha/r", "alpha/sqrt(b)"] | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of the update at rank b. Default: that of --lora_path; else alpha/r, and alpha/b (the paper) "
+            "where --full_rank_share is 0."
+        },
     )
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Which layers to adapt, by the ends of their names. Default: query value."}
@@ -96,6 +104,20 @@ class ModelArguments:
         metadata={
             "help": "How training chooses ranks: each example its own, one per update (the paper), MatryoshkaLoRA's "
             "fixed gate, or always r_max (plain LoRA)."
+        },
+    )
+    full_rank_share: float | None = field(
+        default=None,
+        metadata={
+            "help": "The share of training, 0 to below 1, that trains all components together; then they are put in the order "
+            "of their importance and ranks are drawn. Default: 0.5 where ranks are drawn; 0 is the paper's way."
+        },
+    )
+    as_released: bool = field(
+        default=False,
+        metadata={
+            "help": "Train as the released code does: --rank_sampling step --lora_frozen --full_rank_share 0 "
+            "--lora_scaling alpha/b."
         },
     )
     rank_distribution: Literal["uniform", "geometric"] = field(
@@ -119,6 +141,8 @@ class ModelArguments:
             raise UsageError("--lora_path loads an adapter; add --apply_lora.")
         if self.lora_target_modules:
             self.lora_target_modules = [n for given in self.lora_target_modules for n in given.split(",") if n]
+        if self.as_released:
+            self._train_as_released()
         if not self.apply_lora:
             return
         if self.lora_r < 1:
@@ -129,9 +153,26 @@ class ModelArguments:
             raise UsageError(f"--lora_dropout is {self.lora_dropout}; give a number from 0 to below 1.")
         if not 1 <= self.lora_r_min <= self.lora_r:
             raise UsageError(f"--lora_r_min is {self.lora_r_min}; give 1 to --lora_r, which is {self.lora_r}.")
-        if self.lora_frozen and self.rank_sampling not in ("example", "step"):
+        draws = self.rank_sampling in ("example", "step")
+        if self.lora_frozen and not draws:
             raise UsageError(f"--lora_frozen needs drawn ranks; --rank_sampling {self.rank_sampling} draws none.")
+        if self.full_rank_share is None:
+            self.full_rank_share = FULL_RANK_SHARE if draws else 0.0
+        if not 0 <= self.full_rank_share < 1:
+            raise UsageError(f"--full_rank_share is {self.full_rank_share}; give a share from 0 to below 1.")
+        if self.full_rank_share and not draws:
+            raise UsageError(f"--full_rank_share needs drawn ranks; --rank_sampling {self.rank_sampling} draws none.")
         self.measured_ranks()
+
+    def _train_as_released(self) -> None:
+        """Set RELEASED. Raises UsageError if another flag says otherwise."""
+        if not self.apply_lora:
+            raise UsageError("--as_released trains an adapter; add --apply_lora.")
+        for name, value in RELEASED.items():
+            given = getattr(self, name)
+            if given not in (value, type(self).__dataclass_fields__[name].default):
+                raise UsageError(f"--as_released means --{name} {value}; leave out one of it and --{name} {given}.")
+            setattr(self, name, value)
 
     def measured_ranks(self) -> list[int]:
         """The ranks of --eval_ranks, in order. Raises UsageError for what is no rank."""

@@ -6,6 +6,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 import loralib as lora
+from loralib.adapter_files import scaling_of
 from loralib.model import default_head, is_inside
 
 from .arguments import ModelArguments
@@ -59,8 +60,23 @@ def load_config(args: ModelArguments, task: Task):
     return config
 
 
+def _scaling(args: ModelArguments) -> str:
+    """The scaling rule where no flag names one: that of the adapter that is loaded, else what suits the sampling."""
+    if args.lora_path:
+        return scaling_of(args.lora_path)
+    return "alpha/r" if args.full_rank_share else "alpha/b"
+
+
 def load_model(args: ModelArguments, task: Task, training: bool):
-    """The classifier, adapted if asked, the right parameters trainable; and a note on ``--lora_path``, or None."""
+    """The classifier, adapted if asked, the right parameters trainable; and a note on ``--lora_path``, or None.
+
+    ``args.lora_scaling`` holds the rule in use afterwards.
+    """
+    if args.apply_lora and args.lora_scaling is None:
+        try:
+            args.lora_scaling = _scaling(args)
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"--lora_path: {error}") from error
     config = load_config(args, task)
     overlay = args.apply_lora and config.model_type == "roberta" and args.lora_target_modules is None
     kind = RobertaForSequenceClassification if overlay else AutoModelForSequenceClassification

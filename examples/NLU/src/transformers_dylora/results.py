@@ -52,6 +52,8 @@ def assemble(model_args, training_args, task: Task, trainer, splits: dict[str, d
     method = "full fine-tuning"
     if has_lora(trainer.model):
         method = METHODS[model_args.rank_sampling] + (", frozen" if model_args.lora_frozen else "")
+        if model_args.full_rank_share:
+            method += f", ordered at {model_args.full_rank_share:g}"
     metric = task.main_metric
     curves = {name: [row[metric] for row in split["rows"]] for name, split in splits.items()}
     first = next(iter(splits))
@@ -65,6 +67,7 @@ def assemble(model_args, training_args, task: Task, trainer, splits: dict[str, d
         "sampling": model_args.rank_sampling if model_args.apply_lora else None,
         "distribution": model_args.rank_distribution if model_args.apply_lora else None,
         "scaling": model_args.lora_scaling if model_args.apply_lora else None,
+        "full_rank_share": model_args.full_rank_share if model_args.apply_lora else None,
         "frozen": model_args.lora_frozen,
         "r_min": model_args.lora_r_min,
         "max_rank": lora.max_rank(trainer.model) if trainer.eval_ranks else 0,
