@@ -95,7 +95,7 @@ def strong_adapter(checkpoint, glue, path, task="mnli"):
     config = RobertaConfig.from_pretrained(
         checkpoint, num_labels=TASKS[task].num_labels, apply_lora=True, lora_r=3, lora_alpha=16
     )
-    config.apply_lora, config.lora_r, config.lora_alpha = True, 3, 16
+    config.apply_lora, config.lora_r, config.lora_alpha, config.lora_scaling = True, 3, 16, "alpha/r"
     model = RobertaForSequenceClassification.from_pretrained(checkpoint, config=config)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "classifier" in name:
@@ -275,9 +275,8 @@ def test_starting_from_another_tasks_adapter_keeps_the_factors_and_a_fresh_head(
     roberta_checkpoint, glue, tmp_path, capsys
 ):
     model = strong_adapter(roberta_checkpoint, glue, tmp_path / "mnli")
-    argv = command(
-        roberta_checkpoint, glue, tmp_path / "rte", "rte", "--lora_path", str(tmp_path / "mnli"), "--learning_rate", "0"
-    )
+    more = ["--lora_path", str(tmp_path / "mnli"), "--learning_rate", "0", "--full_rank_share", "0"]
+    argv = command(roberta_checkpoint, glue, tmp_path / "rte", "rte", *more)
     run_glue().main(argv)
     assert capsys.readouterr().out.count("fresh, since the file has none of this shape: classifier") == 1
     tensors = load_file(tmp_path / "rte/adapter_model.safetensors")
