@@ -4,11 +4,11 @@
     python scripts/study.py rates  --encoder DIR --data DIR     # choose each method's learning rate, on a tenth of train
     python scripts/study.py runs   --encoder DIR --data DIR     # then every task, method and seed, on validation
     python scripts/study.py tables                              # results/study: tables, curves, cost
-    python scripts/study.py cell rte example 0 --encoder DIR --data DIR     # one run again; prints what it found
+    python scripts/study.py cell rte ordered 0 --encoder DIR --data DIR     # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
-run_glue.py's --dataset_dir. Runs are appended to results/study/runs.jsonl, one line each; a run that has its line is not
-repeated, so an interrupted command goes on where it was. Every run has one core to itself.
+run_glue.py's --dataset_dir (without --data: from the hub). Runs are appended to results/study/runs.jsonl, one line each; a
+run that has its line is not repeated, so an interrupted command goes on where it was. Every run has one core to itself.
 """
 
 import argparse
@@ -105,7 +105,7 @@ def chosen_rates(records: list[dict]) -> dict[str, float]:
 # --- one run ------------------------------------------------------------------------------------------
 
 
-def run_cell(cell: Cell, encoder: str, data: str) -> list[dict]:
+def run_cell(cell: Cell, encoder: str, data: str | None) -> list[dict]:
     """Train and measure; one record, and for lora-8 one more for each way to cut it."""
     import torch
     from study_methods import CUTS, METHODS, TRIED, StudyTrainer
@@ -165,7 +165,7 @@ def run_cell(cell: Cell, encoder: str, data: str) -> list[dict]:
     return records
 
 
-def load_splits(task, budget: Budget, split: str, tokenizer, data: str):
+def load_splits(task, budget: Budget, split: str, tokenizer, data: str | None):
     """The training data and what the run is measured on, tokenised; the same for every method."""
     from transformers_dylora.data import load_glue, tokenize
 
@@ -272,13 +272,13 @@ def run_cells(tasks: list[str], methods: list[str], seeds: list[int], rates: dic
 
 def main(argv: list[str] | None = None) -> None:
     sys.path.insert(0, str(Path(__file__).parent))
-    from study_methods import METHODS, TRIED
+    from study_methods import CUTS, METHODS, TRIED
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["rates", "runs", "tables", "cell"])
     parser.add_argument("cell", nargs="*", metavar="task method seed", help="for cell: which one")
     parser.add_argument("--encoder", help="directory of the encoder")
-    parser.add_argument("--data", help="directory of the GLUE tasks")
+    parser.add_argument("--data", help="directory of the GLUE tasks; default: the hub's")
     parser.add_argument("--tasks", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *TRIED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -295,8 +295,8 @@ def main(argv: list[str] | None = None) -> None:
 
         records = read_records(Path(options.results) / "runs.jsonl")
         return write_tables(Path(options.results), records, chosen_rates(records), BUDGETS)
-    if not options.encoder or not options.data:
-        parser.error(f"{options.command} needs --encoder and --data.")
+    if not options.encoder:
+        parser.error(f"{options.command} needs --encoder; `python -m transformers_dylora.minilm DIR` writes one.")
     records = read_records(Path(options.results) / "runs.jsonl")
     rates = chosen_rates(records)
     if options.command == "rates":
@@ -306,10 +306,19 @@ def main(argv: list[str] | None = None) -> None:
         if without:
             parser.error(f"{', '.join(without)}: no learning rate is chosen yet; run study.py rates first.")
         return run_all(run_cells(options.tasks, options.methods, options.seeds, rates), options)
+    if len(options.cell) != 3 or options.cell[0] not in BUDGETS or options.cell[1] not in {**METHODS, **CUTS, **TRIED}:
+        parser.error(
+            f"cell needs a task ({', '.join(BUDGETS)}), a method ({', '.join([*METHODS, *CUTS, *TRIED])}) and a seed."
+        )
     task, name, seed = options.cell
-    cell = Cell(task, name, int(seed), options.rate or rates[name], "held_out" if options.held_out else "validation")
+    trained = "lora-8" if name in CUTS else name
+    if not options.rate and trained not in rates:
+        parser.error(f"{trained}: no learning rate is chosen yet; give --rate.")
+    split = "held_out" if options.held_out else "validation"
+    cell = Cell(task, trained, int(seed), options.rate or rates[trained], split)
     for found in run_cell(cell, options.encoder, options.data):
-        print(json.dumps(found))
+        if found["method"] == name:
+            print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd):
     study.main(["cell", "rte", "example", "0", *tiny])
     again = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert again["scores"] == runs["rte", "example"]["scores"] and again["rate"] == runs["rte", "example"]["rate"]
+    study.main(["cell", "cola", "cut-svd", "0", *tiny])
+    (again,) = [json.loads(text) for text in capfd.readouterr().out.splitlines() if text.startswith('{"')]
+    assert again["scores"] == runs["cola", "cut-svd"]["scores"]
     study.main(["tables", "--results", str(tmp_path / "results")])
     text = (tmp_path / "results" / "README.md").read_text()
     assert "DyLoRA, per example" in text and (tmp_path / "results" / "curves.png").stat().st_size > 10_000
@@ -133,6 +136,13 @@ def test_runs_without_a_chosen_rate_say_what_to_do(tiny, capsys):
     with pytest.raises(SystemExit):
         study.main(["runs", *tiny, "--methods", "example"])
     assert "run study.py rates first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["rte", "example"], ["boolq", "example", "0"], ["rte", "none", "0"]])
+def test_a_cell_that_is_none_says_which_there_are(given, tiny, capsys):
+    with pytest.raises(SystemExit):
+        study.main(["cell", *given, *tiny])
+    assert "a task (cola, rte" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", study_methods.TRIED)
