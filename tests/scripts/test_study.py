@@ -76,6 +76,32 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
     assert "57.0 ± 5.0" in row and row.endswith("| 1.0 ± 0.0 / 1.0 ± 0.0 / 1.0 ± 0.0 / 1.0 ± 0.0 |")
 
 
+def curve_lines(method, seed, curve, steps=100):
+    return [
+        {"task": task, "method": method, "seed": seed, "split": "validation", "steps": steps,
+         "scores": {str(b): score for b, score in curve.items()}}
+        for task in ("rte", "cola")
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gain", "reached"), [((0.0, 2.0), "yes"), ((-3.0, -3.1), "no")])
+def test_the_aim_is_reached_or_not(gain, reached):
+    lines = []
+    for seed in (0, 1):
+        for r in (1, 2, 4, 8):
+            lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r})
+        lines += curve_lines("ordered", seed, {b: 50.0 + b + gain[seed] for b in range(1, 9)}, steps=111)
+        lines += curve_lines("example", seed, dict.fromkeys(range(1, 9), 51.0))
+    rows = study_tables.target(study_tables.scores(lines), lines)
+    at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
+    assert all(at[f"rank {b}"].endswith(f"| {reached} |") for b in (1, 2, 4, 8))
+    assert at["mean of the ranks"].endswith(f"| {reached} |")
+    assert at["AURAC, beside: DyLoRA, per example"].endswith("| yes |")
+    assert "1.11" in at["optimizer steps / one LoRA run's"] and at["optimizer steps / one LoRA run's"].endswith(
+        "| no |"
+    )
+
+
 def test_the_reduction_by_svd_is_pefts_at_every_rank(roberta_checkpoint, tmp_path):
     from peft import PeftModel, convert_to_lora
     from transformers import AutoModelForSequenceClassification
