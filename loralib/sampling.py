@@ -18,7 +18,7 @@ class RankSampler:
         per: "example" draws one rank for each example, "step" one for a whole update: every micro-batch of it and
             every process then has the same rank, with nothing to communicate.
         seed: any int.
-        full_steps: for so many updates every rank is r_max; then ranks are drawn. Best with ``order_components`` between
+        full_steps: for so many updates every rank is r_max; then ranks are drawn. Meant with ``order_components`` between
             the two, as ``DyLoRATrainer`` does (figures: results/study).
 
     Source: DyLoRA, arXiv 2210.07558, section 3 (p_B); drawing per example is nested dropout's own form.

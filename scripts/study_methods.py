@@ -1,6 +1,6 @@
 """What the study compares: each method is a few settings of DyLoRATrainer, or a variant of it that was tried.
 
-The published methods and ``ordered``, which measured best, need nothing but the trainer's own arguments. What else was tried
+The published methods and ``ordered``, our default, need nothing but the trainer's own arguments. What else was tried
 (``weights``, ``distil``, ...) lives here and not in the library.
 """
 

@@ -189,10 +189,17 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
     lines = [
         "# Does one DyLoRA run match a LoRA sweep?",
         "",
-        "Made by `scripts/study.py` (commands below). MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value "
+        "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value "
         "adapted, r_max 8, alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, bf16 autocast on one CPU "
         "core a run. Mean ± standard error over seeds; AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, "
         "order and number of steps.",
+        "",
+        "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
+        "    python -m transformers_dylora.minilm encoder",
+        "    python scripts/study.py rates --encoder encoder --data glue      # glue: a directory of the tasks",
+        "    python scripts/study.py runs --encoder encoder --data glue",
+        "    python scripts/study.py tables",
+        "    python scripts/study.py cell cola ordered 0 --encoder encoder --data glue      # one cell again",
         "",
     ]
     if found:
