@@ -81,6 +81,12 @@ TRIED = {
     "ordered-ends": Method("ordered, ranks 1 and 8 more often", full_rank_share=0.5, weights=ENDS, **CONSTANT_2),
     "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", full_rank_share=0.5, weights=POWERS, **CONSTANT_2),
     "ordered-alpha/b": Method("ordered, alpha/b", full_rank_share=0.5),
+    "ordered-4": Method("ordered, one strength 4", full_rank_share=0.5, scaling="alpha/r", alpha=32),
+    "ordered-8": Method("ordered, one strength 8", full_rank_share=0.5, scaling="alpha/r", alpha=64),
+    "ordered-distil": Method("ordered, then distilled", full_rank_share=0.5, distil=1.0, **CONSTANT_2),
+    "ordered-0.7-ends": Method(
+        "ordered after 0.7 of the training, ranks 1 and 8 more often", full_rank_share=0.7, weights=ENDS, **CONSTANT_2
+    ),
     **{
         f"strengths-{name}": Method(
             f"per example, component k at strength {title}", weights=weights, strengths=strengths, scaling="alpha/r"
@@ -184,7 +190,7 @@ class StudyTrainer(DyLoRATrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and self.method.distil:
+        if model.training and self.method.distil and self.state.global_step >= self.rank_sampler.full_steps:
             with torch.no_grad(), lora.use_rank(model, self.method.r):
                 full = super().compute_loss(model, inputs, True, num_items_in_batch)[1].logits
             own = F.log_softmax(outputs.logits.float(), -1)
