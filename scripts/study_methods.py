@@ -42,6 +42,9 @@ class Method:
     rate_B: float = 1.0  # learning rate of lora_B relative to all else (LoRA+)
     orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
     strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
+    gate_after: bool = (
+        False  # once the components are ordered: the mean of the gates (of ``gate_ranks``), nothing drawn
+    )
 
     @property
     def ranks(self) -> list[int]:
@@ -83,6 +86,14 @@ TRIED = {
     "ordered-alpha/b": Method("ordered, alpha/b", full_rank_share=0.5),
     "ordered-4": Method("ordered, one strength 4", full_rank_share=0.5, scaling="alpha/r", alpha=32),
     "ordered-8": Method("ordered, one strength 8", full_rank_share=0.5, scaling="alpha/r", alpha=64),
+    "ordered-gate": Method("ordered, then fixed gate, mean", full_rank_share=0.5, gate_after=True, **CONSTANT_2),
+    "ordered-gate-powers": Method(
+        "ordered, then fixed gate, mean of ranks 1, 2, 4, 8",
+        full_rank_share=0.5,
+        gate_after=True,
+        gate_ranks=(1, 2, 4, 8),
+        **CONSTANT_2,
+    ),
     "ordered-distil": Method("ordered, then distilled", full_rank_share=0.5, distil=1.0, **CONSTANT_2),
     "ordered-0.7-ends": Method(
         "ordered after 0.7 of the training, ranks 1 and 8 more often", full_rank_share=0.7, weights=ENDS, **CONSTANT_2
@@ -167,6 +178,8 @@ class StudyTrainer(DyLoRATrainer):
     def _set_training_ranks(self, batch_size: int) -> None:
         super()._set_training_ranks(batch_size)
         weights, step = self.method.weights, self.state.global_step
+        if self.method.gate_after and step >= self.rank_sampler.full_steps:
+            lora.set_matryoshka_gate(self.model, self.method.gate_ranks or None, "mean")
         if not weights or step < self.rank_sampler.full_steps:
             return
         if self.method.anneal:
