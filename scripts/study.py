@@ -2,7 +2,8 @@
 """Does one DyLoRA run match a whole LoRA sweep? Train and measure the methods of study_methods.py on GLUE data.
 
     python scripts/study.py rates  --encoder DIR --data DIR     # choose each method's learning rate, on a tenth of train
-    python scripts/study.py runs   --encoder DIR --data DIR     # then every task, method and seed, on validation
+    python scripts/study.py tried  --encoder DIR --data DIR     # what else was tried, at one rate on the same tenth
+    python scripts/study.py runs   --encoder DIR --data DIR     # every task, method and seed, on validation
     python scripts/study.py tables                              # results/study: tables, curves, cost
     python scripts/study.py cell rte ordered 0 --encoder DIR --data DIR     # one run again; prints what it found
 
@@ -23,6 +24,8 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+
+from study_methods import CUTS, METHODS, SWEEP, TRIED, StudyTrainer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +52,7 @@ BATCH = 32
 RATES = (5e-4, 1e-3, 2e-3)
 # What a rate is chosen on: tasks and seeds. Two of CoLA, since at 2e-3 some seeds of every method collapse there.
 RATE_RUNS = (("rte", 0), ("cola", 0), ("cola", 1))
-SWEEP = ("lora-1", "lora-2", "lora-4", "lora-8")
+TRIED_RATE = 1e-3
 SWEEP_ENDS = ("lora-1", "lora-8")
 
 
@@ -108,7 +111,6 @@ def chosen_rates(records: list[dict]) -> dict[str, float]:
 def run_cell(cell: Cell, encoder: str, data: str | None) -> list[dict]:
     """Train and measure; one record, and for lora-8 one more for each way to cut it."""
     import torch
-    from study_methods import CUTS, METHODS, TRIED, StudyTrainer
     from transformers import DataCollatorWithPadding, TrainingArguments, set_seed, utils
     from transformers_dylora.arguments import ModelArguments
     from transformers_dylora.data import glue_task
@@ -271,18 +273,15 @@ def run_cells(tasks: list[str], methods: list[str], seeds: list[int], rates: dic
 
 
 def main(argv: list[str] | None = None) -> None:
-    sys.path.insert(0, str(Path(__file__).parent))
-    from study_methods import CUTS, METHODS, TRIED
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["rates", "runs", "tables", "cell"])
+    parser.add_argument("command", choices=["rates", "tried", "runs", "tables", "cell"])
     parser.add_argument("cell", nargs="*", metavar="task method seed", help="for cell: which one")
     parser.add_argument("--encoder", help="directory of the encoder")
     parser.add_argument("--data", help="directory of the GLUE tasks; default: the hub's")
     parser.add_argument("--tasks", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=[*METHODS, *TRIED])
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *TRIED], help="default: all the command is for")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, choices=RATES, help="for rates: these alone")
+    parser.add_argument("--rates", nargs="+", type=float, choices=RATES, help="for rates and tried: these alone")
     parser.add_argument("--rate", type=float, help="for cell: instead of the chosen one")
     parser.add_argument("--held-out", action="store_true", help="for cell: measure on a tenth of train")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -300,12 +299,15 @@ def main(argv: list[str] | None = None) -> None:
     records = read_records(Path(options.results) / "runs.jsonl")
     rates = chosen_rates(records)
     if options.command == "rates":
-        return run_all(rate_cells(options.methods, options.rates), options)
+        return run_all(rate_cells(options.methods or [*METHODS], options.rates or RATES), options)
+    if options.command == "tried":
+        return run_all(rate_cells(options.methods or [*TRIED], options.rates or [TRIED_RATE]), options)
     if options.command == "runs":
-        without = [name for name in options.methods if name not in rates]
+        methods = options.methods or [*METHODS]
+        without = [name for name in methods if name not in rates]
         if without:
             parser.error(f"{', '.join(without)}: no learning rate is chosen yet; run study.py rates first.")
-        return run_all(run_cells(options.tasks, options.methods, options.seeds, rates), options)
+        return run_all(run_cells(options.tasks, methods, options.seeds, rates), options)
     if len(options.cell) != 3 or options.cell[0] not in BUDGETS or options.cell[1] not in {**METHODS, **CUTS, **TRIED}:
         parser.error(
             f"cell needs a task ({', '.join(BUDGETS)}), a method ({', '.join([*METHODS, *CUTS, *TRIED])}) and a seed."

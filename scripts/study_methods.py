@@ -71,6 +71,8 @@ METHODS = {
         "DyLoRA, half at r_max, ordered, then per example (our default)", full_rank_share=0.5, **CONSTANT_2
     ),
 }
+# Together one method: at each of these ranks a LoRA that was trained for it.
+SWEEP = tuple(name for name in METHODS if name.startswith("lora-"))
 # What a LoRA trained at r_max gives at the lower ranks, made from the run of lora-8.
 CUTS = {
     "cut-alpha/b": "LoRA trained at rank 8, cut, alpha/b",

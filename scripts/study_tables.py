@@ -5,15 +5,14 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from study_methods import CUTS, METHODS, TRIED
+from study_methods import CUTS, METHODS, SWEEP, TRIED
 
 from loralib.files import write_atomically, write_text
 from loralib.plots import plot_curves
 from loralib.report import aurac
 from loralib.runs import Curve
 
-SWEEP = ("lora-1", "lora-2", "lora-4", "lora-8")
-SHOWN = (1, 2, 4, 8)
+SHOWN = tuple(METHODS[name].r for name in SWEEP)
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
          "mnli": "MNLI, 13,393 examples (accuracy)"}  # fmt: skip
 PAPER = (
@@ -163,10 +162,11 @@ def target(found: dict, records: list[dict], method: str = "ordered") -> list[st
             gain = [area(own[s]) - area(theirs[s]) for s in sorted(set(own) & set(theirs))]
             reached = "yes" if np.mean(gain) > 0 else "no"
             lines.append(f"| AURAC, beside: {title(other)} | {shown(gain)} | above 0 | {reached} |")
-    steps = {m: np.mean([r["steps"] for r in records if r["method"] == m and r["split"] == "validation"])
-             for m in (method, "lora-8")}  # fmt: skip
-    lines.append(f"| optimizer steps / one LoRA run's | {steps[method] / steps['lora-8']:.2f} | no more than 1.1 | "
-                 f"{'yes' if steps[method] <= 1.1 * steps['lora-8'] else 'no'} |")  # fmt: skip
+    steps = {(r["method"], r["task"], r["seed"]): r["steps"] for r in records if r["split"] == "validation"}
+    ratio = max(n / steps["lora-8", task, seed] for (m, task, seed), n in steps.items() if m == method and seed in both)
+    lines.append(
+        f"| optimizer steps / one LoRA run's | {ratio:.2f} | no more than 1.1 | {'yes' if ratio <= 1.1 else 'no'} |"
+    )
     return [*lines, "", f"AURAC of ours over these seeds: {mine:.1f}.", ""]
 
 

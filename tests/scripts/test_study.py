@@ -153,8 +153,10 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd):
     study.main(["cell", "cola", "cut-svd", "0", *tiny])
     (again,) = [json.loads(text) for text in capfd.readouterr().out.splitlines() if text.startswith('{"')]
     assert again["scores"] == runs["cola", "cut-svd"]["scores"]
+    study.main(["tried", *tiny, "--methods", "ordered-gate", "ordered-distil"])
     study.main(["tables", "--results", str(tmp_path / "results")])
     text = (tmp_path / "results" / "README.md").read_text()
+    assert "ordered, then fixed gate" in text and "ordered, then distilled" in text
     assert "DyLoRA, per example" in text and (tmp_path / "results" / "curves.png").stat().st_size > 10_000
 
 
