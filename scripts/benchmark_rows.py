@@ -10,7 +10,11 @@ from benchmark_timing import paired_ratio
 
 @dataclass(frozen=True)
 class Row:
-    """ours / peer of one quantity; below 1 is better. ``limit``: what the project promises of the ratio, if anything."""
+    """ours / peer of one quantity; below 1 is better. ``limit``: what the project promises of the ratio, if anything.
+
+    ``of_machine``: the processor decides the ratio, as where one precision stands beside another, so what another machine
+    recorded says nothing of ours and ``--check`` holds it to its limit alone.
+    """
 
     case: str
     setting: str
@@ -24,6 +28,7 @@ class Row:
     high: float
     limit: float | None = None
     note: str = ""
+    of_machine: bool = False
 
 
 @dataclass

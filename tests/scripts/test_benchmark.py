@@ -1,13 +1,16 @@
 """The benchmark compares what it says, and its check can fail."""
 
 import json
+from dataclasses import asdict, replace
 
 import benchmark
 import benchmark_peers as peers
+import benchmark_tables as tables
 import benchmark_timing as timing
 import numpy as np
 import pytest
 import torch
+from benchmark_rows import Row
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,6 +66,14 @@ def test_the_command_records_a_table_and_its_check_fails_on_a_worse_ratio(tmp_pa
     size["high"] *= 4
     (tmp_path / "cpu-quick.json").write_text(json.dumps(recorded))
     assert benchmark.main([*own, "--check"]) == 0
+
+
+def test_another_processors_precision_is_no_regression_but_a_broken_promise_is():
+    row = Row("bf16 against fp32", "a shape", "bf16", "fp32", "ms", 7, 10, 0.7, 0.69, 0.71, of_machine=True)
+    recorded = [asdict(row) | {"ratio": 0.4, "low": 0.39, "high": 0.41}]
+    assert tables.regressions([row], recorded) == []
+    assert "promised 0.625" in tables.regressions([replace(row, limit=0.625)], recorded)[0]
+    assert "it was 0.400" in tables.regressions([replace(row, of_machine=False)], recorded)[0]
 
 
 def test_checking_without_a_record_says_so(tmp_path, capsys):
