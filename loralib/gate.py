@@ -5,6 +5,10 @@ example its own). A gate is what multiplies the components: for example i and co
 
     gate[i, j] = (j < b_i) * scale(b_i)
 
+A float tensor ``weights`` of shape ``(batch, n)`` stands for several ranks at once, the weighted sum of their gates:
+
+    gate[i, j] = sum over b = 1..n of weights[i, b - 1] * (j < b) * scale(b)
+
 with scale(b) = alpha/b (DyLoRA, arXiv 2210.07558, eq. 5 and 7), alpha/r or alpha/sqrt(b) (rsLoRA,
 arXiv 2312.03732). Ranks are 1-based: rank b uses the first b components, rank 0 none of them.
 """
@@ -24,11 +28,17 @@ def check_scaling(scaling: str, alpha: float) -> None:
 
 
 def check_rank(rank, r: int):
-    """Return ``rank`` if it is an int in 0..r or an integer tensor ``(batch,)`` of such, else raise.
+    """Return ``rank`` if it is an int in 0..r, an integer tensor ``(batch,)`` of such, or weights ``(batch, r)``, else raise.
 
     Raises TypeError for another type (a bool and a float included), ValueError for another value.
     """
     if isinstance(rank, torch.Tensor):
+        if rank.is_floating_point() and rank.ndim == 2:
+            if rank.shape[1] != r or not len(rank):
+                raise ValueError(
+                    f"rank is a tensor of shape {tuple(rank.shape)}; weights of the ranks 1..{r} have shape (batch, {r})."
+                )
+            return rank
         if rank.is_floating_point() or rank.is_complex() or rank.dtype == torch.bool:
             raise TypeError(
                 f"rank is a tensor of {rank.dtype}; give an int from 0 to {r} or a LongTensor of shape (batch,)."
@@ -61,7 +71,10 @@ def scale(rank, r: int, alpha: float, scaling: str):
 
 
 def rank_gate(ranks: torch.Tensor, r: int, alpha: float, scaling: str, dtype=torch.float32) -> torch.Tensor:
-    """The gate of a tensor of ranks: (batch,) -> (batch, r)."""
+    """The gate of ranks (batch,), or of weights (batch, n) of the ranks 1..n, those above r counting as r: (batch, r)."""
+    if ranks.is_floating_point():
+        each = torch.arange(1, ranks.shape[1] + 1, device=ranks.device).clamp(max=r)
+        return ranks.to(dtype) @ rank_gate(each, r, alpha, scaling, dtype)
     component = torch.arange(r, device=ranks.device)
     return (component < ranks[:, None]) * scale(ranks.to(dtype), r, alpha, scaling)[:, None]
 

@@ -106,11 +106,12 @@ class LoRALayer(nn.Module):
         return self.r
 
     def get_rank(self):
-        """The rank in use: an int, a LongTensor (batch,), or None after ``set_gate``."""
+        """The rank in use: an int, a LongTensor (batch,), or None after ``set_gate`` and after weights of ranks."""
         return self._rank
 
     def set_rank(self, rank, frozen: bool = False) -> None:
-        """Run at ``rank``: an int in 0..r, or a LongTensor (batch,) with one rank per example.
+        """Run at ``rank``: an int in 0..r, a LongTensor (batch,) with one rank per example, or a float tensor (batch, r), each
+        example's weights of the ranks 1..r (see ``loralib.gate``).
 
         With ``frozen`` (paper, eq. 10) components below b take part but only component b gets a gradient.
         Raises TypeError or ValueError for what is no rank, RuntimeError while the layer is merged.
@@ -119,6 +120,7 @@ class LoRALayer(nn.Module):
         gate = None
         if isinstance(rank, torch.Tensor):
             gate = rank_gate(rank.to(self.weight.device), self.r, self.lora_alpha, self.scaling, self.gate_dtype())
+            rank = None if rank.is_floating_point() else rank
         self._set_state(rank, gate, frozen)
 
     def set_gate(self, gate: torch.Tensor) -> None:
@@ -137,6 +139,8 @@ class LoRALayer(nn.Module):
 
     def _set_state(self, rank, gate, frozen) -> None:
         self.check_unmerged()
+        if frozen and rank is None:
+            raise ValueError("frozen training updates the component of a drawn rank, and weights of ranks draw none.")
         self._rank, self._gate, self._frozen = rank, gate, bool(frozen)
 
     def check_unmerged(self) -> None:

@@ -159,21 +159,24 @@ def max_rank(model: nn.Module) -> int:
 def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     """Run the whole model at ``rank``: an int in 0..r_max, or a LongTensor (batch,), one rank per example.
 
-    A layer with a smaller r runs at min(rank, r). ``frozen``: see ``LoRALayer.set_rank``. Raises TypeError or
-    ValueError for what is no rank, RuntimeError if a layer is merged; no layer is changed then.
+    A float tensor (batch, r_max) gives each example weights of the ranks 1..r_max: it runs through the weighted sum of
+    their gates, which trains several ranks at once. A layer with a smaller r runs at min(rank, r). ``frozen``: see
+    ``LoRALayer.set_rank``. Raises TypeError or ValueError for what is no rank, RuntimeError if a layer is merged; no
+    layer is changed then.
     """
     layers = lora_layers(model)
     rank = check_rank(rank, max(layer.r for _, layer in layers))
     gates = {}  # layers of one kind share the tensor
     states = []
+    weighted = isinstance(rank, torch.Tensor) and rank.is_floating_point()
     for _, layer in layers:
         if isinstance(rank, int):
             states.append((min(rank, layer.r), None))
             continue
         key = (layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype(), layer.weight.device)
         if key not in gates:
-            ranks = rank.clamp(max=layer.r).to(layer.weight.device)
-            gates[key] = ranks, rank_gate(ranks, *key[:4])
+            own = (rank if weighted else rank.clamp(max=layer.r)).to(layer.weight.device)
+            gates[key] = None if weighted else own, rank_gate(own, *key[:4])
         states.append(gates[key])
     _set_states(layers, states, frozen)
 
@@ -203,7 +206,7 @@ def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> No
 
 
 def get_rank(model: nn.Module):
-    """The rank that the model runs at: an int, a LongTensor (batch,), or None after ``set_gate``."""
+    """The rank that the model runs at: an int, a LongTensor (batch,), or None after ``set_gate`` and weights of ranks."""
     layers = lora_layers(model)
     return max((layer for _, layer in layers), key=lambda layer: layer.r).get_rank()
 

@@ -4,7 +4,8 @@ import random
 
 import torch
 
-DISTRIBUTIONS = ("uniform", "geometric")
+DISTRIBUTIONS = ("uniform", "geometric", "mixed")
+LOWEST_SHARE = 1 / 3
 
 
 class RankSampler:
@@ -13,10 +14,12 @@ class RankSampler:
     Args:
         r_max: highest rank, 1 or more.
         r_min: lowest rank, 1..r_max.
-        distribution: "uniform", or "geometric" with p(b) ~ (1 - p)^(b - r_min), renormalised over the ranks.
+        distribution: "uniform"; "geometric" with p(b) ~ (1 - p)^(b - r_min), renormalised over the ranks; or "mixed": a
+            third of the examples, chosen at random, at r_min, and each of the others at the ranks r_min, 2 r_min, 4 r_min,
+            .. r_max at once, in equal parts. What comes back is then a float tensor of weights (see ``set_rank``).
         p: parameter of the geometric distribution, between 0 and 1 (the paper: 0.15).
         per: "example" draws one rank for each example, "step" one for a whole update: every micro-batch of it and
-            every process then has the same rank, with nothing to communicate.
+            every process then has the same rank, with nothing to communicate. "mixed" is per example.
         seed: any int.
         full_steps: for so many updates every rank is r_max; then ranks are drawn. Meant with ``order_components`` between
             the two, as ``DyLoRATrainer`` does (figures: results/study).
@@ -42,6 +45,10 @@ class RankSampler:
             raise ValueError(f"p is {p}; the geometric distribution needs a number between 0 and 1.")
         if per not in ("example", "step"):
             raise ValueError(f"per is {per!r}; choose 'example' or 'step'.")
+        if distribution == "mixed" and per != "example":
+            raise ValueError(
+                "distribution='mixed' gives examples of one update different ranks; per='example' goes with it."
+            )
         if full_steps < 0:
             raise ValueError(f"full_steps is {full_steps}; give a number of updates, 0 or more.")
         self.r_max, self.r_min, self.distribution, self.p = r_max, r_min, distribution, p
@@ -49,20 +56,39 @@ class RankSampler:
         self.ranks = list(range(r_min, r_max + 1))
 
     def probabilities(self) -> list[float]:
-        """p(b) for b = r_min..r_max; they sum to 1."""
+        """p(b) for b = r_min..r_max; they sum to 1. For "mixed": each rank's part in training."""
         if self.distribution == "uniform":
             weights = [1.0] * len(self.ranks)
+        elif self.distribution == "mixed":
+            ladder = self.ladder()
+            weights = [(1 - LOWEST_SHARE) * (b in ladder) / len(ladder) for b in self.ranks]
+            weights[0] += LOWEST_SHARE
         else:
             weights = [(1 - self.p) ** (b - self.r_min) for b in self.ranks]
         return [w / sum(weights) for w in weights]
 
+    def ladder(self) -> list[int]:
+        """The ranks r_min, 2 r_min, 4 r_min, .. below r_max, and r_max."""
+        doubled = [self.r_min << k for k in range(self.r_max.bit_length())]
+        return [*(b for b in doubled if b < self.r_max), self.r_max]
+
     def __call__(self, step: int, batch_size: int, micro_step: int = 0, process: int = 0):
-        """The ranks of one micro-batch: an int (per="step") or a LongTensor (batch_size,)."""
+        """The ranks of one micro-batch, for ``set_rank``: an int (per="step"), a LongTensor (batch_size,), or for "mixed" a
+        float tensor (batch_size, r_max)."""
         if step < self.full_steps:
             return self.r_max if self.per == "step" else torch.full((batch_size,), self.r_max)
         # A str seed is hashed with SHA-512, so that neighbouring steps have unrelated streams.
         key = (self.seed, step) if self.per == "step" else (self.seed, step, micro_step, process)
-        draw = random.Random(":".join(map(str, key))).choices(
-            self.ranks, self.probabilities(), k=1 if self.per == "step" else batch_size
-        )
+        source = random.Random(":".join(map(str, key)))
+        if self.distribution == "mixed":
+            return self._mixed(batch_size, source)
+        draw = source.choices(self.ranks, self.probabilities(), k=1 if self.per == "step" else batch_size)
         return draw[0] if self.per == "step" else torch.tensor(draw)
+
+    def _mixed(self, batch_size: int, source: random.Random) -> torch.Tensor:
+        ladder = self.ladder()
+        weights = torch.zeros(batch_size, self.r_max)
+        weights[:, [b - 1 for b in ladder]] = 1 / len(ladder)
+        lowest = source.sample(range(batch_size), int(LOWEST_SHARE * batch_size + source.random()))
+        weights[lowest] = torch.eye(self.r_max)[self.r_min - 1]
+        return weights

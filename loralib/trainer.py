@@ -50,7 +50,8 @@ class DyLoRATrainer(Trainer):
     Args (beside Trainer's):
         rank_sampling: "example" (each example its own rank), "step" (one for an update, as in the paper), "matryoshka"
             (a fixed gate: see ``set_matryoshka_gate``), "fixed" (always r_max: plain LoRA).
-        rank_distribution, r_min: see ``RankSampler``.
+        rank_distribution, r_min: see ``RankSampler``. The default is "mixed" after ordered components (full_rank_share above
+            0) with a rank per example, and "uniform" elsewhere.
         full_rank_share: of the updates, 0 to below 1, the first so many train all components together, as plain LoRA
             does; then ``order_components`` sorts them and ranks are drawn. Default 0.5 where ranks are drawn; 0 is the
             paper's way. It asks for a model with ``scaling="alpha/r"``. Measured in results/study.
@@ -67,7 +68,7 @@ class DyLoRATrainer(Trainer):
         self,
         *args,
         rank_sampling: str = "example",
-        rank_distribution: str = "uniform",
+        rank_distribution: str | None = None,
         r_min: int = 1,
         full_rank_share: float | None = None,
         frozen: bool = False,
@@ -92,6 +93,12 @@ class DyLoRATrainer(Trainer):
             )
         if full_rank_share and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("DeepSpeed and FSDP keep no whole factors to order; give full_rank_share=0 there.")
+        if rank_distribution is None:
+            rank_distribution = default_distribution(rank_sampling, full_rank_share, frozen)
+        if frozen and rank_distribution == "mixed":
+            raise ValueError(
+                "frozen training updates one drawn rank; rank_distribution='mixed' trains several at once."
+            )
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
@@ -423,6 +430,11 @@ class DyLoRATrainer(Trainer):
         if self.rank_sampler is None:
             return super()._load_best_model()
         load_adapter(self.model, self.state.best_model_checkpoint)
+
+
+def default_distribution(rank_sampling: str, full_rank_share: float, frozen: bool) -> str:
+    """What measured best where the components are ordered, the paper's elsewhere."""
+    return "mixed" if rank_sampling == "example" and full_rank_share and not frozen else "uniform"
 
 
 def mean_loss(logits: np.ndarray, labels) -> float | None:

@@ -5,7 +5,7 @@
     python scripts/study.py tried  --encoder DIR --data DIR     # what else was tried, at one rate on the same tenth
     python scripts/study.py runs   --encoder DIR --data DIR     # every task, method and seed, on validation
     python scripts/study.py tables                              # results/study: tables, curves, cost
-    python scripts/study.py cell rte ordered 0 --encoder DIR --data DIR     # one run again; prints what it found
+    python scripts/study.py cell rte mixed 0 --encoder DIR --data DIR       # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
 run_glue.py's --dataset_dir (without --data: from the hub). Runs are appended to results/study/runs.jsonl, one line each; a

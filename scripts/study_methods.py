@@ -1,6 +1,6 @@
 """What the study compares: each method is a few settings of DyLoRATrainer, or a variant of it that was tried.
 
-The published methods and ``ordered``, our default, need nothing but the trainer's own arguments. What else was tried
+The published methods, ``ordered`` and our default need nothing but the trainer's own arguments. What else was tried
 (``weights``, ``distil``, ...) lives here and not in the library.
 """
 
@@ -67,10 +67,15 @@ METHODS = {
         "MatryoshkaLoRA (sum, alpha/sqrt(b))", "matryoshka", scaling="alpha/sqrt(b)", gate_ranks=(1, 2, 4, 8)
     ),
     "matryoshka-mean": Method("fixed gate, mean with alpha/b", "matryoshka", reduce="mean"),
-    "ordered": Method(
-        "DyLoRA, half at r_max, ordered, then per example (our default)", full_rank_share=0.5, **CONSTANT_2
+    "ordered": Method("DyLoRA, half at r_max, ordered, then per example", full_rank_share=0.5, **CONSTANT_2),
+    "mixed": Method(
+        "DyLoRA, half at r_max, ordered, then rank 1 and all ranks mixed (our default)",
+        full_rank_share=0.5,
+        distribution="mixed",
+        **CONSTANT_2,
     ),
 }
+DEFAULT = "mixed"  # what run_glue.py does without flags
 # Together one method: at each of these ranks a LoRA that was trained for it.
 SWEEP = tuple(name for name in METHODS if name.startswith("lora-"))
 # What a LoRA trained at r_max gives at the lower ranks, made from the run of lora-8.
@@ -82,6 +87,18 @@ CUTS = {
 TRIED = {
     "ordered-0.3": Method("ordered after 0.3 of the training", full_rank_share=0.3, **CONSTANT_2),
     "ordered-0.7": Method("ordered after 0.7 of the training", full_rank_share=0.7, **CONSTANT_2),
+    "ordered-geometric": Method(
+        "ordered, ranks drawn evenly, geometric 0.3",
+        full_rank_share=0.5,
+        weights=tuple(0.7**b for b in range(R_MAX)),
+        **CONSTANT_2,
+    ),
+    "mixed-0.3": Method(
+        "ordered after 0.3 of the training, then mixed", full_rank_share=0.3, distribution="mixed", **CONSTANT_2
+    ),
+    "mixed-0.7": Method(
+        "ordered after 0.7 of the training, then mixed", full_rank_share=0.7, distribution="mixed", **CONSTANT_2
+    ),
     "ordered-even": Method("ordered, ranks drawn evenly", full_rank_share=0.5, weights=UNIFORM, **CONSTANT_2),
     "ordered-ends": Method("ordered, ranks 1 and 8 more often", full_rank_share=0.5, weights=ENDS, **CONSTANT_2),
     "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", full_rank_share=0.5, weights=POWERS, **CONSTANT_2),

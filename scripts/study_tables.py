@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from study_methods import CUTS, METHODS, SWEEP, TRIED
+from study_methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
 
 from loralib.files import write_atomically, write_text
 from loralib.plots import plot_curves
@@ -139,7 +139,7 @@ def cost_table(records: list[dict]) -> list[str]:
     return [*lines, ""]
 
 
-def target(found: dict, records: list[dict], method: str = "ordered") -> list[str]:
+def target(found: dict, records: list[dict], method: str = DEFAULT) -> list[str]:
     """What the study set out for, and whether ``method`` reaches it."""
     own, sweep = averaged(found, method), averaged(found, "sweep")
     both = sorted(set(own) & set(sweep))
@@ -200,7 +200,7 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         "    python scripts/study.py tried --encoder encoder --data glue",
         "    python scripts/study.py runs --encoder encoder --data glue",
         "    python scripts/study.py tables",
-        "    python scripts/study.py cell cola ordered 0 --encoder encoder --data glue      # one cell again",
+        "    python scripts/study.py cell cola mixed 0 --encoder encoder --data glue      # one cell again",
         "",
     ]
     if found:

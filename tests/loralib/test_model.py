@@ -123,6 +123,35 @@ def test_the_matryoshka_gate_combines_the_updates_of_all_ranks(reduce, ranks):
     assert torch.allclose(found, getattr(torch.stack(updates), reduce)(0), atol=1e-4)
 
 
+def test_weights_of_ranks_are_the_weighted_updates_also_of_a_smaller_layer():
+    model = adapted(("query",), r=4)
+    lora.inject(model, ["key"], r=2, lora_alpha=8)
+    nn.init.normal_(model.key.lora_B)
+    weights, x = torch.tensor([[0.5, 0.25, 0.0, 0.25], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), torch.randn(3, 6)
+    lora.set_rank(model, weights)
+    assert lora.get_rank(model) is None
+    for layer in (model.query, model.key):
+        found = layer(x) - layer.base(x)
+        updates = []
+        for b in (1, 2, 3, 4):
+            with lora.use_rank(model, b):
+                updates.append(layer(x) - layer.base(x))
+        assert torch.allclose(found, torch.einsum("ib,bio->io", weights, torch.stack(updates)), atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [torch.ones(3, 3), torch.ones(3, 5), torch.ones(0, 4)])
+def test_weights_of_other_ranks_are_refused(weights):
+    with pytest.raises(ValueError, match=r"weights of the ranks 1..4 have shape \(batch, 4\)"):
+        lora.set_rank(adapted(), weights)
+
+
+def test_weights_of_ranks_cannot_be_frozen():
+    model = adapted()
+    with pytest.raises(ValueError, match="frozen"):
+        lora.set_rank(model, torch.ones(3, 4), frozen=True)
+    assert lora.get_rank(model) == 4
+
+
 def test_the_matryoshka_gate_of_a_smaller_layer_counts_all_ranks():
     model = adapted(("query",), r=4)
     lora.inject(model, ["key"], r=2, lora_alpha=8)

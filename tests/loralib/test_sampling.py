@@ -54,8 +54,40 @@ def test_full_steps_come_first_and_change_no_later_draw(per):
         assert torch.equal(drawn, torch.full_like(wanted, 8) if step < 5 else wanted)
 
 
+@given(st.integers(1, 12), st.data(), st.integers(1, 64), st.integers(0, 1000))
+def test_mixed_gives_a_third_the_lowest_rank_and_the_others_equal_parts_of_the_ladder(r_max, data, n, step):
+    r_min = data.draw(st.integers(1, r_max))
+    sampler = RankSampler(r_max, r_min, "mixed", seed=4)
+    weights = sampler(step, n)
+    assert weights.shape == (n, r_max) and torch.allclose(weights.sum(1), torch.ones(n))
+    assert torch.equal(weights, sampler(step, n))
+    ladder = [b for b in range(1, r_max + 1) if b == r_max or any(b == r_min * 2**k for k in range(4))]
+    lowest = 0
+    for row in weights.tolist():
+        trained = [b for b in range(1, r_max + 1) if row[b - 1]]
+        lowest += trained == [r_min] and len(ladder) > 1
+        assert trained in ([r_min], ladder) and len({row[b - 1] for b in trained}) == 1
+    assert len(ladder) == 1 or abs(lowest - n / 3) < 1
+
+
+def test_mixed_parts_in_training_are_its_probabilities():
+    sampler = RankSampler(8, distribution="mixed")
+    parts = torch.cat([sampler(step, 30) for step in range(20)]).mean(0).tolist()
+    assert parts == pytest.approx([1 / 2, 1 / 6, 0, 1 / 6, 0, 0, 0, 1 / 6])
+    assert sampler.probabilities() == pytest.approx(parts)
+
+
 @pytest.mark.parametrize(
-    "options", [{"full_steps": -1}, {"r_min": 0}, {"r_min": 9}, {"distribution": "zipf"}, {"p": 1.0}, {"per": "batch"}]
+    "options",
+    [
+        {"full_steps": -1},
+        {"r_min": 0},
+        {"r_min": 9},
+        {"distribution": "zipf"},
+        {"distribution": "mixed", "per": "step"},
+        {"p": 1.0},
+        {"per": "batch"},
+    ],
 )
 def test_wrong_settings_are_refused(options):
     with pytest.raises(ValueError):

@@ -48,7 +48,8 @@ def trainer(config, checkpoint, output, n=22, rank=None, **options):
     own = {
         k: options.pop(k)
         for k in list(options)
-        if k in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min", "full_rank_share")
+        if k
+        in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min", "full_rank_share", "rank_distribution")
     }
     args = TrainingArguments(
         output_dir=str(output), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
@@ -250,12 +251,31 @@ def test_full_rank_first_then_ordered_once_then_drawn(
     monkeypatch.setattr("loralib.trainer.order_components", order)
     t = trainer(
         roberta_config, roberta_checkpoint, tmp_path, rank_sampling=sampling, full_rank_share=0.25, num_train_epochs=4,
-        per_device_train_batch_size=2, gradient_accumulation_steps=4,
+        rank_distribution="uniform", per_device_train_batch_size=2, gradient_accumulation_steps=4,
     )  # fmt: skip
     drawn = drawn_ranks(t, monkeypatch)
     assert ordered == [3]
     ranks = {step: {r for s, own in drawn if s == step for r in np.atleast_1d(own)} for step in range(12)}
     assert all(ranks[step] == {4} for step in range(3)) and set.union(*(ranks[s] for s in range(3, 12))) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("split", [(8, 1), (2, 4)])
+def test_the_default_mixes_the_lowest_rank_and_the_ladder_evenly(
+    split, roberta_config, roberta_checkpoint, tmp_path, monkeypatch
+):
+    """6 updates of 8: after the third, two or three examples of an update at rank 1, the others at 1, 2 and 4 at once."""
+    t = trainer(
+        roberta_config, roberta_checkpoint, tmp_path, n=24, num_train_epochs=2,
+        per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
+    )  # fmt: skip
+    rows = {}
+    for step, own in drawn_ranks(t, monkeypatch):
+        rows.setdefault(step, []).extend(own)
+    assert all(rows[step] == [4] * 8 for step in range(3))
+    lowest, ladder = [1, 0, 0, 0], pytest.approx([1 / 3, 1 / 3, 0, 1 / 3])
+    for step in range(3, 6):
+        assert sum(row == lowest for row in rows[step]) in (2, 3)
+        assert all(row in (lowest, ladder) for row in rows[step]) and len(rows[step]) == 8
 
 
 def test_the_full_rank_part_is_plain_lora(roberta_config, roberta_checkpoint, tmp_path):
@@ -349,6 +369,8 @@ def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, robert
         ({"rank_sampling": "fixed", "frozen": True}, "frozen"),
         ({"full_rank_share": 1.0}, "full_rank_share is 1.0"),
         ({"rank_sampling": "fixed", "full_rank_share": 0.5}, "full_rank_share is 0.5"),
+        ({"rank_distribution": "mixed", "rank_sampling": "step"}, "per='example' goes with it"),
+        ({"rank_distribution": "mixed", "frozen": True}, "trains several at once"),
         ({"eval_ranks": [5]}, "rank is 5"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
     ],

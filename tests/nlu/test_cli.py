@@ -72,7 +72,7 @@ def test_report_of_several_runs_has_seeds_tasks_and_baselines(capsys):
     assert code == 0 and "standard error" in out
     table = Path("all/rank_results.md").read_text()
     assert (
-        "| average of 2 tasks | DyLoRA, a rank per example, ordered at 0.5 |" in table
+        "| average of 2 tasks | DyLoRA, a rank per example, mixed, ordered at 0.5 |" in table
         and "| LoRA trained at rank 3 |" in table
     )
     found = curves([read_run(p) for p in ("mnli", "rte0", "rte1", "fixed")])

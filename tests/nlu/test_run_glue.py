@@ -330,9 +330,9 @@ def test_as_released_is_four_flags(roberta_checkpoint, glue, tmp_path):
         name: run_glue().main(command(roberta_checkpoint, glue, tmp_path / name, "rte", *more))
         for name, more in {"one": ["--as_released"], "four": four, "default": []}.items()
     }
-    told = ("sampling", "frozen", "full_rank_share", "scaling")
-    assert [found["one"][key] for key in told] == ["step", True, 0.0, "alpha/b"]
-    assert [found["default"][key] for key in told] == ["example", False, 0.5, "alpha/r"]
+    told = ("sampling", "distribution", "frozen", "full_rank_share", "scaling")
+    assert [found["one"][key] for key in told] == ["step", "uniform", True, 0.0, "alpha/b"]
+    assert [found["default"][key] for key in told] == ["example", "mixed", False, 0.5, "alpha/r"]
     one, four, default = (load_file(tmp_path / name / "adapter_model.safetensors") for name in found)
     assert all(torch.equal(one[key], four[key]) for key in one)
     assert not all(torch.equal(one[key], default[key]) for key in one)

@@ -90,7 +90,7 @@ def test_the_aim_is_reached_or_not(gain, reached):
     for seed in (0, 1):
         for r in (1, 2, 4, 8):
             lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r})
-        lines += curve_lines("ordered", seed, {b: 50.0 + b + gain[seed] for b in range(1, 9)}, steps=111)
+        lines += curve_lines(study_methods.DEFAULT, seed, {b: 50.0 + b + gain[seed] for b in range(1, 9)}, steps=111)
         lines += curve_lines("example", seed, dict.fromkeys(range(1, 9), 51.0))
     rows = study_tables.target(study_tables.scores(lines), lines)
     at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}

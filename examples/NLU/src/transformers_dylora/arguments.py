@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from loralib.trainer import FULL_RANK_SHARE
+from loralib.trainer import FULL_RANK_SHARE, default_distribution
 
 from .errors import UsageError
 
@@ -120,8 +120,12 @@ class ModelArguments:
             "--lora_scaling alpha/b."
         },
     )
-    rank_distribution: Literal["uniform", "geometric"] = field(
-        default="uniform", metadata={"help": "p_B of the paper."}
+    rank_distribution: Literal["uniform", "geometric", "mixed"] | None = field(
+        default=None,
+        metadata={
+            "help": "p_B of the paper, or mixed: a third of the examples at the lowest rank, the others at the ranks 1, 2, 4, .. "
+            "at once. Default: mixed with a rank per example after --full_rank_share, else uniform."
+        },
     )
     matryoshka_reduce: Literal["sum", "mean"] = field(
         default="sum", metadata={"help": "With --rank_sampling matryoshka: sum or mean of the ranks' gates."}
@@ -162,6 +166,8 @@ class ModelArguments:
             raise UsageError(f"--full_rank_share is {self.full_rank_share}; give a share from 0 to below 1.")
         if self.full_rank_share and not draws:
             raise UsageError(f"--full_rank_share needs drawn ranks; --rank_sampling {self.rank_sampling} draws none.")
+        if self.rank_distribution is None:
+            self.rank_distribution = default_distribution(self.rank_sampling, self.full_rank_share, self.lora_frozen)
         self.measured_ranks()
 
     def _train_as_released(self) -> None:

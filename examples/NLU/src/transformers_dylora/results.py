@@ -52,6 +52,8 @@ def assemble(model_args, training_args, task: Task, trainer, splits: dict[str, d
     method = "full fine-tuning"
     if has_lora(trainer.model):
         method = METHODS[model_args.rank_sampling] + (", frozen" if model_args.lora_frozen else "")
+        if model_args.rank_distribution != "uniform":
+            method += f", {model_args.rank_distribution}"
         if model_args.full_rank_share:
             method += f", ordered at {model_args.full_rank_share:g}"
     metric = task.main_metric
