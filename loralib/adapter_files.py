@@ -97,6 +97,12 @@ def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
     return tuple(json.loads((Path(path) / name).read_text(encoding="utf-8")) for name in (CONFIG, EXTRA))
 
 
+def read_facts(path: str | os.PathLike | None) -> dict:
+    """What dylora.json in an adapter's directory tells; nothing for a ``.bin``, a directory without it, or None."""
+    file = Path(path or "", EXTRA)
+    return json.loads(file.read_text(encoding="utf-8")) if path and file.is_file() else {}
+
+
 def rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
     """A layer's rank and alpha in PEFT's configuration, whose patterns are regular expressions for endings of names."""
     found = []

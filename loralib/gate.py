@@ -74,7 +74,8 @@ def rank_gate(ranks: torch.Tensor, r: int, alpha: float, scaling: str, dtype=tor
     """The gate of ranks (batch,), or of weights (batch, n) of the ranks 1..n, those above r counting as r: (batch, r)."""
     if ranks.is_floating_point():
         each = torch.arange(1, ranks.shape[1] + 1, device=ranks.device).clamp(max=r)
-        return ranks.to(dtype) @ rank_gate(each, r, alpha, scaling, dtype)
+        gates = rank_gate(each, r, alpha, scaling, dtype)
+        return (ranks.to(dtype)[..., None] * gates).sum(1)  # no matrix product: autocast would round it
     component = torch.arange(r, device=ranks.device)
     return (component < ranks[:, None]) * scale(ranks.to(dtype), r, alpha, scaling)[:, None]
 

@@ -74,7 +74,7 @@ class RankSampler:
 
     def __call__(self, step: int, batch_size: int, micro_step: int = 0, process: int = 0):
         """The ranks of one micro-batch, for ``set_rank``: an int (per="step"), a LongTensor (batch_size,), or for "mixed" a
-        float tensor (batch_size, r_max)."""
+        float tensor (batch_size, r_max) once full_steps are over."""
         if step < self.full_steps:
             return self.r_max if self.per == "step" else torch.full((batch_size,), self.r_max)
         # A str seed is hashed with SHA-512, so that neighbouring steps have unrelated streams.
@@ -90,5 +90,6 @@ class RankSampler:
         weights = torch.zeros(batch_size, self.r_max)
         weights[:, [b - 1 for b in ladder]] = 1 / len(ladder)
         lowest = source.sample(range(batch_size), int(LOWEST_SHARE * batch_size + source.random()))
-        weights[lowest] = torch.eye(self.r_max)[self.r_min - 1]
+        weights[lowest] = 0
+        weights[lowest, self.r_min - 1] = 1
         return weights

@@ -15,14 +15,14 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import has_length
 
-from .adapter_files import read_configs
+from .adapter_files import read_configs, read_facts
 from .batching import ByLength, GroupedBatches
 from .card import model_card
 from .checkpoint import load_adapter, save_adapter
 from .files import write_text
 from .frozen import freeze_undrawn
 from .gate import check_rank
-from .model import has_lora, max_rank, set_matryoshka_gate, set_rank, use_rank
+from .model import has_lora, lora_layers, max_rank, set_matryoshka_gate, set_rank, use_rank
 from .ordering import order_components
 from .precision import frozen_weights_in
 from .report import aurac
@@ -30,6 +30,7 @@ from .sampling import RankSampler
 from .sharing import passes, share_between_ranks
 
 SAMPLINGS = ("example", "step", "matryoshka", "fixed")
+DRAWN = ("example", "step")
 FULL_RANK_SHARE = 0.5
 
 
@@ -50,13 +51,14 @@ class DyLoRATrainer(Trainer):
     Args (beside Trainer's):
         rank_sampling: "example" (each example its own rank), "step" (one for an update, as in the paper), "matryoshka"
             (a fixed gate: see ``set_matryoshka_gate``), "fixed" (always r_max: plain LoRA).
-        rank_distribution, r_min: see ``RankSampler``. The default is "mixed" after ordered components (full_rank_share above
-            0) with a rank per example, and "uniform" elsewhere.
+        rank_distribution, r_min: how ranks are drawn, see ``RankSampler``. Default: "mixed" where the components were ordered
+            before, each example has its own rank and nothing is frozen; "uniform" elsewhere.
         full_rank_share: of the updates, 0 to below 1, the first so many train all components together, as plain LoRA
-            does; then ``order_components`` sorts them and ranks are drawn. Default 0.5 where ranks are drawn; 0 is the
-            paper's way. It asks for a model with ``scaling="alpha/r"``. Measured in results/study.
+            does; then ``order_components`` sorts them and ranks are drawn. Default 0.5 where ranks are drawn and all layers
+            have ``scaling="alpha/r"``, else 0, the paper's way: components are ordered at one strength, and with another rule
+            the lower ranks would run at a strength they were not ordered for. Measured in results/study.
         frozen: train component b alone (paper, eq. 10), and move no other.
-        matryoshka_reduce: "sum" or "mean" of the gates.
+        matryoshka_reduce: "sum" (default) or "mean" of the gates.
         eval_ranks: the ranks to measure, default 1..r_max.
         group_by_length: put examples of like length into an update (default), or shuffle only.
         adapter_facts: what to add to ``dylora.json`` beside a saved adapter.
@@ -72,7 +74,7 @@ class DyLoRATrainer(Trainer):
         r_min: int = 1,
         full_rank_share: float | None = None,
         frozen: bool = False,
-        matryoshka_reduce: str = "sum",
+        matryoshka_reduce: str | None = None,
         eval_ranks: list[int] | None = None,
         group_by_length: bool = True,
         adapter_facts: dict | None = None,
@@ -81,11 +83,20 @@ class DyLoRATrainer(Trainer):
         super().__init__(*args, **kwargs)
         if rank_sampling not in SAMPLINGS:
             raise ValueError(f"rank_sampling is {rank_sampling!r}; choose one of {', '.join(map(repr, SAMPLINGS))}.")
-        draws = rank_sampling in ("example", "step")
+        draws = rank_sampling in DRAWN
         if frozen and not draws:
             raise ValueError(f"frozen training needs drawn ranks; rank_sampling={rank_sampling!r} draws none.")
+        idle = {
+            "rank_distribution": rank_distribution is not None and not draws,
+            "r_min": r_min != 1 and rank_sampling == "fixed",
+            "matryoshka_reduce": matryoshka_reduce is not None and rank_sampling != "matryoshka",
+        }
+        for name in [name for name, given in idle.items() if given]:
+            raise ValueError(f"{name} has no effect with rank_sampling={rank_sampling!r}; leave it out.")
+        adapted = has_lora(self.model)
         if full_rank_share is None:
-            full_rank_share = FULL_RANK_SHARE if draws else 0.0
+            one_strength = adapted and all(layer.scaling == "alpha/r" for _, layer in lora_layers(self.model))
+            full_rank_share = FULL_RANK_SHARE if draws and one_strength else 0.0
         if not 0 <= full_rank_share < 1 or (full_rank_share and not draws):
             raise ValueError(
                 f"full_rank_share is {full_rank_share} with rank_sampling={rank_sampling!r}; give 0 to below 1, and 0 "
@@ -94,7 +105,8 @@ class DyLoRATrainer(Trainer):
         if full_rank_share and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError("DeepSpeed and FSDP keep no whole factors to order; give full_rank_share=0 there.")
         if rank_distribution is None:
-            rank_distribution = default_distribution(rank_sampling, full_rank_share, frozen)
+            mixed = rank_sampling == "example" and full_rank_share and not frozen
+            rank_distribution = "mixed" if mixed else "uniform"
         if frozen and rank_distribution == "mixed":
             raise ValueError(
                 "frozen training updates one drawn rank; rank_distribution='mixed' trains several at once."
@@ -109,11 +121,11 @@ class DyLoRATrainer(Trainer):
                 "DyLoRATrainer orders its batches itself and measures all ranks at the end: leave out "
                 "--train_sampling_strategy batch_rebalance and --batch_eval_metrics."
             )
-        self.rank_sampling, self.frozen, self.matryoshka_reduce = rank_sampling, frozen, matryoshka_reduce
-        self.full_rank_share = full_rank_share
+        self.rank_sampling, self.frozen, self.matryoshka_reduce = rank_sampling, frozen, matryoshka_reduce or "sum"
+        self.full_rank_share, self._ordered = full_rank_share, False
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
         self.eval_ranks, self.rank_sampler, self.r_min = [], None, r_min
-        if has_lora(self.model):
+        if adapted:
             r_max = max_rank(self.model)
             self.eval_ranks = sorted({check_rank(b, r_max) for b in eval_ranks or range(1, r_max + 1)})
             per = rank_sampling if rank_sampling == "step" else "example"
@@ -216,6 +228,7 @@ class DyLoRATrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As Trainer's; afterwards the model runs at r_max."""
+        self._ordered = False  # a checkpoint to go on from may know better
         try:
             with self._savings():
                 return super().train(*args, **kwargs)
@@ -245,10 +258,12 @@ class DyLoRATrainer(Trainer):
 
     def _set_training_ranks(self, batch_size: int) -> None:
         step, places = self.state.global_step, self._places()
-        full_steps = self.rank_sampler.full_steps = round(self.full_rank_share * self.state.max_steps)
+        full_steps = min(round(self.full_rank_share * self.state.max_steps), self.state.max_steps - 1)
+        self.rank_sampler.full_steps = full_steps
         frozen = self.frozen and step >= full_steps
-        if 0 < step == full_steps and self._micro == 0:
+        if full_steps and step >= full_steps and not self._ordered:
             order_components(self.model, self.optimizer)
+            self._ordered = True
         if self.rank_sampling == "fixed":
             set_rank(self.model, self.rank_sampler.r_max)
         elif self.rank_sampling == "matryoshka":
@@ -395,17 +410,21 @@ class DyLoRATrainer(Trainer):
         if not self.args.should_save:  # every process comes here, one writes
             return None
         output_dir = Path(output_dir or self.args.output_dir)
-        facts = {
-            "sampling": self.rank_sampling,
-            "distribution": self.rank_sampler.distribution,
-            "r_min": self.r_min,
-            "full_rank_share": self.full_rank_share,
-            "frozen": self.frozen,
-        }
+        facts = self.training_facts() | {"ordered": self._ordered}
         save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
+
+    def training_facts(self) -> dict:
+        """How ranks are drawn and trained, as ``dylora.json`` and ``rank_results.json`` tell it."""
+        return {
+            "sampling": self.rank_sampling,
+            "distribution": self.rank_sampler.distribution if self.rank_sampling in DRAWN else None,
+            "r_min": self.r_min,
+            "full_rank_share": self.full_rank_share,
+            "frozen": self.frozen,
+        }
 
     def create_model_card(self, *args, **kwargs):
         """loralib's card (see ``loralib.card``) for an adapter, unless a script has written a fuller one; else Trainer's."""
@@ -425,16 +444,17 @@ class DyLoRATrainer(Trainer):
         if self.rank_sampler is None:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_adapter(self.model, resume_from_checkpoint)
+        self._ordered = read_facts(resume_from_checkpoint).get("ordered", False)
 
     def _load_best_model(self):
         if self.rank_sampler is None:
             return super()._load_best_model()
-        load_adapter(self.model, self.state.best_model_checkpoint)
-
-
-def default_distribution(rank_sampling: str, full_rank_share: float, frozen: bool) -> str:
-    """What measured best where the components are ordered, the paper's elsewhere."""
-    return "mixed" if rank_sampling == "example" and full_rank_share and not frozen else "uniform"
+        best = self.state.best_model_checkpoint
+        load_adapter(self.model, best)
+        if self.full_rank_share and not read_facts(best).get("ordered"):
+            order_components(
+                self.model
+            )  # of the first part of the training: its lower ranks are as good as they can be
 
 
 def mean_loss(logits: np.ndarray, labels) -> float | None:

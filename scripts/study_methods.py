@@ -1,6 +1,7 @@
 """What the study compares: each method is a few settings of DyLoRATrainer, or a variant of it that was tried.
 
-The published methods, ``ordered`` and our default need nothing but the trainer's own arguments. What else was tried
+The published methods, ``ordered`` and our default need nothing but the trainer's own arguments (and
+MatryoshkaLoRA the ranks of its gate). What else was tried
 (``weights``, ``distil``, ...) lives here and not in the library.
 """
 
@@ -12,7 +13,7 @@ from torch import nn
 
 import loralib as lora
 from loralib.model import lora_layers
-from loralib.trainer import DyLoRATrainer
+from loralib.trainer import DRAWN, DyLoRATrainer
 
 R_MAX, ALPHA = 8, 16
 
@@ -69,7 +70,7 @@ METHODS = {
     "matryoshka-mean": Method("fixed gate, mean with alpha/b", "matryoshka", reduce="mean"),
     "ordered": Method("DyLoRA, half at r_max, ordered, then per example", full_rank_share=0.5, **CONSTANT_2),
     "mixed": Method(
-        "DyLoRA, half at r_max, ordered, then rank 1 and all ranks mixed (our default)",
+        "DyLoRA, half at r_max, ordered, then mixed (our default)",
         full_rank_share=0.5,
         distribution="mixed",
         **CONSTANT_2,
@@ -178,10 +179,10 @@ class StudyTrainer(DyLoRATrainer):
     def __init__(self, method: Method, **options):
         super().__init__(
             rank_sampling=method.sampling,
-            rank_distribution=method.distribution,
+            rank_distribution=method.distribution if method.sampling in DRAWN else None,
             full_rank_share=method.full_rank_share,
             frozen=method.frozen,
-            matryoshka_reduce=method.reduce,
+            matryoshka_reduce=method.reduce if method.sampling == "matryoshka" else None,
             eval_ranks=method.ranks,
             group_by_length=method.group_by_length,
             **options,

@@ -38,9 +38,11 @@ def accuracy(prediction):
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def trainer(config, checkpoint, output, n=22, rank=None, **options):
+def trainer(config, checkpoint, output, n=22, scaling="alpha/r", **options):
     torch.manual_seed(0)
-    model = lora.inject(RobertaForSequenceClassification(config), ["query", "value"], r=4, lora_alpha=8)
+    model = lora.inject(
+        RobertaForSequenceClassification(config), ["query", "value"], r=4, lora_alpha=8, scaling=scaling
+    )
     lora.mark_only_lora_as_trainable(model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -49,7 +51,16 @@ def trainer(config, checkpoint, output, n=22, rank=None, **options):
         k: options.pop(k)
         for k in list(options)
         if k
-        in ("rank_sampling", "frozen", "eval_ranks", "compute_metrics", "r_min", "full_rank_share", "rank_distribution")
+        in (
+            "rank_sampling",
+            "frozen",
+            "eval_ranks",
+            "compute_metrics",
+            "r_min",
+            "full_rank_share",
+            "rank_distribution",
+            "matryoshka_reduce",
+        )
     }
     args = TrainingArguments(
         output_dir=str(output), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
@@ -278,6 +289,65 @@ def test_the_default_mixes_the_lowest_rank_and_the_ladder_evenly(
         assert all(row in (lowest, ladder) for row in rows[step]) and len(rows[step]) == 8
 
 
+@pytest.mark.parametrize(
+    ("scaling", "options", "share", "distribution"),
+    [
+        ("alpha/r", {}, 0.5, "mixed"),
+        ("alpha/r", {"rank_sampling": "step"}, 0.5, "uniform"),
+        ("alpha/r", {"frozen": True}, 0.5, "uniform"),
+        ("alpha/r", {"rank_sampling": "fixed"}, 0.0, None),
+        ("alpha/b", {}, 0.0, "uniform"),  # ordered at one strength, its lower ranks would run at another
+        ("alpha/b", {"full_rank_share": 0.5}, 0.5, "mixed"),
+    ],
+)
+def test_what_is_left_to_the_default(
+    scaling, options, share, distribution, roberta_config, roberta_checkpoint, tmp_path
+):
+    facts = trainer(roberta_config, roberta_checkpoint, tmp_path, scaling=scaling, **options).training_facts()
+    assert (facts["full_rank_share"], facts["distribution"]) == (share, distribution)
+
+
+def ordered_layers(model):
+    """How many layers have orthogonal rows in lora_A, as ``order_components`` leaves them."""
+    rows = [layer.lora_A.detach() for _, layer in lora.model.lora_layers(model)]
+    return sum(torch.allclose(A @ A.T, (A @ A.T).diagonal().diag(), atol=1e-5) for A in rows)
+
+
+def test_a_best_model_of_the_full_rank_part_is_ordered(roberta_config, roberta_checkpoint, tmp_path):
+    """Its checkpoint was written before the components were ordered."""
+    t = trainer(
+        roberta_config, roberta_checkpoint, tmp_path, n=16, num_train_epochs=4, eval_strategy="epoch", save_strategy="epoch",
+        load_best_model_at_end=True, metric_for_best_model="earliest",
+    )  # fmt: skip
+    evaluations = iter(range(9, 0, -1))
+    t.compute_metrics = lambda prediction: {"earliest": next(evaluations)}
+    t.train()
+    assert t.state.best_global_step == 2 and ordered_layers(t.model) == 4
+    lora.load_adapter(t.model, tmp_path / "checkpoint-2")
+    assert ordered_layers(t.model) == 0
+
+
+def test_a_resumed_run_orders_where_its_checkpoint_did_not(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+    """Also where fewer epochs than before put the checkpoint past the first part."""
+    ordered = []
+    monkeypatch.setattr(
+        "loralib.trainer.order_components", lambda model, optimizer: ordered.append(t.state.global_step)
+    )
+    options = dict(n=16, save_strategy="epoch")  # two updates an epoch
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, num_train_epochs=10, **options)
+    t.train()
+    for checkpoint, epochs in ((8, 5), (8, 10), (12, 10)):
+        t = trainer(roberta_config, roberta_checkpoint, tmp_path, num_train_epochs=epochs, **options)
+        t.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{checkpoint}"))
+    assert ordered == [10, 8, 10]
+
+
+def test_the_last_update_is_never_left_out_of_the_ordered_part(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, max_steps=5, full_rank_share=0.95, learning_rate=0.0)
+    t.train()
+    assert t.rank_sampler.full_steps == 4 and ordered_layers(t.model) == 4
+
+
 def test_the_full_rank_part_is_plain_lora(roberta_config, roberta_checkpoint, tmp_path):
     options = dict(num_train_epochs=4)
     plain = log(trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="fixed", **options))
@@ -369,6 +439,9 @@ def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, robert
         ({"rank_sampling": "fixed", "frozen": True}, "frozen"),
         ({"full_rank_share": 1.0}, "full_rank_share is 1.0"),
         ({"rank_sampling": "fixed", "full_rank_share": 0.5}, "full_rank_share is 0.5"),
+        ({"rank_sampling": "fixed", "rank_distribution": "uniform"}, "rank_distribution has no effect"),
+        ({"rank_sampling": "fixed", "r_min": 2}, "r_min has no effect"),
+        ({"matryoshka_reduce": "mean"}, "matryoshka_reduce has no effect"),
         ({"rank_distribution": "mixed", "rank_sampling": "step"}, "per='example' goes with it"),
         ({"rank_distribution": "mixed", "frozen": True}, "trains several at once"),
         ({"eval_ranks": [5]}, "rank is 5"),

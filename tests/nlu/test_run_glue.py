@@ -344,7 +344,10 @@ def test_the_papers_way_has_the_papers_strength_and_a_loaded_adapter_its_own(rob
     again = ["--lora_path", str(tmp_path / "paper")]
     argv = [a for a in command(roberta_checkpoint, glue, tmp_path / "again", "rte", *again) if a != "--do_train"]
     found = run_glue().main(argv)
-    assert found["scaling"] == "alpha/b" and found["splits"] == paper["splits"]
+    told = ("scaling", "method", "sampling", "distribution", "full_rank_share", "splits")
+    assert found["scaling"] == "alpha/b" and all(found[key] == paper[key] for key in told)
+    more = command(roberta_checkpoint, glue, tmp_path / "more", "rte", *again)
+    assert run_glue().main(more)["full_rank_share"] == 0  # components are ordered at one strength
 
 
 def test_frozen_geometric_and_other_target_modules(roberta_checkpoint, glue, tmp_path):
@@ -459,7 +462,7 @@ MISTAKES = {
     "a rank of 0": (["--lora_r", "0"], "--lora_r is 0"),
     "a negative alpha": (["--lora_alpha", "-1"], "--lora_alpha is -1"),
     "r_min above r": (["--lora_r_min", "9"], "--lora_r_min is 9"),
-    "frozen without draws": (["--lora_frozen", "--rank_sampling", "fixed"], "--lora_frozen needs drawn ranks"),
+    "frozen without draws": (["--lora_frozen", "--rank_sampling", "fixed"], "frozen training needs drawn ranks"),
     "ranks that are none": (["--eval_ranks", "1,x"], "--eval_ranks is '1,x'"),
     "ranks beyond r": (["--eval_ranks", "4"], "--eval_ranks is '4'; give ranks from 1 to 3"),
     "no such targets": (["--lora_target_modules", "nothing"], "matches no layer .* it has dense, key"),
@@ -469,10 +472,10 @@ MISTAKES = {
     "no such adapter": (["--lora_path", "/nowhere"], "--lora_path /nowhere does not exist"),
     "no such checkpoint": (["--resume_from_checkpoint", "true"], "no checkpoint"),
     "a warm-up of more than all": (["--warmup_ratio", "1.5"], "--warmup_ratio is 1.5"),
-    "a share of all": (["--full_rank_share", "1"], "--full_rank_share is 1"),
+    "a share of all": (["--full_rank_share", "1"], "full_rank_share is 1"),
     "a share without draws": (
         ["--full_rank_share", "0.5", "--rank_sampling", "fixed"],
-        "--full_rank_share needs drawn ranks",
+        "full_rank_share is 0.5 with rank_sampling='fixed'",
     ),
     "as released and not": (
         ["--as_released", "--rank_sampling", "matryoshka"],

@@ -8,10 +8,8 @@ The recipes two folders up (roberta_base_rte.sh, ...) hold the settings of each 
 ``run``; its parts are in ``transformers_dylora``.
 """
 
-import json
 import os
 import sys
-from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers fork
 
@@ -26,6 +24,7 @@ from transformers_dylora.errors import UsageError
 from transformers_dylora.modeling import load_model, load_tokenizer
 from transformers_dylora.output_dir import clear_run, resume_point
 
+from loralib.adapter_files import read_facts
 from loralib.conflict import warn_of_other_loralib
 from loralib.report import print_table
 from loralib.trainer import DyLoRATrainer
@@ -181,8 +180,7 @@ def new_trainer(**options) -> DyLoRATrainer:
 
 def labels_of(lora_path: str | None) -> tuple[str, ...]:
     """The label names that an adapter's directory knows."""
-    file = Path(lora_path or "") / "dylora.json"
-    return tuple(json.loads(file.read_text(encoding="utf-8")).get("labels", ())) if lora_path and file.exists() else ()
+    return tuple(read_facts(lora_path).get("labels", ()))
 
 
 def metrics_of(task):

@@ -8,8 +8,6 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from loralib.trainer import FULL_RANK_SHARE, default_distribution
-
 from .errors import UsageError
 
 RELEASED = {"rank_sampling": "step", "lora_frozen": True, "full_rank_share": 0.0, "lora_scaling": "alpha/b"}
@@ -67,7 +65,6 @@ class ModelArguments:
     config_name: str | None = field(default=None, metadata={"help": "Its configuration, if it lies elsewhere."})
     tokenizer_name: str | None = field(default=None, metadata={"help": "Its tokenizer, if it lies elsewhere."})
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
-    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Use a fast tokenizer where there is one."})
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the hub."})
     use_auth_token: bool = field(
         default=False, metadata={"help": "Use the token of `hf auth login` for a private model."}
@@ -87,7 +84,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Strength of the update at rank b. Default: that of --lora_path; else alpha/r, and alpha/b (the paper) "
-            "where --full_rank_share is 0."
+            "where --full_rank_share is 0 or no ranks are drawn."
         },
     )
     lora_target_modules: list[str] | None = field(
@@ -110,7 +107,8 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "The share of training, 0 to below 1, that trains all components together; then they are put in the order "
-            "of their importance and ranks are drawn. Default: 0.5 where ranks are drawn; 0 is the paper's way."
+            "of their importance and ranks are drawn. Default: 0.5 where ranks are drawn at one strength, alpha/r; 0 is the "
+            "paper's way."
         },
     )
     as_released: bool = field(
@@ -123,12 +121,12 @@ class ModelArguments:
     rank_distribution: Literal["uniform", "geometric", "mixed"] | None = field(
         default=None,
         metadata={
-            "help": "p_B of the paper, or mixed: a third of the examples at the lowest rank, the others at the ranks 1, 2, 4, .. "
-            "at once. Default: mixed with a rank per example after --full_rank_share, else uniform."
+            "help": "p_B of the paper, or mixed: a third of the examples at r_min, the others at r_min, 2 r_min, 4 r_min, .. "
+            "r_max at once. Default: mixed with --rank_sampling example after --full_rank_share, else uniform."
         },
     )
-    matryoshka_reduce: Literal["sum", "mean"] = field(
-        default="sum", metadata={"help": "With --rank_sampling matryoshka: sum or mean of the ranks' gates."}
+    matryoshka_reduce: Literal["sum", "mean"] | None = field(
+        default=None, metadata={"help": "With --rank_sampling matryoshka: sum (default) or mean of the ranks' gates."}
     )
     lora_r_min: int = field(default=1, metadata={"help": "The lowest rank that training draws."})
     lora_frozen: bool = field(default=False, metadata={"help": "Update component b alone (paper, eq. 10)."})
@@ -157,17 +155,6 @@ class ModelArguments:
             raise UsageError(f"--lora_dropout is {self.lora_dropout}; give a number from 0 to below 1.")
         if not 1 <= self.lora_r_min <= self.lora_r:
             raise UsageError(f"--lora_r_min is {self.lora_r_min}; give 1 to --lora_r, which is {self.lora_r}.")
-        draws = self.rank_sampling in ("example", "step")
-        if self.lora_frozen and not draws:
-            raise UsageError(f"--lora_frozen needs drawn ranks; --rank_sampling {self.rank_sampling} draws none.")
-        if self.full_rank_share is None:
-            self.full_rank_share = FULL_RANK_SHARE if draws else 0.0
-        if not 0 <= self.full_rank_share < 1:
-            raise UsageError(f"--full_rank_share is {self.full_rank_share}; give a share from 0 to below 1.")
-        if self.full_rank_share and not draws:
-            raise UsageError(f"--full_rank_share needs drawn ranks; --rank_sampling {self.rank_sampling} draws none.")
-        if self.rank_distribution is None:
-            self.rank_distribution = default_distribution(self.rank_sampling, self.full_rank_share, self.lora_frozen)
         self.measured_ranks()
 
     def _train_as_released(self) -> None:

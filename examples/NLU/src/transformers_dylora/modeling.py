@@ -8,6 +8,7 @@ from transformers.utils import logging
 import loralib as lora
 from loralib.adapter_files import scaling_of
 from loralib.model import default_head, is_inside
+from loralib.trainer import DRAWN
 
 from .arguments import ModelArguments
 from .errors import UsageError
@@ -41,7 +42,7 @@ def hub_options(args: ModelArguments) -> dict:
 
 def load_tokenizer(args: ModelArguments):
     name = args.tokenizer_name or args.model_name_or_path
-    return _fetch(AutoTokenizer, name, use_fast=args.use_fast_tokenizer, **hub_options(args))
+    return _fetch(AutoTokenizer, name, **hub_options(args))
 
 
 def load_config(args: ModelArguments, task: Task):
@@ -64,7 +65,8 @@ def _scaling(args: ModelArguments) -> str:
     """The scaling rule where no flag names one: that of the adapter that is loaded, else what suits the sampling."""
     if args.lora_path:
         return scaling_of(args.lora_path)
-    return "alpha/r" if args.full_rank_share else "alpha/b"
+    ordered = args.rank_sampling in DRAWN and args.full_rank_share != 0
+    return "alpha/r" if ordered else "alpha/b"
 
 
 def load_model(args: ModelArguments, task: Task, training: bool):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import loralib as lora
+from loralib.adapter_files import read_facts
 from loralib.files import write_atomically, write_text
 from loralib.model import has_lora, lora_layers
 from loralib.report import aurac, bootstrap, select_rank, without_nan, write_report
@@ -46,16 +47,29 @@ def rank_rows(metrics: dict, prefix: str, ranks: list[int], task: Task, samples:
     return rows
 
 
+def how_trained(model_args, training_args, trainer) -> dict:
+    """The trainer's facts of this run, or those that the adapter it only measures was saved with (None where it tells none)."""
+    facts = trainer.training_facts()
+    if training_args.do_train:
+        return facts
+    told = read_facts(model_args.lora_path)
+    return {name: told.get(name) for name in facts}
+
+
+def called(facts: dict) -> str:
+    """The method's name in tables and legends."""
+    method = METHODS.get(facts["sampling"], "an adapter") + (", frozen" if facts["frozen"] else "")
+    if facts["distribution"] not in (None, "uniform"):
+        method += f", {facts['distribution']}"
+    if facts["full_rank_share"]:
+        method += f", ordered at {facts['full_rank_share']:g}"
+    return method
+
+
 def assemble(model_args, training_args, task: Task, trainer, splits: dict[str, dict], argv: list[str]) -> dict:
     """The content of rank_results.json. ``splits``: {name: {"rows", "logits", "labels"}}, the first one chooses the rank."""
     ranks = trainer.eval_ranks or [0]
-    method = "full fine-tuning"
-    if has_lora(trainer.model):
-        method = METHODS[model_args.rank_sampling] + (", frozen" if model_args.lora_frozen else "")
-        if model_args.rank_distribution != "uniform":
-            method += f", {model_args.rank_distribution}"
-        if model_args.full_rank_share:
-            method += f", ordered at {model_args.full_rank_share:g}"
+    facts = how_trained(model_args, training_args, trainer) if has_lora(trainer.model) else {}
     metric = task.main_metric
     curves = {name: [row[metric] for row in split["rows"]] for name, split in splits.items()}
     first = next(iter(splits))
@@ -64,14 +78,10 @@ def assemble(model_args, training_args, task: Task, trainer, splits: dict[str, d
     return {
         "task": task.name,
         "model_name_or_path": model_args.model_name_or_path,
-        "method": method,
+        "method": called(facts) if facts else "full fine-tuning",
         "seed": training_args.seed,
-        "sampling": model_args.rank_sampling if model_args.apply_lora else None,
-        "distribution": model_args.rank_distribution if model_args.apply_lora else None,
+        **{name: facts.get(name) for name in ("sampling", "distribution", "full_rank_share", "frozen", "r_min")},
         "scaling": model_args.lora_scaling if model_args.apply_lora else None,
-        "full_rank_share": model_args.full_rank_share if model_args.apply_lora else None,
-        "frozen": model_args.lora_frozen,
-        "r_min": model_args.lora_r_min,
         "max_rank": lora.max_rank(trainer.model) if trainer.eval_ranks else 0,
         "lora_alpha": model_args.lora_alpha,
         "command": shlex.join(["run_glue.py", *argv]),
