@@ -451,10 +451,9 @@ class DyLoRATrainer(Trainer):
             return super()._load_best_model()
         best = self.state.best_model_checkpoint
         load_adapter(self.model, best)
+        # A checkpoint of the first part of the training has its components as they came.
         if self.full_rank_share and not read_facts(best).get("ordered"):
-            order_components(
-                self.model
-            )  # of the first part of the training: its lower ranks are as good as they can be
+            order_components(self.model)
 
 
 def mean_loss(logits: np.ndarray, labels) -> float | None:

@@ -88,6 +88,15 @@ CUTS = {
 TRIED = {
     "ordered-0.3": Method("ordered after 0.3 of the training", full_rank_share=0.3, **CONSTANT_2),
     "ordered-0.7": Method("ordered after 0.7 of the training", full_rank_share=0.7, **CONSTANT_2),
+    "ordered-geometric": Method(
+        "ordered, ranks drawn evenly, geometric 0.3",
+        full_rank_share=0.5,
+        weights=tuple(0.7**b for b in range(R_MAX)),
+        **CONSTANT_2,
+    ),
+    "mixed-0.7": Method(
+        "ordered after 0.7 of the training, then mixed", full_rank_share=0.7, distribution="mixed", **CONSTANT_2
+    ),
     "ordered-even": Method("ordered, ranks drawn evenly", full_rank_share=0.5, weights=UNIFORM, **CONSTANT_2),
     "ordered-ends": Method("ordered, ranks 1 and 8 more often", full_rank_share=0.5, weights=ENDS, **CONSTANT_2),
     "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", full_rank_share=0.5, weights=POWERS, **CONSTANT_2),
