@@ -91,8 +91,9 @@ class DyLoRATrainer(Trainer):
             "r_min": r_min != 1 and rank_sampling == "fixed",
             "matryoshka_reduce": matryoshka_reduce is not None and rank_sampling != "matryoshka",
         }
-        for name in [name for name, given in idle.items() if given]:
-            raise ValueError(f"{name} has no effect with rank_sampling={rank_sampling!r}; leave it out.")
+        for name, given in idle.items():
+            if given:
+                raise ValueError(f"{name} has no effect with rank_sampling={rank_sampling!r}; leave it out.")
         adapted = has_lora(self.model)
         if full_rank_share is None:
             one_strength = adapted and all(layer.scaling == "alpha/r" for _, layer in lora_layers(self.model))

@@ -1,8 +1,7 @@
 """What the study compares: each method is a few settings of DyLoRATrainer, or a variant of it that was tried.
 
-The published methods, ``ordered`` and our default need nothing but the trainer's own arguments (and
-MatryoshkaLoRA the ranks of its gate). What else was tried
-(``weights``, ``distil``, ...) lives here and not in the library.
+The published methods, ``ordered`` and our default need nothing but the trainer's own arguments (and MatryoshkaLoRA the
+ranks of its gate). What else was tried (``weights``, ``distil``, ...) lives here and not in the library.
 """
 
 from dataclasses import dataclass

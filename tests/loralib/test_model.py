@@ -145,6 +145,16 @@ def test_weights_of_other_ranks_are_refused(weights):
         lora.set_rank(adapted(), weights)
 
 
+def test_weights_of_ranks_are_not_rounded_under_autocast():
+    model = adapted(("query",), r=4)
+    weights = torch.full((3, 4), 1 / 3)
+    lora.set_rank(model, weights)
+    gate = model.query._gate
+    with torch.autocast("cpu", torch.bfloat16):
+        lora.set_rank(model, weights)
+    assert torch.equal(model.query._gate, gate) and model.query._gate.dtype == torch.float32
+
+
 def test_weights_of_ranks_cannot_be_frozen():
     model = adapted()
     with pytest.raises(ValueError, match="frozen"):
