@@ -46,6 +46,8 @@ BUDGETS = {
     "rte": Budget(epochs=4),
     "sst2": Budget(epochs=2, train=10_000),
     "mnli": Budget(epochs=2, validation=3_000),
+    "qnli": Budget(epochs=2, validation=3_000),
+    "qqp": Budget(epochs=2, validation=3_000),
 }
 BATCH = 32
 RATES = (5e-4, 1e-3, 2e-3)

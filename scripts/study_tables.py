@@ -14,7 +14,8 @@ from loralib.runs import Curve
 
 SHOWN = tuple(METHODS[name].r for name in SWEEP)
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
-         "mnli": "MNLI, 13,393 examples (accuracy)"}  # fmt: skip
+         "mnli": "MNLI, 13,393 examples (accuracy)", "qnli": "QNLI, 8,999 examples (accuracy)",
+         "qqp": "QQP, 8,999 examples (mean of accuracy and F1)"}  # fmt: skip
 PAPER = (
     "The paper reports, for RoBERTa-base on eight GLUE tasks, an average of 84.22 at rank 1 and 85.44 at rank 8 for one "
     "DyLoRA, against 54.90 and 85.27 for a LoRA trained at rank 8 and cut; and 83.30 / 84.47 (rank 1 / 8) for uniform "
