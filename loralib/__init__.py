@@ -3,7 +3,7 @@
 import loralib as lora
 """
 
-from .checkpoint import load_adapter, save_adapter
+from .adapters.store import load_adapter, save_adapter
 from .convolution import Conv1d, Conv2d, Conv3d
 from .frozen import freeze_undrawn
 from .gate import matryoshka_gate

@@ -234,8 +234,8 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _export(args) -> None:
-    from .adapter_files import cut_adapter, read_configs
-    from .card import model_card
+    from .adapters.card import model_card
+    from .adapters.directory import cut_adapter, read_configs
     from .files import write_text
 
     source, target = Path(args.run_directory), _free(args.to, "dylora export")
@@ -252,9 +252,9 @@ def _export(args) -> None:
 def _merge(args) -> None:
     import transformers
 
-    from .adapter_files import cut_adapter, read_configs
-    from .card import AUTO, model_card, num_labels
-    from .checkpoint import load_adapter
+    from .adapters.card import AUTO, model_card, num_labels
+    from .adapters.directory import cut_adapter, read_configs
+    from .adapters.store import load_adapter
     from .files import write_text
     from .model import merge
 
@@ -299,7 +299,7 @@ def _inspect(args) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .adapter_files import describe_adapter
+    from .adapters.directory import describe_adapter
 
     found = describe_adapter(args.directory)
     for name in (

@@ -15,10 +15,10 @@ from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import has_length
 
-from .adapter_files import read_configs, read_facts
+from .adapters.card import model_card
+from .adapters.directory import read_configs, read_facts
+from .adapters.store import load_adapter, save_adapter
 from .batching import ByLength, GroupedBatches
-from .card import model_card
-from .checkpoint import load_adapter, save_adapter
 from .files import write_text
 from .frozen import freeze_undrawn
 from .gate import check_rank

@@ -24,7 +24,7 @@ from transformers_dylora.errors import UsageError
 from transformers_dylora.modeling import load_model, load_tokenizer
 from transformers_dylora.output_dir import clear_run, resume_point
 
-from loralib.adapter_files import read_facts
+from loralib.adapters.directory import read_facts
 from loralib.conflict import warn_of_other_loralib
 from loralib.report import print_table
 from loralib.trainer import DyLoRATrainer

@@ -6,7 +6,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 import loralib as lora
-from loralib.adapter_files import scaling_of
+from loralib.adapters.directory import scaling_of
 from loralib.model import default_head, is_inside
 from loralib.trainer import DRAWN
 

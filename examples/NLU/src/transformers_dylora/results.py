@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 import loralib as lora
-from loralib.adapter_files import read_facts
+from loralib.adapters.directory import read_facts
 from loralib.files import write_atomically, write_text
 from loralib.model import has_lora, lora_layers
 from loralib.report import aurac, bootstrap, select_rank, without_nan, write_report

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..gate import scale
+from ..layers import LoRALayer
+from ..model import has_lora, inject, is_inside, lora_layers, modules_to_save
 from . import peft_format
-from .adapter_files import rank_and_alpha, read_bin, read_directory, write_adapter
-from .gate import scale
-from .layers import LoRALayer
-from .model import has_lora, inject, is_inside, lora_layers, modules_to_save
+from .directory import rank_and_alpha, read_bin, read_directory, write_adapter
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from ..files import text_writer, write_together
 from . import peft_format
-from .files import text_writer, write_together
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")

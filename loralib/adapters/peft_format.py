@@ -10,9 +10,9 @@ from collections import Counter
 
 import torch
 
-from .convolution import Convolution
-from .gate import scale
-from .layers import Embedding, LoRALayer, MergedLinear
+from ..convolution import Convolution
+from ..gate import scale
+from ..layers import Embedding, LoRALayer, MergedLinear
 
 PREFIX = "base_model.model."
 
