@@ -108,10 +108,10 @@ def _add_choice(parser) -> None:
 
 def _report(args) -> None:
     from .files import write_atomically, write_text
-    from .page import page
-    from .plots import plot_curves
-    from .report import print_table, to_csv, to_markdown
-    from .runs import averages, curves, read_run, runs_to_csv
+    from .report.curves import averages, curves, read_run, runs_to_csv
+    from .report.page import page
+    from .report.plots import plot_curves
+    from .report.tables import print_table, to_csv, to_markdown
 
     runs = [read_run(path) for path in args.runs]
     found = curves(runs)
@@ -172,7 +172,7 @@ def _print_summary(found) -> None:
 
 
 def _select(args) -> None:
-    from .runs import choose, read_run
+    from .report.curves import choose, read_run
 
     results = read_run(args.run_directory)
     chosen = choose(results, args.split, _within(args.within), args.max_parameters)
@@ -200,7 +200,7 @@ def _within(text: str) -> float | str:
 
 def _rank_of(args) -> tuple[int, dict | None]:
     """The rank to write, and the run's results if the directory is a run's."""
-    from .runs import choose, read_run
+    from .report.curves import choose, read_run
 
     directory = Path(args.run_directory)
     results = read_run(directory) if (directory / "rank_results.json").exists() else None

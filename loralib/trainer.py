@@ -25,7 +25,7 @@ from .gate import check_rank
 from .model import has_lora, lora_layers, max_rank, set_matryoshka_gate, set_rank, use_rank
 from .ordering import order_components
 from .precision import frozen_weights_in
-from .report import aurac
+from .report.tables import aurac
 from .sampling import RankSampler
 from .sharing import passes, share_between_ranks
 

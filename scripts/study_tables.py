@@ -8,9 +8,9 @@ import numpy as np
 from study_methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
 
 from loralib.files import write_atomically, write_text
-from loralib.plots import plot_curves
-from loralib.report import aurac
-from loralib.runs import Curve
+from loralib.report.curves import Curve
+from loralib.report.plots import plot_curves
+from loralib.report.tables import aurac
 
 SHOWN = tuple(METHODS[name].r for name in SWEEP)
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",

@@ -1,6 +1,6 @@
 """The model card of an exported adapter: what it is, how good it is at each rank, how to load it."""
 
-from ..report import columns, table_rows
+from ..report.tables import columns, table_rows
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

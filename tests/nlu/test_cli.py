@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from loralib.cli import main
-from loralib.runs import averages, choose, curves, read_run
+from loralib.report.curves import averages, choose, curves, read_run
 
 from .test_data import write
 from .test_run_glue import TASKS, command, run_glue, strong_adapter

@@ -26,7 +26,7 @@ from transformers_dylora.output_dir import clear_run, resume_point
 
 from loralib.adapters.directory import read_facts
 from loralib.conflict import warn_of_other_loralib
-from loralib.report import print_table
+from loralib.report.tables import print_table
 from loralib.trainer import DyLoRATrainer
 
 FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}

@@ -4,7 +4,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from loralib.scores import SCORES, decide, score
+from loralib.report.scores import SCORES, decide, score
 
 from .tasks import Task
 

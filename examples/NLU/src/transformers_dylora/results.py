@@ -12,8 +12,8 @@ import loralib as lora
 from loralib.adapters.directory import read_facts
 from loralib.files import write_atomically, write_text
 from loralib.model import has_lora, lora_layers
-from loralib.report import aurac, bootstrap, select_rank, without_nan, write_report
-from loralib.scores import decide, score
+from loralib.report.scores import decide, score
+from loralib.report.tables import aurac, bootstrap, select_rank, without_nan, write_report
 
 from .tasks import Task
 

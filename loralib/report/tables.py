@@ -178,9 +178,9 @@ def without_nan(value):
 
 def write_report(results: dict, directory: str | Path) -> None:
     """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``."""
-    from .files import write_atomically, write_text
+    from ..files import write_atomically, write_text
+    from .curves import curves
     from .plots import plot_curves
-    from .runs import curves
 
     directory = Path(directory)
     results = without_nan(results)

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from loralib import report
-from loralib.scores import decide, score
+from loralib.report.scores import decide, score
 
 
 def results(**changes):

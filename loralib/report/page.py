@@ -6,8 +6,8 @@ from dataclasses import asdict
 from importlib.resources import files
 from string import Template
 
-from .report import columns, table_rows
-from .runs import Curve
+from .curves import Curve
+from .tables import columns, table_rows
 
 
 def page(runs: list[dict], curves: list[Curve]) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .runs import Curve
+from .curves import Curve
 
 MARKERS = "osD^vPX*"
 

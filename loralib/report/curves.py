@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .report import bootstrap, select_rank
 from .scores import decide, score
+from .tables import bootstrap, select_rank
 
 SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_rank")
 
