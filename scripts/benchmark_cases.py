@@ -18,7 +18,7 @@ from benchmark_timing import alternate
 from transformers_dylora.data import padding_share
 
 import loralib as lora
-from loralib.batching import GroupedBatches
+from loralib.training.batching import GroupedBatches
 
 
 def checkpoints(options: Options) -> Iterator[Row]:

@@ -13,8 +13,8 @@ from benchmark_steps import batch, run_glues_savings
 from benchmark_timing import alternate, autocast
 
 import loralib as lora
-from loralib import sharing
-from loralib.sharing import passes, share_between_ranks
+from loralib import all_ranks as ranks_at_once
+from loralib.all_ranks import passes, share_between_ranks
 
 
 def all_ranks(options: Options) -> Iterator[Row]:
@@ -76,12 +76,12 @@ def repeated(model, inputs: dict, options: Options, dtype: str) -> list[torch.Te
 @contextlib.contextmanager
 def stacking(budget: int | None):
     """Another ``STACKED_TOKENS``; None: the library's."""
-    before = sharing.STACKED_TOKENS
-    sharing.STACKED_TOKENS = before if budget is None else budget
+    before = ranks_at_once.STACKED_TOKENS
+    ranks_at_once.STACKED_TOKENS = before if budget is None else budget
     try:
         yield
     finally:
-        sharing.STACKED_TOKENS = before
+        ranks_at_once.STACKED_TOKENS = before
 
 
 def at_rank(model, inputs, rank) -> torch.Tensor:

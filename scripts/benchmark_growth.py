@@ -12,8 +12,8 @@ from benchmark_steps import batch, drawn, training_step
 from benchmark_timing import alternate, paired_ratio, saved_bytes
 
 import loralib as lora
-from loralib.batching import epoch_order
-from loralib.sharing import passes, share_between_ranks
+from loralib.all_ranks import passes, share_between_ranks
+from loralib.training.batching import epoch_order
 
 WHY = {
     "r_max": "The update costs r_max / width of what its base layer costs, so the step hardly grows with r_max; beside PEFT's it "

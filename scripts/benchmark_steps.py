@@ -12,7 +12,7 @@ from benchmark_timing import DTYPES, alternate, autocast, paired_ratio, product_
 from torch.utils.flop_counter import FlopCounterMode
 
 import loralib as lora
-from loralib.precision import frozen_weights_in
+from loralib.training.precision import frozen_weights_in
 
 BUILDS = 6
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import loralib as lora
 from loralib.model import lora_layers
-from loralib.trainer import DRAWN, DyLoRATrainer
+from loralib.training.trainer import DRAWN, DyLoRATrainer
 
 R_MAX, ALPHA = 8, 16
 

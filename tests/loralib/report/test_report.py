@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from loralib import report
+from loralib.report import tables as report
 from loralib.report.scores import decide, score
 
 

@@ -8,7 +8,7 @@ from transformers.utils import logging
 import loralib as lora
 from loralib.adapters.directory import scaling_of
 from loralib.model import default_head, is_inside
-from loralib.trainer import DRAWN
+from loralib.training.trainer import DRAWN
 
 from .arguments import ModelArguments
 from .errors import UsageError

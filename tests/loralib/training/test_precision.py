@@ -5,7 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2ForSequenceClassification, RobertaForSequenceClassification
 
 import loralib as lora
-from loralib.precision import frozen_weights_in
+from loralib.training.precision import frozen_weights_in
 
 
 def models(roberta_config):

@@ -98,7 +98,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from transformers import RobertaConfig
-from tests.loralib.test_trainer import log, trainer
+from tests.loralib.training.test_trainer import log, trainer
 config = RobertaConfig.from_dict(json.loads(sys.argv[2]))
 t = trainer(config, sys.argv[3], sys.argv[4], per_device_train_batch_size=2, gradient_accumulation_steps=2, frozen=sys.argv[5] == "frozen",
             n=int(sys.argv[6]))
@@ -114,7 +114,7 @@ t.end()
 @pytest.mark.parametrize(("frozen", "n"), [("free", 22), ("frozen", 17)])
 def test_two_processes_give_what_one_gives(frozen, n, roberta_config, roberta_checkpoint, tmp_path):
     """With n = 17 the last update has one example for two processes; evaluation has an odd count, 13."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = [
         sys.executable,
         "-m",
@@ -224,7 +224,7 @@ def drawn_ranks(t, monkeypatch):
             found.append((t.state.global_step, rank if isinstance(rank, int) else tuple(rank.tolist())))
         return lora.set_rank(model, rank, frozen)
 
-    monkeypatch.setattr("loralib.trainer.set_rank", record)
+    monkeypatch.setattr("loralib.training.trainer.set_rank", record)
     t.train()
     return found[:-1]  # the last one restores r_max
 
@@ -259,7 +259,7 @@ def test_full_rank_first_then_ordered_once_then_drawn(
         ordered.append(t.state.global_step)
         lora.order_components(model, optimizer)
 
-    monkeypatch.setattr("loralib.trainer.order_components", order)
+    monkeypatch.setattr("loralib.training.trainer.order_components", order)
     t = trainer(
         roberta_config, roberta_checkpoint, tmp_path, rank_sampling=sampling, full_rank_share=0.25, num_train_epochs=4,
         rank_distribution="uniform", per_device_train_batch_size=2, gradient_accumulation_steps=4,
@@ -331,7 +331,7 @@ def test_a_resumed_run_orders_where_its_checkpoint_did_not(roberta_config, rober
     """Also where fewer epochs than before put the checkpoint past the first part."""
     ordered = []
     monkeypatch.setattr(
-        "loralib.trainer.order_components", lambda model, optimizer: ordered.append(t.state.global_step)
+        "loralib.training.trainer.order_components", lambda model, optimizer: ordered.append(t.state.global_step)
     )
     options = dict(n=16, save_strategy="epoch")  # two updates an epoch
     t = trainer(roberta_config, roberta_checkpoint, tmp_path, num_train_epochs=10, **options)
@@ -519,7 +519,7 @@ def test_bf16_holds_the_frozen_weights_so_while_it_works_and_gives_them_back(
     runs = []
     for held in (True, False):
         if not held:
-            monkeypatch.setattr("loralib.trainer.frozen_weights_in", lambda *_: contextlib.nullcontext())
+            monkeypatch.setattr("loralib.training.trainer.frozen_weights_in", lambda *_: contextlib.nullcontext())
         t = trainer(roberta_config, roberta_checkpoint, tmp_path, bf16=True)
         weight = t.model.roberta.encoder.layer[0].intermediate.dense.weight
         seen = []

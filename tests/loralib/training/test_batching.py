@@ -3,7 +3,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralib.batching import ByLength, GroupedBatches, epoch_order
+from loralib.training.batching import ByLength, GroupedBatches, epoch_order
 
 sizes = st.integers(1, 300)
 lengths = st.lists(st.integers(1, 60), min_size=1, max_size=300)

@@ -5,8 +5,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
 
 import loralib as lora
-from loralib import sharing
-from loralib.sharing import passes, share_between_ranks
+from loralib import all_ranks
+from loralib.all_ranks import passes, share_between_ranks
 
 
 def models(roberta_config):
@@ -52,7 +52,7 @@ def test_all_ranks_are_as_without_sharing(which, roberta_config):
 @pytest.mark.parametrize("budget", [0, 40, 60, 10_000])
 def test_ranks_that_share_a_pass_have_their_own_logits(budget, which, roberta_config, monkeypatch):
     """3 examples of 6 tokens: 1, 2, 3 or all 5 ranks go together."""
-    monkeypatch.setattr(sharing, "STACKED_TOKENS", budget)
+    monkeypatch.setattr(all_ranks, "STACKED_TOKENS", budget)
     model = randomised(list(models(roberta_config))[which])
     inputs = {"input_ids": torch.randint(3, 100, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
     found = []

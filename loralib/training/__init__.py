@@ -1,0 +1,1 @@
+"""Training with transformers: the trainer, its batches, its precision, its metrics."""
