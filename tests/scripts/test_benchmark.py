@@ -3,16 +3,15 @@
 import json
 from dataclasses import asdict, replace
 
-import benchmark
-import benchmark_peers as peers
-import benchmark_tables as tables
-import benchmark_timing as timing
 import numpy as np
 import pytest
 import torch
-from benchmark_rows import Row
 from hypothesis import given
 from hypothesis import strategies as st
+
+from scripts.benchmark import __main__ as benchmark
+from scripts.benchmark import peers, tables, timing
+from scripts.benchmark.rows import Row
 
 SHAPE = peers.Shape("tiny", width=32, layers=2, heads=2)
 

@@ -3,15 +3,15 @@
 import json
 
 import pytest
-import study
-import study_methods
-import study_tables
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers_dylora.tasks import TASKS
 
 import loralib as lora
+from scripts.study import __main__ as study
+from scripts.study import methods as study_methods
+from scripts.study import tables as study_tables
 
 from ..nlu.test_data import write
 
@@ -163,7 +163,7 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd):
 def test_runs_without_a_chosen_rate_say_what_to_do(tiny, capsys):
     with pytest.raises(SystemExit):
         study.main(["runs", *tiny, "--methods", "example"])
-    assert "run study.py rates first" in capsys.readouterr().err
+    assert "run `python -m scripts.study rates` first" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [["rte", "example"], ["boolq", "example", "0"], ["rte", "none", "0"]])

@@ -91,7 +91,7 @@ def test_a_report_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("loralib.plots.plot_curves", broken)
+    monkeypatch.setattr("loralib.report.plots.plot_curves", broken)
     with pytest.raises(OSError, match="disk full"):
         report.write_report(results(), tmp_path)
     assert (tmp_path / "rank_curve.png").read_bytes() == before

@@ -5,16 +5,17 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
-import benchmark_peers as peers
 import torch
-from benchmark_peers import R_MAX, ROBERTA_BASE
-from benchmark_rows import Options, Row, timed
-from benchmark_steps import batch, run_glues_savings
-from benchmark_timing import alternate, autocast
 
 import loralib as lora
 from loralib import all_ranks as ranks_at_once
 from loralib.all_ranks import passes, share_between_ranks
+
+from . import peers as peers
+from .peers import R_MAX, ROBERTA_BASE
+from .rows import Options, Row, timed
+from .steps import batch, run_glues_savings
+from .timing import alternate, autocast
 
 
 def all_ranks(options: Options) -> Iterator[Row]:

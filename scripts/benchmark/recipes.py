@@ -8,11 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import benchmark_peers as peers
 import torch
-from benchmark_peers import R_MAX
-from benchmark_rows import Options, Row, exact
-from benchmark_timing import alternate, autocast
 from transformers import DataCollatorWithPadding, TrainingArguments, set_seed
 from transformers_dylora.arguments import ModelArguments
 from transformers_dylora.data import glue_task, load_glue, tokenize
@@ -23,7 +19,12 @@ from transformers_dylora.modeling import load_model, load_tokenizer
 import loralib as lora
 from loralib.trainer import DyLoRATrainer
 
-sys.path.append(str(Path(__file__).parents[1] / "examples" / "NLU" / "examples" / "text-classification"))
+from . import peers as peers
+from .peers import R_MAX
+from .rows import Options, Row, exact
+from .timing import alternate, autocast
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "NLU" / "examples" / "text-classification"))
 
 EPOCHS, BATCH, RATE = 3, 32, 1e-3
 LIMITS = {"rte": 1 / 20, "cola": 1 / 80}  # ours against the released settings

@@ -4,16 +4,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-import benchmark_peers as peers
 import torch
-from benchmark_peers import MINILM, Shape
-from benchmark_rows import Options, median
-from benchmark_steps import batch, drawn, training_step
-from benchmark_timing import alternate, paired_ratio, saved_bytes
 
 import loralib as lora
 from loralib.all_ranks import passes, share_between_ranks
 from loralib.training.batching import epoch_order
+
+from . import peers as peers
+from .peers import MINILM, Shape
+from .rows import Options, median
+from .steps import batch, drawn, training_step
+from .timing import alternate, paired_ratio, saved_bytes
 
 WHY = {
     "r_max": "The update costs r_max / width of what its base layer costs, so the step hardly grows with r_max; beside PEFT's it "
@@ -69,7 +70,7 @@ def step_point(shape: Shape, r: int, rows: int, length: int, options: Options) -
 
 def evaluation_point(r: int, device: str) -> dict:
     """In a process of its own, whose peak of memory is then this evaluation's."""
-    found = subprocess.run([sys.executable, __file__, str(r), device], check=True, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-m", __name__, str(r), device], check=True, capture_output=True, text=True)
     ms, mb = map(float, found.stdout.split()[-2:])
     return {"ours": ms, "peak_mb": mb}
 

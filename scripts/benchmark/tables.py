@@ -8,10 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from benchmark_growth import WHY
-from benchmark_rows import Options, Row
 
 from loralib.files import write_text
+
+from .growth import WHY
+from .rows import Options, Row
 
 PACKAGES = ("torch", "transformers", "peft", "lycoris-lora", "accelerate", "datasets")
 SLACK = 1.05  # a ratio this much above the recorded interval is a regression, and none below it
@@ -62,7 +63,9 @@ def record(file: Path, rows: list[Row], growth: dict | None, options: Options, a
     fresh = [asdict(row) for row in rows]
     seen = {row["case"] for row in fresh}
     found = {
-        "commands": list(dict.fromkeys([*before["commands"], shlex.join(["python", "scripts/benchmark.py", *argv])])),
+        "commands": list(
+            dict.fromkeys([*before["commands"], shlex.join(["python", "-m", "scripts.benchmark", *argv])])
+        ),
         "machine": machine(options.device),
         "rows": [row for row in before["rows"] if row["case"] not in seen] + fresh,
         "growth": growth or before["growth"],
@@ -111,9 +114,10 @@ def write_readme(directory: Path) -> None:
     lines = [
         "# Speed, beside every peer",
         "",
-        "Made by `scripts/benchmark.py`. Contenders take turns in one process; a ratio is ours / peer, the median over rounds, "
-        "below 1 where ours is faster or smaller, with a 95 percent interval (bootstrap over rounds); counted quantities "
-        "have none. The peers run at rank 8; the frozen encoder is the floor, since it has no backward pass through the encoder.",
+        "Made by `python -m scripts.benchmark`. Contenders take turns in one process; a ratio is ours / peer, the median "
+        "over rounds, below 1 where ours is faster or smaller, with a 95 percent interval (bootstrap over "
+        "rounds); counted quantities have none. The peers run at rank 8; the frozen encoder is the floor, "
+        "since it has no backward pass through the encoder.",
     ]
     for file in sorted(directory.glob("*.json")):
         found = read(file)

@@ -4,15 +4,16 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 
-import benchmark_peers as peers
 import torch
-from benchmark_peers import R_MAX, ROBERTA_BASE, Shape
-from benchmark_rows import Options, Row, exact, median, timed
-from benchmark_timing import DTYPES, alternate, autocast, paired_ratio, product_rate, saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 import loralib as lora
 from loralib.training.precision import frozen_weights_in
+
+from . import peers as peers
+from .peers import R_MAX, ROBERTA_BASE, Shape
+from .rows import Options, Row, exact, median, timed
+from .timing import DTYPES, alternate, autocast, paired_ratio, product_rate, saved_bytes
 
 BUILDS = 6
 

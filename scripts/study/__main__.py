@@ -1,11 +1,10 @@
-#!/usr/bin/env python
-"""Does one DyLoRA run match a whole LoRA sweep? Train and measure the methods of study_methods.py on GLUE data.
+"""Does one DyLoRA run match a whole LoRA sweep? Train and measure the methods of methods.py on GLUE data.
 
-    python scripts/study.py rates  --encoder DIR --data DIR     # choose each method's learning rate, on a tenth of train
-    python scripts/study.py tried  --encoder DIR --data DIR     # what else was tried, at one rate on the same tenth
-    python scripts/study.py runs   --encoder DIR --data DIR     # every task, method and seed, on validation
-    python scripts/study.py tables                              # results/study: tables, curves, cost
-    python scripts/study.py cell rte mixed 0 --encoder DIR --data DIR       # one run again; prints what it found
+    python -m scripts.study rates  --encoder DIR --data DIR     # choose each method's learning rate, on a tenth of train
+    python -m scripts.study tried  --encoder DIR --data DIR     # what else was tried, at one rate on the same tenth
+    python -m scripts.study runs   --encoder DIR --data DIR     # every task, method and seed, on validation
+    python -m scripts.study tables                              # results/study: tables, curves, cost
+    python -m scripts.study cell rte mixed 0 --encoder DIR --data DIR       # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
 run_glue.py's --dataset_dir (without --data: from the hub). Runs are appended to results/study/runs.jsonl, one line each; a
@@ -24,10 +23,10 @@ from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
-from study_methods import CUTS, METHODS, SWEEP, TRIED, StudyTrainer
+from .methods import CUTS, METHODS, SWEEP, TRIED, StudyTrainer
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results" / "study"
 
 
@@ -291,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     # The workers inherit this: one core each.
     os.environ["OMP_NUM_THREADS"] = "1"
     if options.command == "tables":
-        from study_tables import write_tables
+        from .tables import write_tables
 
         records = read_records(Path(options.results) / "runs.jsonl")
         return write_tables(Path(options.results), records, chosen_rates(records), BUDGETS)
@@ -307,7 +306,9 @@ def main(argv: list[str] | None = None) -> None:
         methods = options.methods or [*METHODS]
         without = [name for name in methods if name not in rates]
         if without:
-            parser.error(f"{', '.join(without)}: no learning rate is chosen yet; run study.py rates first.")
+            parser.error(
+                f"{', '.join(without)}: no learning rate is chosen yet; run `python -m scripts.study rates` first."
+            )
         return run_all(run_cells(options.tasks, methods, options.seeds, rates), options)
     if len(options.cell) != 3 or options.cell[0] not in BUDGETS or options.cell[1] not in {**METHODS, **CUTS, **TRIED}:
         parser.error(

@@ -7,18 +7,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import benchmark_peers as peers
-import benchmark_recipes as recipes
-import benchmark_steps as steps
 import torch
-from benchmark_evaluation import all_ranks
-from benchmark_peers import R_MAX
-from benchmark_rows import Options, Row, exact, median, timed
-from benchmark_timing import alternate
 from transformers_dylora.data import padding_share
 
 import loralib as lora
 from loralib.training.batching import GroupedBatches
+
+from . import peers as peers
+from . import recipes as recipes
+from . import steps as steps
+from .evaluation import all_ranks
+from .peers import R_MAX
+from .rows import Options, Row, exact, median, timed
+from .timing import alternate
 
 
 def checkpoints(options: Options) -> Iterator[Row]:
@@ -49,7 +50,7 @@ def checkpoints(options: Options) -> Iterator[Row]:
 
 def start_up(options: Options) -> Iterator[Row]:
     """Fresh Python processes: what importing and answering cost."""
-    script = Path(__file__).parents[1] / "examples" / "NLU" / "examples" / "text-classification" / "run_glue.py"
+    script = Path(__file__).parents[2] / "examples" / "NLU" / "examples" / "text-classification" / "run_glue.py"
 
     def process(*arguments):
         environment = os.environ | {"OMP_NUM_THREADS": "1"}

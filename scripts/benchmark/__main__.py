@@ -1,10 +1,9 @@
-#!/usr/bin/env python
 """How fast: ours and every peer, in turns, in one process.
 
-    python scripts/benchmark.py --quick              # under 3 minutes on 2 cores: steps, evaluation, files, start-up
-    python scripts/benchmark.py --quick --check      # the same; exit code 1 if a ratio got worse than the recorded one
-    python scripts/benchmark.py --data DIR           # all of it; DIR holds GLUE's rte and cola (default: from the hub)
-    python scripts/benchmark.py --device cuda        # on a GPU
+    python -m scripts.benchmark --quick              # under 3 minutes on 2 cores: steps, evaluation, files, start-up
+    python -m scripts.benchmark --quick --check      # the same; exit code 1 if a ratio got worse than the recorded one
+    python -m scripts.benchmark --data DIR           # all of it; DIR holds GLUE's rte and cola (default: from the hub)
+    python -m scripts.benchmark --device cuda        # on a GPU
 
 Tables and JSON go to results/benchmark (a GPU's beside the CPU's). The environment: bash -c '. scripts/env.sh benchmark'.
 """
@@ -16,14 +15,12 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-sys.path.insert(0, str(Path(__file__).parent))
+from . import tables as tables
+from .cases import FULL, QUICK
+from .growth import grow, plot_growth
+from .rows import Options
 
-import benchmark_tables as tables
-from benchmark_cases import FULL, QUICK
-from benchmark_growth import grow, plot_growth
-from benchmark_rows import Options
-
-RESULTS = Path(__file__).parents[1] / "results" / "benchmark"
+RESULTS = Path(__file__).parents[2] / "results" / "benchmark"
 
 
 def main(argv: list[str] | None = None) -> int:

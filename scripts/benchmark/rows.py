@@ -4,8 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from benchmark_peers import MINILM, ROBERTA_BASE, Shape
-from benchmark_timing import paired_ratio
+
+from .peers import MINILM, ROBERTA_BASE, Shape
+from .timing import paired_ratio
 
 
 @dataclass(frozen=True)

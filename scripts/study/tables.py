@@ -5,12 +5,13 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from study_methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
 
 from loralib.files import write_atomically, write_text
 from loralib.report.curves import Curve
 from loralib.report.plots import plot_curves
 from loralib.report.tables import aurac
+
+from .methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
 
 SHOWN = tuple(METHODS[name].r for name in SWEEP)
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
@@ -197,11 +198,11 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         "",
         "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
         "    python -m transformers_dylora.minilm encoder",
-        "    python scripts/study.py rates --encoder encoder --data glue      # glue: a directory of the tasks",
-        "    python scripts/study.py tried --encoder encoder --data glue",
-        "    python scripts/study.py runs --encoder encoder --data glue",
-        "    python scripts/study.py tables",
-        "    python scripts/study.py cell cola mixed 0 --encoder encoder --data glue      # one cell again",
+        "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
+        "    python -m scripts.study tried --encoder encoder --data glue",
+        "    python -m scripts.study runs --encoder encoder --data glue",
+        "    python -m scripts.study tables",
+        "    python -m scripts.study cell cola mixed 0 --encoder encoder --data glue      # one cell again",
         "",
     ]
     if found:
@@ -222,8 +223,9 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         lines += ["## Cost", "", *cost_table(records)]
         write_atomically(directory / "curves.png", lambda file: plot_curves(to_curves(found), file, kind="png"))
     lines += ["## Learning rates, and what was tried", "",
-              "AURAC on a held-out tenth of train, by task and rate, seed by seed (`study.py rates`); never on validation. "
-              "Chosen: " + ", ".join(f"{name} {rate:g}" for name, rate in sorted(rates.items())) + ".",
+              "AURAC on a held-out tenth of train, by task and rate, seed by seed (`python -m scripts.study "
+              "rates`); never on validation. Chosen: "
+              + ", ".join(f"{name} {rate:g}" for name, rate in sorted(rates.items())) + ".",
               "", *rate_table(records)]  # fmt: skip
     budget = ", ".join(
         f"{task} {b.epochs} epochs" + (f" of {b.train:,} examples" if b.train else "")
