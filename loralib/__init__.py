@@ -3,26 +3,54 @@
 import loralib as lora
 """
 
-from .adapters.store import load_adapter, save_adapter
-from .convolution import Conv1d, Conv2d, Conv3d
-from .frozen import freeze_undrawn
-from .gate import matryoshka_gate
-from .layers import Embedding, Linear, LoRALayer, MergedLinear
-from .model import (
-    get_rank,
-    inject,
-    lora_state_dict,
-    mark_only_lora_as_trainable,
-    max_rank,
-    merge,
-    set_gate,
-    set_matryoshka_gate,
-    set_rank,
-    use_rank,
-)
-from .ordering import order_components
-from .sampling import RankSampler
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .adapters.store import load_adapter, save_adapter
+    from .all_ranks import at_ranks, share_between_ranks
+    from .checkpointing import checkpoint_contexts
+    from .convolution import Conv1d, Conv2d, Conv3d
+    from .frozen import freeze_undrawn
+    from .gate import matryoshka_gate
+    from .layers import Embedding, Linear, LoRALayer, MergedLinear
+    from .model import (
+        get_rank,
+        inject,
+        lora_state_dict,
+        mark_only_lora_as_trainable,
+        max_rank,
+        merge,
+        set_gate,
+        set_matryoshka_gate,
+        set_rank,
+        use_rank,
+    )
+    from .ordering import order_components
+    from .sampling import RankSampler
+    from .schedule import RankSchedule
+
+# Where each name is found when it is first asked for (PEP 562): importing loralib, or running its command, loads no torch.
+# A test holds this table to the imports above, which are for type checkers.
+_MODULES = {
+    "adapters.store": ("load_adapter", "save_adapter"),
+    "all_ranks": ("at_ranks", "share_between_ranks"),
+    "checkpointing": ("checkpoint_contexts",),
+    "convolution": ("Conv1d", "Conv2d", "Conv3d"),
+    "frozen": ("freeze_undrawn",),
+    "gate": ("matryoshka_gate",),
+    "layers": ("Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "model": (
+        *("get_rank", "inject", "lora_state_dict", "mark_only_lora_as_trainable", "max_rank", "merge"),
+        *("set_gate", "set_matryoshka_gate", "set_rank", "use_rank"),
+    ),
+    "ordering": ("order_components",),
+    "sampling": ("RankSampler",),
+    "schedule": ("RankSchedule",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "Conv1d",
@@ -33,7 +61,10 @@ __all__ = [
     "LoRALayer",
     "MergedLinear",
     "RankSampler",
+    "RankSchedule",
     "__version__",
+    "at_ranks",
+    "checkpoint_contexts",
     "freeze_undrawn",
     "get_rank",
     "inject",
@@ -48,5 +79,18 @@ __all__ = [
     "set_gate",
     "set_matryoshka_gate",
     "set_rank",
+    "share_between_ranks",
     "use_rank",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'loralib' has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

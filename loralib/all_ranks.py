@@ -2,21 +2,86 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
+from .gate import check_rank
 from .layers import LoRALayer
-from .model import lora_layers
+from .model import lora_layers, max_rank, use_rank
 
 # A small batch leaves a machine idle between its products: ranks are stacked into one pass while it stays within this many
 # tokens. Measured on a CPU (results/benchmark, "All ranks"): at 192 tokens all together take 0.64 to 0.78 of the time of one
 # after the other, at 2,048 0.99 to 1.15 times as long.
 STACKED_TOKENS = 2048
+_sharing: weakref.WeakKeyDictionary[nn.Module, Callable[..., None]] = weakref.WeakKeyDictionary()
 
 
-def passes(inputs: dict, ranks: list[int], stack: bool = True) -> list[tuple[list[int], object, dict]]:
+def at_ranks(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    ranks: Sequence[int],
+    run: Callable[[dict[str, Any]], Any] | None = None,
+    stack: bool | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """Run one batch at every rank of ``ranks``: yields (rank, output), in their order.
+
+        with torch.no_grad():
+            for rank, output in lora.at_ranks(model.eval(), inputs, range(1, 9)):
+                print(rank, output.logits)
+
+    What does not depend on the rank is computed once (see ``share_between_ranks``), in evaluation mode and without
+    gradients; small batches go through together at several ranks, each example's rows its own. The model is back at its
+    former rank whenever a pair is yielded, and so at the end, on ``close()`` and after an error.
+
+    Args:
+        inputs: what a pass takes, a batch's tensors (batch, ...) by name.
+        ranks: ints in 0..r_max.
+        run: makes a pass from such inputs; default ``model(**inputs)``. Of what it returns (a tensor, or a tuple, list or
+            mapping of them) the tensors with a row for each input row are cut to their rank.
+        stack: whether several ranks may share a pass. Default: unless the inputs hold labels, since a loss would be the mean
+            over the ranks of a pass; of a shared pass numbers without a batch dimension are None.
+
+    Raises TypeError or ValueError for what is no rank.
+    """
+    r_max = max_rank(model)
+    ranks = [check_rank(b, r_max) for b in ranks]
+    run = run or (lambda batch: model(**batch))
+    stack = not any("label" in name for name in inputs) if stack is None else stack
+    plan = passes(inputs, ranks, stack)
+    shared = not model.training and not torch.is_grad_enabled()
+    with share_between_ranks(model) if shared else contextlib.nullcontext(lambda *batches: None) as new_batch:
+        new_batch(*(batch for _, _, batch in plan))
+        for group, rank, batch in plan:
+            with use_rank(model, rank):
+                output = run(batch)
+            for place, b in enumerate(group):
+                yield b, output if len(group) == 1 else _part(output, place, len(group), _batch_size(inputs))
+
+
+def _part(output, place: int, parts: int, size: int):
+    """The rows of part number ``place`` of a pass that ran ``parts`` ranks of ``size`` examples each."""
+    if isinstance(output, torch.Tensor):
+        if not output.ndim:
+            return None
+        return output[place * size : (place + 1) * size] if len(output) == parts * size else output
+    if isinstance(output, Mapping):
+        return type(output)(**{name: _part(value, place, parts, size) for name, value in output.items()})
+    if isinstance(output, (tuple, list)):
+        found = [_part(value, place, parts, size) for value in output]
+        return type(output)(*found) if hasattr(output, "_fields") else type(output)(found)
+    return output
+
+
+def _batch_size(inputs: dict[str, Any]) -> int:
+    """The first dimension of the first tensor."""
+    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
+
+
+def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list[tuple[list[int], Any, dict[str, Any]]]:
     """How to run one batch at ``ranks``: for each forward pass its ranks, what to set, and its inputs.
 
     Args:
@@ -24,11 +89,19 @@ def passes(inputs: dict, ranks: list[int], stack: bool = True) -> list[tuple[lis
         stack: let several ranks share a pass, up to ``STACKED_TOKENS``; the layers must take one rank per example then. The
             rows of the output are those of the pass's first rank, then those of its second, ..
 
-    A pass holds no more tokens than that or than the batch itself, however many ranks there are.
+    A pass holds no more tokens than that or than the batch itself, however many ranks there are. Inputs of which one is
+    neither a tensor with a row for each example nor a plain value go through rank by rank.
     """
-    first = next(value for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
-    size = len(first)
-    together = max(1, STACKED_TOKENS // max(1, first.numel())) if stack else 1  # an image's numel is past any budget
+    size = _batch_size(inputs)
+    tokens = next(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
+    plain = (bool, int, float, str, type(None))
+    stack = stack and all(
+        len(value) == size
+        if isinstance(value, torch.Tensor) and value.ndim
+        else isinstance(value, (torch.Tensor, *plain))
+        for value in inputs.values()
+    )
+    together = max(1, STACKED_TOKENS // max(1, tokens)) if stack else 1  # an image's numel is past any budget
     count = math.ceil(len(ranks) / together)
     groups = [ranks[i * len(ranks) // count : (i + 1) * len(ranks) // count] for i in range(count)]
     repeated = {1: inputs}
@@ -53,15 +126,17 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
     block's other projections), and W0 x of an adapted layer with such an input. The body gets a function to call with each
     batch's inputs (one dict or several) before running it; they are recognised by identity, so run these same tensors. For
     inference only (eval mode, no gradient). What is kept is freed at the next batch: the embeddings' output and a few
-    tensors of its size, whatever r_max is.
+    tensors of its size, whatever r_max is. ``at_ranks`` opens this for its batch; around a loop over many batches it is set
+    up once:
 
-        with torch.no_grad(), share_between_ranks(model) as new_batch:
-            plan = passes(inputs, [1, 2, 3, 4])
-            new_batch(*(own for _, _, own in plan))
-            for ranks, rank, own in plan:
-                with use_rank(model, rank):
-                    model(**own)
+        with torch.no_grad(), lora.share_between_ranks(model):
+            for batch in batches:
+                for rank, output in lora.at_ranks(model, batch, ranks):
+                    ...
     """
+    if model in _sharing:  # opened further out already, for many batches
+        yield _sharing[model]
+        return
     # Tensors that are the same at every rank, by id (and so kept alive), with their version: one that was edited in
     # place since is no longer what it was.
     untouched: dict[int, tuple[torch.Tensor, int]] = {}
@@ -109,22 +184,29 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
         replaced.append((module, name, module.__dict__.get(name)))
         setattr(module, name, once(module, getattr(module, name)))
 
-    adapted = {layer for _, layer in lora_layers(model)}
+    # Modules with an adapter inside are entered; the largest ones without run once; an adapted layer's base does.
+    entered = {id(model)}
+    for name, _ in lora_layers(model):
+        parent = model
+        for part in name.split(".")[:-1] if name else ():
+            parent = getattr(parent, part)
+            entered.add(id(parent))
 
     def visit(module: nn.Module) -> None:
-        """Replace the forward of the largest modules that hold no adapter, and the base of the adapted layers."""
-        if isinstance(module, LoRALayer) and module in adapted:
+        if isinstance(module, LoRALayer) and module.r:
             replace(module, "base")
-        elif adapted.isdisjoint(module.modules()):
-            replace(module, "forward")
-        else:
+        elif id(module) in entered:
             for child in module.children():
                 visit(child)
+        else:
+            replace(module, "forward")
 
     try:
         visit(model)
+        _sharing[model] = new_batch
         yield new_batch
     finally:
+        _sharing.pop(model, None)
         for module, name, before in replaced:
             if before is None:
                 delattr(module, name)

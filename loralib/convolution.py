@@ -45,7 +45,7 @@ class Convolution(LoRALayer):
         blocks = math.prod(self.kernel_size) // k
         return (self.r * k, self.in_channels * k), (self.out_channels // self.groups * blocks, self.r * k)
 
-    def base(self, x):
+    def own_base(self, x):
         return self._conv_forward(x, self.weight, self.bias)
 
     def delta(self, A, B, gate):

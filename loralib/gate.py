@@ -27,6 +27,12 @@ def check_scaling(scaling: str, alpha: float) -> None:
         raise ValueError(f"lora_alpha is {alpha!r}; give a number above 0, for example 16.")
 
 
+def check_int(name: str, value, low: int, high: float, wanted: str) -> None:
+    """Raise ValueError, "<name> is <value>; <wanted>", unless ``value`` is an int (no bool) in low..high."""
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{name} is {value!r}; {wanted}")
+
+
 def check_rank(rank, r: int):
     """Return ``rank`` if it is an int in 0..r, an integer tensor ``(batch,)`` of such, or weights ``(batch, r)``, else raise.
 
@@ -55,8 +61,7 @@ def check_rank(rank, r: int):
         raise TypeError(
             f"rank is {rank!r} ({type(rank).__name__}); give an int from 0 to {r} or a LongTensor of shape (batch,)."
         )
-    if not 0 <= rank <= r:
-        raise ValueError(f"rank is {rank}; this adapter takes 0 (the base model) to {r}.")
+    check_int("rank", rank, 0, r, f"this adapter takes 0 (the base model) to {r}.")
     return rank
 
 

@@ -9,7 +9,11 @@ and with one rank per example, or with any gate (see ``loralib.gate``),
 
     h_i = W0 x_i + lora_B @ (gate_i * (lora_A @ x_i)).
 
-``LoRALayer`` holds the state (rank or gate, frozen, merged) and the one forward pass; a layer class adds
+    x ──────────────> base layer, W0 ───────────> + ──> h
+    └──> lora_A ──> z ──> gate * z ──> lora_B ──> ┘
+        (r, in)     r numbers, cut at b   (out, r)
+
+``LoRALayer`` holds the state (rank or gate, frozen) and the one forward pass; a layer class adds
 how its base runs and how its factors act on an input and on the weight.
 """
 
@@ -19,7 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .gate import check_rank, check_scaling, rank_gate, scale
+from .gate import check_int, check_rank, check_scaling, rank_gate, scale
+from .merging import Merging
+from .recomputation import watch
+from .state import RankState, set_states
 
 
 def only_gradient(value: torch.Tensor) -> torch.Tensor:
@@ -27,7 +34,7 @@ def only_gradient(value: torch.Tensor) -> torch.Tensor:
     return value - value.detach()
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(Merging):
     """What all layers share. ``r=0`` makes a plain layer without adapter, as in microsoft/LoRA.
 
     Args:
@@ -37,38 +44,74 @@ class LoRALayer(nn.Module):
         scaling: "alpha/b" (the paper), "alpha/r" or "alpha/sqrt(b)".
         merge_weights: accepted for compatibility; merging is explicit here (``merge``, ``unmerge``).
 
-    A new layer runs at rank r and computes what its base layer computes, since one factor is zero.
+    A new layer runs at rank r and computes what its base layer computes, since one factor is zero. A layer made by its
+    constructor is its own base layer; ``around`` makes one that holds another module and calls it.
+
+    A layer has one rank at a time: two threads must not run one model at different ranks (give each a copy).
     """
 
-    base_type = None  # the class that inject replaced
-    module_name = None  # where the layer stands in its model; set_rank(model, ...) fills it in for error messages
+    module_name: str | None = None  # where the layer stands in its model, for error messages
     projections = 1  # MergedLinear: how many of its projections are adapted
     rows = 1  # Conv: rows of lora_A that make one component
 
     def __init__(self, *args, r=0, lora_alpha=1, lora_dropout=0.0, scaling="alpha/b", merge_weights=True, **kwargs):
         super().__init__(*args, **kwargs)
-        if isinstance(r, bool) or not isinstance(r, int) or r < 0:
-            raise ValueError(f"r is {r!r}; give the maximum rank as an int, 1 or more (0: no adapter).")
+        self.merge_weights = merge_weights
+        self.set_up_adapter(r, lora_alpha, lora_dropout, scaling)
+
+    @classmethod
+    def around(cls, base: nn.Module, geometry: dict, **adapter):
+        """A layer that adapts ``base``: it calls it, and both hold the same parameters.
+
+        ``geometry`` are the attributes that say the layer's shape (``in_features``, ...), ``adapter`` the arguments of
+        ``set_up_adapter``.
+        """
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        # The two share the very dictionaries: a parameter that is replaced in one (a move, a merge, FSDP) is so in the other,
+        # and since the layer alone is registered in its model, names and state-dict keys stay what they are.
+        for own in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            layer.__dict__[own] = base.__dict__[own]
+        layer.__dict__["_base"] = base
+        vars(layer).update(geometry)
+        layer.merge_weights = True
+        layer.set_up_adapter(**adapter)
+        return layer.train(base.training)
+
+    def set_up_adapter(
+        self, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, scaling: str = "alpha/b"
+    ) -> None:
+        """Make lora_A and lora_B on the base weight's device, in its dtype where that is a float, and freeze the base."""
+        check_int("r", r, 0, math.inf, "give the maximum rank as an int, 1 or more (0: no adapter).")
         check_scaling(scaling, lora_alpha)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, scaling
-        self.merge_weights = merge_weights
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
-        self._rank, self._gate, self._frozen = r, None, False
-        self._drawn = None  # components that took part in a training pass; kept while freeze_undrawn asks for it
-        self._base_weight = None  # while merged: [the weight parameter that holds W0]
+        self.state = RankState(r)
+        self._drawn: torch.Tensor | None = (
+            None  # components of the training passes; kept while freeze_undrawn asks for it
+        )
         if r:
-            self.add_adapter()
+            weight = self.weight
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            shape_A, shape_B = self.factor_shapes()
+            self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=weight.device))
+            self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=weight.device))
+            weight.requires_grad = False
+            self.reset_adapter()
 
-    def add_adapter(self) -> None:
-        """Make lora_A and lora_B beside the base weight (its device and dtype) and freeze the latter."""
-        shape_A, shape_B = self.factor_shapes()
-        self.lora_A = nn.Parameter(self.weight.new_empty(shape_A))
-        self.lora_B = nn.Parameter(self.weight.new_empty(shape_B))
-        self.weight.requires_grad = False
-        self.reset_adapter()
+    @property
+    def base_layer(self) -> nn.Module:
+        """The module whose output the update is added to: the one the layer was put around, or the layer itself."""
+        return self if self._base is None else self._base
+
+    def train(self, mode: bool = True):
+        """As every module's; the base layer, which is no child, goes along."""
+        if self._base is not None:
+            self._base.train(mode)
+        return super().train(mode)
 
     def reset_parameters(self) -> None:
-        super().reset_parameters()
+        super().reset_parameters()  # type: ignore[misc]  # of the torch layer that a subclass derives from
         if hasattr(self, "lora_A"):
             self.reset_adapter()
 
@@ -83,9 +126,9 @@ class LoRALayer(nn.Module):
         """The shapes of lora_A and lora_B."""
         raise NotImplementedError
 
-    def base(self, x: torch.Tensor) -> torch.Tensor:
-        """W0 x, through ``self.weight``."""
-        return super().forward(x)
+    def own_base(self, x: torch.Tensor) -> torch.Tensor:
+        """W0 x, for a layer that is its own base layer."""
+        return super().forward(x)  # type: ignore[misc]
 
     def update(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
         """B (gate * (A x)); gate is a float, (components,) or (batch, components)."""
@@ -95,10 +138,6 @@ class LoRALayer(nn.Module):
         """h plus the update; a layer may do it in fewer steps."""
         return h + self.update(x, A, B, gate)
 
-    def delta(self, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
-        """The change of the weight that ``update`` amounts to, shaped like the weight; gate as a float or (components,)."""
-        raise NotImplementedError
-
     # --- rank ---------------------------------------------------------------------------------------
 
     def get_dimension(self) -> int:
@@ -107,7 +146,7 @@ class LoRALayer(nn.Module):
 
     def get_rank(self):
         """The rank in use: an int, a LongTensor (batch,), or None after ``set_gate`` and after weights of ranks."""
-        return self._rank
+        return self.state.rank
 
     def set_rank(self, rank, frozen: bool = False) -> None:
         """Run at ``rank``: an int in 0..r, a LongTensor (batch,) with one rank per example, or a float tensor (batch, r), each
@@ -121,62 +160,69 @@ class LoRALayer(nn.Module):
         if isinstance(rank, torch.Tensor):
             gate = rank_gate(rank.to(self.weight.device), self.r, self.lora_alpha, self.scaling, self.gate_dtype())
             rank = None if rank.is_floating_point() else rank
-        self._set_state(rank, gate, frozen)
+        set_states([(self, RankState(rank, gate, bool(frozen)))])
 
     def set_gate(self, gate: torch.Tensor) -> None:
         """Multiply the components by ``gate``, a float tensor (r,) or (batch, r), scaling included."""
+        set_states([(self, self.gate_state(gate))])
+
+    def gate_state(self, gate: torch.Tensor) -> RankState:
+        """The state in which ``gate`` multiplies the components. Raises TypeError or ValueError for what is no gate."""
         if not isinstance(gate, torch.Tensor) or not gate.is_floating_point():
             raise TypeError(
                 f"gate is {type(gate).__name__}; give a float tensor of shape ({self.r},) or (batch, {self.r})."
             )
         if gate.ndim not in (1, 2) or gate.shape[-1] != self.r or not len(gate):
             raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({self.r},) or (batch, {self.r}).")
-        self._set_state(None, gate.to(self.weight.device, self.gate_dtype()), False)
+        return RankState(None, gate.to(self.weight.device, self.gate_dtype()))
 
     def gate_dtype(self) -> torch.dtype:
         """A gate is never rounded below fp32: its values are strengths, which an int rank applies exactly."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.promote_types(self.lora_A.dtype, torch.float32)
 
-    def _set_state(self, rank, gate, frozen) -> None:
-        self.check_unmerged()
-        if frozen and rank is None:
-            raise ValueError("frozen training updates the component of a drawn rank, and weights of ranks draw none.")
-        self._rank, self._gate, self._frozen = rank, gate, bool(frozen)
-
-    def check_unmerged(self) -> None:
-        if self._base_weight is not None:
-            raise RuntimeError(f"{self._called()} is merged and its rank is fixed; call unmerge() first.")
-
-    def _called(self) -> str:
+    def described(self) -> str:
+        """How an error message names the layer."""
         return f"layer {self.module_name!r}" if self.module_name else f"this {type(self).__name__} layer"
 
     # --- the forward pass ---------------------------------------------------------------------------
 
+    def base(self, x: torch.Tensor) -> torch.Tensor:
+        """W0 x, by the base layer."""
+        return self.own_base(x) if self._base is None else self._base(x)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.base(x)
-        if self.r == 0 or self._base_weight is not None or (isinstance(self._rank, int) and self._rank == 0):
+        if self.r == 0 or self.is_merged:
             return h
+        if not (isinstance(self.state.rank, int) and self.state.rank == 0):
+            h = self._updated(h, x, self.state)
+        if self.training and h.requires_grad:
+            watch(self, h)
+        return h
+
+    def _updated(self, h: torch.Tensor, x: torch.Tensor, state: RankState) -> torch.Tensor:
+        """h plus the update of x at ``state``."""
         if self._drawn is not None and self.training and torch.is_grad_enabled():
             self._drawn |= self.drawn_components()
         x = self.lora_dropout(x)
-        if self._gate is None:
-            return self.add_update(h, x, *self.first_components(self._rank, self._frozen), self.strength())
-        gate = self._gate.to(device=h.device)
+        if state.gate is None:
+            return self.add_update(h, x, *self.first_components(state.rank, state.frozen), self.strength())
+        gate = state.gate.to(device=h.device)
         if gate.ndim == 2 and x.shape[0] not in (1, len(gate)):
             raise ValueError(
-                f"{self._called()} got an input whose first dimension is {x.shape[0]}, but {len(gate)} ranks "
+                f"{self.described()} got an input whose first dimension is {x.shape[0]}, but {len(gate)} ranks "
                 f"are set; set one rank per example of the batch."
             )
-        if not self._frozen:
+        if not state.frozen:
             return self.add_update(h, x, self.lora_A, self.lora_B, gate)
         # The value and the gradient to x come from all components 1..b, the factors' gradient from component b alone.
         value = self.update(x, self.lora_A.detach(), self.lora_B.detach(), gate)
-        own = gate * (torch.arange(1, self.r + 1, device=gate.device) == self._rank.to(gate.device)[:, None])
-        return h + value + only_gradient(self.update(x.detach(), self.lora_A, self.lora_B, own))
+        drawn = torch.arange(1, self.r + 1, device=gate.device) == state.rank.to(gate.device)[:, None]
+        return h + value + only_gradient(self.update(x.detach(), self.lora_A, self.lora_B, gate * drawn))
 
     def strength(self) -> float:
         """scale(b) at the int rank in use."""
-        return scale(self._rank, self.r, self.lora_alpha, self.scaling)
+        return scale(self.state.rank, self.r, self.lora_alpha, self.scaling)
 
     def split_A(self, A: torch.Tensor) -> torch.Tensor:
         """View lora_A with a dimension for the component: (projections, r, rows, in)."""
@@ -198,58 +244,12 @@ class LoRALayer(nn.Module):
 
     def drawn_components(self) -> torch.Tensor:
         """Which components the state in use trains, over all examples: bool (r,)."""
-        component = torch.arange(1, self.r + 1, device=self.weight.device)
-        if self._rank is None:
-            return (self._gate != 0).reshape(-1, self.r).any(0).to(component.device)
-        rank = torch.as_tensor(self._rank, device=component.device).reshape(-1, 1)
-        return (component == rank if self._frozen else component <= rank).any(0)
-
-    # --- merging ------------------------------------------------------------------------------------
-
-    def delta_weight(self) -> torch.Tensor:
-        """What the update at the rank (or gate) in use adds to the weight. Raises ValueError for per-example ranks."""
-        if self._gate is None:
-            return self.delta(*self.first_components(self._rank), self.strength())
-        if self._gate.ndim == 2:
-            raise ValueError(f"{self._called()} has one rank per example; set one rank for all before merging.")
-        return self.delta(self.lora_A, self.lora_B, self._gate)
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Add the update at the rank in use to the weight, for inference.
-
-        The merged weight is a new parameter; the one with W0 is kept aside untouched, with all that shares it (a tied
-        output layer, an optimizer), until ``unmerge``.
-        """
-        if self.r == 0 or self._base_weight is not None:
-            return
-        merged = self.weight + self.delta_weight().to(self.weight.dtype)
-        self._base_weight = [self.weight]
-        self.weight = nn.Parameter(merged, requires_grad=False)
-
-    def unmerge(self) -> None:
-        """Put W0 back, bit for bit."""
-        if self._base_weight is not None:
-            (base,) = self._base_weight
-            base.data = base.data.to(self.weight.device)
-            self.weight, self._base_weight = base, None
-
-    def to_plain(self) -> nn.Module:
-        """The plain torch layer that computes what this one computes at the rank in use; it takes over the parameters.
-
-        ``inject`` notes the type it replaced in ``base_type``, so that Hugging Face's Conv1D comes back as such.
-        """
-        self.merge()
-        with torch.device("meta"):
-            plain = self.new_plain()
-        plain.weight = self.weight
-        if getattr(self, "bias", None) is not None:
-            plain.bias = self.bias
-        return plain.train(self.training)
-
-    def new_plain(self) -> nn.Module:
-        """An empty layer of the plain type with this one's shapes and options."""
-        raise NotImplementedError
+        component = torch.arange(1, self.r + 1, device=self.lora_A.device)
+        state = self.state
+        if state.rank is None:
+            return (state.gate != 0).reshape(-1, self.r).any(0).to(component.device)
+        rank = torch.as_tensor(state.rank, device=component.device).reshape(-1, 1)
+        return (component == rank if state.frozen else component <= rank).any(0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling!r}"
@@ -293,7 +293,7 @@ class Linear(LoRALayer, nn.Linear):
     def factor_shapes(self):
         return (self.r, self.in_features), (self.out_features, self.r)
 
-    def base(self, x):
+    def own_base(self, x):
         if not self.fan_in_fan_out:
             return F.linear(x, self.weight, self.bias)
         h = F.linear(x, self.weight.T)
@@ -315,8 +315,6 @@ class Linear(LoRALayer, nn.Linear):
         return delta.T if self.fan_in_fan_out else delta
 
     def new_plain(self):
-        if self.base_type is not None and self.fan_in_fan_out:
-            return self.base_type(self.out_features, self.in_features)
         if self.fan_in_fan_out:
             self.weight.data = self.weight.data.T.contiguous()
         return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
@@ -383,8 +381,12 @@ class MergedLinear(Linear):
 class Embedding(LoRALayer, nn.Embedding):
     """``nn.Embedding`` with a low-rank update: lora_A (r, num_embeddings), lora_B (embedding_dim, r).
 
-    As in microsoft/LoRA lora_A starts at zero and lora_B normal, the other way round than in Linear.
+    As in microsoft/LoRA lora_A starts at zero and lora_B normal, the other way round than in Linear. Around a scaled
+    embedding (Gemma, BART), whose output is ``embed_scale`` times the row, the update is scaled alike, so that it remains
+    an update of the weight.
     """
+
+    embed_scale: float | torch.Tensor = 1.0
 
     def __init__(
         self,
@@ -409,7 +411,9 @@ class Embedding(LoRALayer, nn.Embedding):
         nn.init.normal_(self.lora_B)
 
     def update(self, x, A, B, gate):
-        return F.linear(gated(F.embedding(x, A.T, self.padding_idx), gate), B)
+        h = F.linear(gated(F.embedding(x, A.T, self.padding_idx), gate), B)
+        scale = self.embed_scale
+        return h if isinstance(scale, float) and scale == 1.0 else h * scale
 
     def delta(self, A, B, gate):
         return ((B * gate).to(B.dtype) @ A).T

@@ -2,23 +2,30 @@
 
 import contextlib
 import copy
+import math
 import re
 from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from .convolution import Conv2d
-from .gate import check_rank, matryoshka_gate, rank_gate
-from .layers import Embedding, Linear, LoRALayer
+from .adapting import around, can_adapt
+from .gate import check_int, check_rank, matryoshka_gate, rank_gate
+from .layers import LoRALayer
+from .state import RankState, set_states
 
 # Classifier classes of transformers: their head is new, trained in full and saved with the adapter.
 _CLASSIFIER = re.compile(r"For(\w*Classification|MultipleChoice|QuestionAnswering)$")
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
-    """The adapted layers with their names, in the model's order. Raises ValueError if there are none."""
+    """The adapted layers with their names, in the model's order; each learns its name for error messages.
+
+    Raises ValueError if there are none.
+    """
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r]
+    for name, layer in layers:
+        layer.module_name = name
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no loralib layer with r > 0; call loralib.inject(model, ...) first."
@@ -31,41 +38,6 @@ def has_lora(model: nn.Module) -> bool:
 
 
 # --- putting layers in --------------------------------------------------------------------------------
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Hugging Face's Conv1D (GPT-2): a Linear whose weight is stored as (in, out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
-
-
-def _adapted(base: nn.Module, **lora) -> LoRALayer | None:
-    """The layer that replaces ``base`` and shares its parameters, or None if there is none for its type.
-
-    Exact types only: a subclass (a quantised layer, nn.MultiheadAttention's out_proj) computes in its own way.
-    """
-    if type(base) is nn.Linear:
-        layer = Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta", **lora)
-    elif _is_conv1d(base):
-        layer = Linear(*base.weight.shape, fan_in_fan_out=True, device="meta", **lora)
-    elif type(base) is nn.Embedding:
-        lora.pop("lora_dropout")  # as in microsoft/LoRA, an index has no dropout
-        options = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-        kept = {name: getattr(base, name) for name in options}
-        layer = Embedding(base.num_embeddings, base.embedding_dim, device="meta", **kept, **lora)
-    elif type(base) is nn.Conv2d:
-        options = ("stride", "padding", "dilation", "groups", "padding_mode")
-        kept = {name: getattr(base, name) for name in options}
-        layer = Conv2d(
-            base.in_channels, base.out_channels, base.kernel_size, bias=base.bias is not None, device="meta", **kept, **lora
-        )  # fmt: skip
-    else:
-        return None
-    layer.weight = base.weight
-    if getattr(base, "bias", None) is not None:
-        layer.bias = base.bias
-    layer.base_type = type(base)
-    layer.add_adapter()
-    return layer.train(base.training)
 
 
 def _matches(name: str, targets) -> bool:
@@ -82,50 +54,62 @@ def _matches(name: str, targets) -> bool:
 def inject(
     model: nn.Module,
     target_modules: str | list[str],
-    r: int,
-    lora_alpha: float = 1,
+    r: int = 8,
+    lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
-    scaling: str = "alpha/b",
+    scaling: str = "alpha/r",
     modules_to_save: list[str] | None = None,
 ) -> nn.Module:
     """Replace the matching layers of ``model`` in place by loralib's and return the model.
 
-    Handles nn.Linear, nn.Embedding, nn.Conv2d and Hugging Face's Conv1D; the new layers share the old ones'
-    parameters, and their weights are frozen (``mark_only_lora_as_trainable`` freezes the rest of the model). As in PEFT
-    a list gives names or endings of names, a string a regular expression for the whole name (or one ending).
+    Handles nn.Linear, nn.Embedding, nn.Conv2d, Hugging Face's Conv1D and subclasses that compute the same (see
+    ``loralib.adapting``). Each new layer holds the old one as its ``base_layer``, calls it and shares its parameters; their
+    weights are frozen (``mark_only_lora_as_trainable`` freezes the rest of the model). As in PEFT a list gives names or
+    endings of names, a string a regular expression for the whole name (or one ending).
 
     Args:
+        r: maximum rank r_max, 1 or more.
+        lora_alpha: alpha of the scaling rule, above 0; None: 2 r.
+        lora_dropout: dropout probability on the adapter's input.
+        scaling: strength at rank b: "alpha/r" (one strength for all ranks), "alpha/b" (the paper's) or "alpha/sqrt(b)".
         modules_to_save: names of modules that train in full and are saved with the adapter. Default: the head of a
             transformers classifier, nothing otherwise. They are never adapted.
 
-    Raises ValueError if r < 1, if nothing matches (naming what could have) or if a module to save does not exist.
+    Raises ValueError if r < 1, if nothing matches (naming what could have), if a layer that matches computes in its own way,
+    or if a module to save does not exist; the model is unchanged then.
     """
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
-        raise ValueError(f"r is {r!r}; inject needs a maximum rank of 1 or more.")
+    check_int("r", r, 1, math.inf, "inject needs a maximum rank of 1 or more.")
     heads = default_head(model) if modules_to_save is None else list(modules_to_save)
     modules = dict(model.named_modules())
     for head in heads:
         if not any(_matches(name, [head]) for name in modules):
             raise ValueError(f"modules_to_save names {head!r}, which {type(model).__name__} does not have.")
-    lora = dict(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, scaling=scaling)
-    replaced, candidates = 0, set()
+    adapter = dict(
+        r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, lora_dropout=lora_dropout, scaling=scaling
+    )
+    layers, candidates = {}, set()
     for name, module in modules.items():
-        if not name or isinstance(module, LoRALayer) or is_inside(name, heads):
+        if not name or not can_adapt(module) or is_inside(name, heads):
             continue
         if not _matches(name, target_modules):
-            if type(module) in (nn.Linear, nn.Embedding, nn.Conv2d) or _is_conv1d(module):
-                candidates.add(name.rpartition(".")[2])
+            candidates.add(name.rpartition(".")[2])
             continue
-        layer = _adapted(module, **lora)
-        if layer is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(modules[parent], child, layer)
-            replaced += 1
-    if not replaced:
+        layer = around(module, **adapter)
+        if layer is None:
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which computes in its own way and cannot be adapted; leave it out "
+                f"of target_modules."
+            )
+        layer.module_name = name
+        layers[name] = layer
+    if not layers:
         raise ValueError(
             f"target_modules = {target_modules!r} matches no layer of {type(model).__name__} that can be adapted; "
             f"it has {', '.join(sorted(candidates)) or 'none'}."
         )
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, layer)
     model.lora_modules_to_save = heads
     return model
 
@@ -156,6 +140,12 @@ def max_rank(model: nn.Module) -> int:
     return max(layer.r for _, layer in lora_layers(model))
 
 
+def scaling_of(model: nn.Module) -> str:
+    """The scaling rule of all layers, or "several" where they differ."""
+    rules = {layer.scaling for _, layer in lora_layers(model)}
+    return rules.pop() if len(rules) == 1 else "several"
+
+
 def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     """Run the whole model at ``rank``: an int in 0..r_max, or a LongTensor (batch,), one rank per example.
 
@@ -166,19 +156,19 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     """
     layers = lora_layers(model)
     rank = check_rank(rank, max(layer.r for _, layer in layers))
-    gates = {}  # layers of one kind share the tensor
+    gates: dict[tuple, tuple] = {}  # layers of one kind share the tensors
     states = []
     weighted = isinstance(rank, torch.Tensor) and rank.is_floating_point()
     for _, layer in layers:
         if isinstance(rank, int):
-            states.append((min(rank, layer.r), None))
+            states.append((layer, RankState(min(rank, layer.r), None, bool(frozen))))
             continue
         key = (layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype(), layer.weight.device)
         if key not in gates:
-            own = (rank if weighted else rank.clamp(max=layer.r)).to(layer.weight.device)
-            gates[key] = None if weighted else own, rank_gate(own, *key[:4])
-        states.append(gates[key])
-    _set_states(layers, states, frozen)
+            ranks = (rank if weighted else rank.clamp(max=layer.r)).to(layer.weight.device)
+            gates[key] = None if weighted else ranks, rank_gate(ranks, *key[:4])
+        states.append((layer, RankState(*gates[key], bool(frozen))))
+    set_states(states)
 
 
 def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
@@ -190,19 +180,20 @@ def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
     r_max = max(layer.r for _, layer in layers)
     if isinstance(gate, torch.Tensor) and gate.ndim in (1, 2) and gate.shape[-1] != r_max:
         raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({r_max},) or (batch, {r_max}).")
-    for name, layer in layers:
-        layer.module_name = name
-        layer.set_gate(gate[..., : layer.r] if isinstance(gate, torch.Tensor) and gate.ndim in (1, 2) else gate)
+    columns = isinstance(gate, torch.Tensor) and gate.ndim in (1, 2)
+    set_states([(layer, layer.gate_state(gate[..., : layer.r] if columns else gate)) for _, layer in layers])
 
 
 def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> None:
     """Train all ``ranks`` (default: 1..r_max) at once through one fixed gate: see ``loralib.matryoshka_gate``."""
-    r_max = max_rank(model)
+    layers = lora_layers(model)
+    r_max = max(layer.r for _, layer in layers)
     ranks = [check_rank(b, r_max) for b in (range(1, r_max + 1) if ranks is None else ranks)]
-    for name, layer in lora_layers(model):
-        layer.module_name = name
-        own = [min(b, layer.r) for b in ranks]
-        layer.set_gate(matryoshka_gate(layer.r, layer.lora_alpha, layer.scaling, own, reduce))
+    gates = [
+        matryoshka_gate(layer.r, layer.lora_alpha, layer.scaling, [min(b, layer.r) for b in ranks], reduce)
+        for _, layer in layers
+    ]
+    set_states([(layer, layer.gate_state(gate)) for (_, layer), gate in zip(layers, gates, strict=True)])
 
 
 def get_rank(model: nn.Module):
@@ -214,22 +205,12 @@ def get_rank(model: nn.Module):
 @contextlib.contextmanager
 def use_rank(model: nn.Module, rank) -> Iterator[nn.Module]:
     """``with use_rank(model, 4): ...`` runs the body at a rank and puts the former state back, also on an exception."""
-    layers = lora_layers(model)
-    before = [(layer._rank, layer._gate, layer._frozen) for _, layer in layers]
+    before = [(layer, layer.state) for _, layer in lora_layers(model)]
     set_rank(model, rank)
     try:
         yield model
     finally:
-        for (_, layer), state in zip(layers, before, strict=True):
-            layer._set_state(*state)
-
-
-def _set_states(layers, states, frozen: bool) -> None:
-    for name, layer in layers:
-        layer.module_name = name
-        layer.check_unmerged()
-    for (_, layer), (rank, gate) in zip(layers, states, strict=True):
-        layer._set_state(rank, gate, frozen)
+        set_states(before)
 
 
 # --- what trains, what is kept ------------------------------------------------------------------------
@@ -288,6 +269,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
             raise TypeError("rank is a tensor; a merged model has one rank, give an int.")
         set_rank(model, rank)
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
+        layer.module_name = name
         parent, _, child = name.rpartition(".")
         plain = layer.to_plain()
         if not name:

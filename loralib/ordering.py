@@ -31,8 +31,7 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     result counts. Raises RuntimeError if a layer is merged.
     """
     layers = lora_layers(model)
-    for name, layer in layers:
-        layer.module_name = name
+    for _, layer in layers:
         layer.check_unmerged()
     for _, layer in layers:
         (kept, see_kept), (other, see_other) = _factors(layer)

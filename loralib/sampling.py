@@ -21,8 +21,6 @@ class RankSampler:
         per: "example" draws one rank for each example, "step" one for a whole update: every micro-batch of it and
             every process then has the same rank, with nothing to communicate. "mixed" is per example.
         seed: any int.
-        full_steps: for so many updates every rank is r_max; then ranks are drawn. Meant with ``order_components`` between
-            the two, as ``DyLoRATrainer`` does (figures: results/study).
 
     Source: DyLoRA, arXiv 2210.07558, section 3 (p_B); drawing per example is nested dropout's own form.
     """
@@ -35,7 +33,6 @@ class RankSampler:
         p: float = 0.15,
         per: str = "example",
         seed: int = 0,
-        full_steps: int = 0,
     ):
         if not 1 <= r_min <= r_max:
             raise ValueError(f"r_min is {r_min} and r_max {r_max}; they need 1 <= r_min <= r_max.")
@@ -49,10 +46,8 @@ class RankSampler:
             raise ValueError(
                 "distribution='mixed' gives examples of one update different ranks; per='example' goes with it."
             )
-        if full_steps < 0:
-            raise ValueError(f"full_steps is {full_steps}; give a number of updates, 0 or more.")
         self.r_max, self.r_min, self.distribution, self.p = r_max, r_min, distribution, p
-        self.per, self.seed, self.full_steps = per, seed, full_steps
+        self.per, self.seed = per, seed
         self.ranks = list(range(r_min, r_max + 1))
 
     def probabilities(self) -> list[float]:
@@ -74,9 +69,7 @@ class RankSampler:
 
     def __call__(self, step: int, batch_size: int, micro_step: int = 0, process: int = 0):
         """The ranks of one micro-batch, for ``set_rank``: an int (per="step"), a LongTensor (batch_size,), or for "mixed" a
-        float tensor (batch_size, r_max) once full_steps are over."""
-        if step < self.full_steps:
-            return self.r_max if self.per == "step" else torch.full((batch_size,), self.r_max)
+        float tensor (batch_size, r_max)."""
         # A str seed is hashed with SHA-512, so that neighbouring steps have unrelated streams.
         key = (self.seed, step) if self.per == "step" else (self.seed, step, micro_step, process)
         source = random.Random(":".join(map(str, key)))

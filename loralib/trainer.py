@@ -1,5 +1,10 @@
 """The trainer under its public name: ``from loralib.trainer import DyLoRATrainer``."""
 
-from .training.trainer import DyLoRATrainer
+from .extras import missing
 
-__all__ = ["DyLoRATrainer"]
+try:
+    from .training.trainer import DyLoRAMixin, DyLoRATrainer
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(missing(error), name=error.name) from error
+
+__all__ = ["DyLoRAMixin", "DyLoRATrainer"]

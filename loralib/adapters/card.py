@@ -1,6 +1,7 @@
 """The model card of an exported adapter: what it is, how good it is at each rank, how to load it."""
 
-from ..report.tables import columns, table_rows
+from ..report.results import RankResults
+from ..report.tables import columns, markdown_table, table_rows
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -23,12 +24,12 @@ def num_labels(facts: dict) -> int:
     return facts.get("num_labels") or max(1, len(facts.get("labels", [])))
 
 
-def model_card(config: dict, facts: dict, results: dict | None, name: str, merged: bool = False) -> str:
+def model_card(config: dict, facts: dict, results: RankResults | None, name: str, merged: bool = False) -> str:
     """Markdown with the hub's metadata.
 
     Args:
         config, facts: the contents of adapter_config.json and dylora.json.
-        results: of the run (see ``read_run``), or None.
+        results: of the run, or None.
         name: where the reader finds the files: a directory or a repository on the hub.
         merged: the files are a whole model with the adapter merged in, not an adapter.
     """
@@ -67,17 +68,11 @@ def model_card(config: dict, facts: dict, results: dict | None, name: str, merge
     lines += ["```", ""]
     if results is not None:
         lines += ["## Quality at every rank", ""]
-        for split in results["splits"]:
-            names = columns(results)
-            rows = [names, ["---:"] * len(names), *table_rows(results, split)]
-            lines += [
-                f"{results['task']}, {split} (0-100 scale):",
-                "",
-                *("| " + " | ".join(row) + " |" for row in rows),
-                "",
-            ]
-        chosen = results.get("selected_rank")
+        for split in results.splits:
+            table = markdown_table(columns(results), table_rows(results, split))
+            lines += [f"{results.task}, {split} (0-100 scale):", "", table, ""]
+        chosen = results.selected_rank
         if chosen:
-            lines += [f"Selected on {chosen['split']}: rank {chosen['rank']}, the {chosen['rule']}.", ""]
+            lines += [f"Selected on {chosen.split}: rank {chosen.rank}, the {chosen.rule}.", ""]
     lines += ["Method: DyLoRA, [arXiv 2210.07558](https://arxiv.org/abs/2210.07558).", ""]
     return "\n".join(lines)

@@ -9,20 +9,60 @@ import os
 import pickle
 import re
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..files import text_writer, write_together
+from ..gate import check_int
 from . import peft_format
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
+@dataclass
+class AdapterFiles:
+    """What a directory holds: the tensors, PEFT's configuration, and ``dylora.json`` (nothing where PEFT wrote it).
+
+    ``rank`` is the rank of the weights, ``scaling`` the rule of their strength.
+    """
+
+    path: Path
+    tensors: dict[str, torch.Tensor]
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    rank: int
+    scaling: str
+
+    def rank_and_alpha(self, name: str) -> tuple[int, float]:
+        """A layer's rank and alpha by PEFT's configuration, whose patterns are regular expressions for endings of names."""
+        found = []
+        for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+            patterns = (self.config.get(pattern) or {}).items()
+            matching = (v for key, v in patterns if re.match(rf"(.*\.)?({key})$", name))
+            found.append(next(matching, self.config[default]))
+        return found[0], found[1]
+
+    def factors(self) -> Iterator[tuple[str, str, str, torch.Tensor]]:
+        """(key, layer's name, "A" or "B", tensor) of every factor."""
+        for key, value in self.tensors.items():
+            name, is_factor, factor = key.removeprefix(peft_format.PREFIX).partition(".lora_")
+            if is_factor:
+                yield key, name, factor.removeprefix("embedding_")[0], value
+
+    def parameters(self) -> tuple[int, int]:
+        """How many numbers the factors hold, and the modules saved beside them."""
+        size = sum(value.numel() for *_, value in self.factors())
+        return size, sum(value.numel() for value in self.tensors.values()) - size
+
+
 def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, facts: dict) -> None:
     """Write the three files. The weights carry rank and strength too: should a kill leave them beside another
-    configuration, ``load_adapter`` goes by theirs."""
+    configuration, ``read_directory`` goes by theirs."""
     from safetensors.torch import save_file
 
     strength = {key: config[key] for key in STRENGTH} | {"scaling": facts["scaling"], "rank": facts["rank"]}
@@ -37,37 +77,36 @@ def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor]
     )
 
 
-def read_directory(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def read_directory(path: str | os.PathLike) -> AdapterFiles:
+    """Read an adapter's directory, ours or PEFT's own. Raises FileNotFoundError or ValueError with one sentence."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
+    path = Path(path)
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"{path} holds no {CONFIG}; give an adapter's directory.")
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        facts = json.loads((path / EXTRA).read_text(encoding="utf-8")) if (path / EXTRA).exists() else {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} has a configuration that is no JSON ({error}); the adapter must be saved anew."
-        ) from None
+    config, facts = read_configs(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
     if config.get("use_dora"):
         raise ValueError(f"{path} is a DoRA adapter, which is no plain low-rank update; loralib cannot load it.")
-    config["scaling"] = facts.get("scaling") or ("alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b")
-    config["base_sample"] = facts.get("base_sample")
-    file = path / WEIGHTS
-    if not file.exists():
-        older = path / "adapter_model.bin"
-        if older.exists():
-            return read_bin(older), config
+    file, strength = path / WEIGHTS, {}
+    if file.exists():
+        try:
+            with safe_open(file, "pt") as opened:
+                strength = json.loads((opened.metadata() or {}).get("dylora", "{}"))
+            tensors = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}); save the adapter anew or fetch it again.") from None
+    elif (path / "adapter_model.bin").exists():
+        tensors = read_bin(path / "adapter_model.bin")
+    else:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
-    try:
-        with safe_open(file, "pt") as opened:
-            config |= json.loads((opened.metadata() or {}).get("dylora", "{}"))
-        return load_file(file), config
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged ({error}); save the adapter anew or fetch it again.") from None
+    scaling = strength.pop("scaling", None) or facts.get("scaling")
+    rank = strength.pop("rank", None) or facts.get("rank")
+    config |= strength
+    usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b"
+    return AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -87,68 +126,64 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def scaling_of(path: str | os.PathLike) -> str:
-    """The scaling rule of an adapter's directory; a ``.bin``, which says none, has the paper's."""
-    return read_directory(Path(path))[1]["scaling"] if Path(path).is_dir() else "alpha/b"
-
-
 def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
-    """The contents of adapter_config.json and dylora.json in an adapter's directory."""
-    return tuple(json.loads((Path(path) / name).read_text(encoding="utf-8")) for name in (CONFIG, EXTRA))
+    """The contents of adapter_config.json and, where it is there, dylora.json. Raises ValueError for what is no JSON."""
+    return _read_json(Path(path, CONFIG)), read_facts(path)
 
 
 def read_facts(path: str | os.PathLike | None) -> dict:
     """What dylora.json in an adapter's directory tells; nothing for a ``.bin``, a directory without it, or None."""
     file = Path(path or "", EXTRA)
-    return json.loads(file.read_text(encoding="utf-8")) if path and file.is_file() else {}
+    return _read_json(file) if path and file.is_file() else {}
 
 
-def rank_and_alpha(config: dict, name: str) -> tuple[int, float]:
-    """A layer's rank and alpha in PEFT's configuration, whose patterns are regular expressions for endings of names."""
-    found = []
-    for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
-        own = (v for key, v in (config.get(pattern) or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-        found.append(next(own, config[default]))
-    return found[0], found[1]
+def _read_json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no JSON ({error}); the adapter must be saved anew.") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds {found!r} where a table belongs; the adapter must be saved anew.")
+    return found
 
 
-def cut_adapter(source: str | os.PathLike, target: str | os.PathLike, rank: int, extra: dict | None = None) -> dict:
+def scaling_of_file(path: str | os.PathLike) -> str:
+    """The scaling rule of an adapter's directory; a ``.bin``, which says none, has the paper's."""
+    return read_directory(path).scaling if Path(path).is_dir() else "alpha/b"
+
+
+def cut_adapter(
+    source: str | os.PathLike, target: str | os.PathLike, rank: int, extra: dict | None = None
+) -> tuple[dict, dict]:
     """Copy an adapter's directory cut to ``rank``, without its base model: what ``save_adapter(..., rank)`` would write.
 
-    ``extra`` is added to ``dylora.json``, whose content is returned. Raises FileNotFoundError or ValueError; ``target`` is
-    then untouched.
+    ``extra`` is added to ``dylora.json``. Returns the contents of both configurations. Raises FileNotFoundError or
+    ValueError; ``target`` is then untouched.
     """
-    source, target = Path(source), Path(target)
-    tensors, config = read_directory(source)
-    facts = json.loads((source / EXTRA).read_text(encoding="utf-8")) if (source / EXTRA).exists() else {}
-    scaling = config.pop("scaling")
-    config.pop("base_sample", None)
-    at = config.pop("rank", None) or facts.get("rank", config["r"])
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= at:
-        raise ValueError(f"rank is {rank!r}; the adapter in {source} can be cut to 1..{at}.")
-    sizes, found = {}, {}
-    for key, value in tensors.items():
-        name, is_factor, factor = key.removeprefix(peft_format.PREFIX).partition(".lora_")
-        if not is_factor:
-            found[key] = value
-            continue
-        projections = facts.get("projections", {}).get(name, 1)
-        dim = 0 if factor.removeprefix("embedding_").startswith("A") else 1
-        expansion = projections * (value.shape[2:].numel() if dim == 0 else 1)
-        R, alpha = rank_and_alpha(config, name)
-        r = R // expansion if dim == 0 else sizes[name][2]
+    files = read_directory(source)
+    check_int("rank", rank, 1, files.rank, f"the adapter in {files.path} can be cut to 1..{files.rank}.")
+    tensors = {key: value for key, value in files.tensors.items() if ".lora_" not in key}
+    sizes: dict[str, tuple[int, float]] = {}
+    ranks: dict[str, int] = {}
+    for key, name, factor, value in files.factors():  # a layer's A comes before its B
+        projections = files.facts.get("projections", {}).get(name, 1)
+        dim = "AB".index(factor)
+        R, alpha = files.rank_and_alpha(name)
+        if dim == 0:
+            ranks[name] = R // (projections * value.shape[2:].numel())
+        r = ranks[name]
         b = min(rank, r)
         by_projection = value.unflatten(dim, (projections, -1))
         kept = by_projection.shape[dim + 1] // r * b
-        found[key] = by_projection.narrow(dim + 1, 0, kept).flatten(dim, dim + 1).contiguous()
+        tensors[key] = by_projection.narrow(dim + 1, 0, kept).flatten(dim, dim + 1).contiguous()
         # alpha/b and alpha/sqrt(b) keep their alpha; a strength of alpha/r does not change with the rank.
-        sizes[name] = R // r * b, peft_format.tidy(alpha * b / r) if scaling == "alpha/r" else alpha, r
-    config |= peft_format.patterns({name: (R, alpha) for name, (R, alpha, _) in sizes.items()})
-    facts |= {"rank": rank, "scaling": scaling}
-    facts.setdefault("r_max", at)
+        sizes[name] = R // r * b, peft_format.tidy(alpha * b / r) if files.scaling == "alpha/r" else alpha
+    tensors = {key: tensors[key] for key in files.tensors}
+    config = files.config | peft_format.patterns(sizes)
+    facts = {**files.facts, "rank": rank, "scaling": files.scaling, "r_max": files.facts.get("r_max", files.rank)}
     facts |= extra or {}
-    write_adapter(target, found, config, facts)
-    return facts
+    write_adapter(target, tensors, config, facts)
+    return config, facts
 
 
 def describe_adapter(path: str | os.PathLike) -> dict:
@@ -157,26 +192,24 @@ def describe_adapter(path: str | os.PathLike) -> dict:
     The norm of component j is ``|B[:, j]| |A[j]|`` (its rank-1 update's Frobenius norm, without scaling), as root mean
     square over the layers; PEFT's components are counted where they differ from the layer's own.
     """
-    path = Path(path)
-    tensors, config = read_directory(path)
-    facts = json.loads((path / EXTRA).read_text(encoding="utf-8")) if (path / EXTRA).exists() else {}
-    factors = {key: value for key, value in tensors.items() if ".lora_" in key}
+    files = read_directory(path)
+    pairs = defaultdict(dict)
+    for _, name, factor, value in files.factors():
+        pairs[name][factor] = value
     squares = defaultdict(list)
-    for key_A, A in factors.items():
-        if ".lora_A" not in key_A and ".lora_embedding_A" not in key_A:
-            continue
-        B = factors[key_A.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+    for pair in pairs.values():
+        A, B = pair["A"], pair["B"]
         for j, square in enumerate(A.flatten(1).square().sum(1) * B.reshape(*B.shape[:2], -1).square().sum((0, 2))):
             squares[j].append(float(square))
-    size = sum(value.numel() for value in factors.values())
-    return facts | {
-        "base": config.get("base_model_name_or_path"),
-        "rank": config.get("rank") or facts.get("rank", config["r"]),
-        "scaling": config["scaling"],
-        "lora_alpha": facts.get("lora_alpha", config["lora_alpha"]),
-        "target_modules": config.get("target_modules"),
-        "modules_to_save": config.get("modules_to_save"),
-        "adapter_parameters": size,
-        "head_parameters": sum(value.numel() for value in tensors.values()) - size,
+    factors, head = files.parameters()
+    return files.facts | {
+        "base": files.config.get("base_model_name_or_path"),
+        "rank": files.rank,
+        "scaling": files.scaling,
+        "lora_alpha": files.facts.get("lora_alpha", files.config["lora_alpha"]),
+        "target_modules": files.config.get("target_modules"),
+        "modules_to_save": files.config.get("modules_to_save"),
+        "adapter_parameters": factors,
+        "head_parameters": head,
         "norms": [(sum(values) / len(values)) ** 0.5 for _, values in sorted(squares.items())],
     }

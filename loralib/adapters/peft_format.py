@@ -55,20 +55,20 @@ def from_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> 
         parts = B.chunk(len(layer.enable_lora))
         parts = [part for part, enabled in zip(parts, layer.enable_lora, strict=True) if enabled]
         b = B.shape[1] // layer.projections
-        own = A, torch.cat([part[:, g * b : (g + 1) * b] for g, part in enumerate(parts)])
+        factors = A, torch.cat([part[:, g * b : (g + 1) * b] for g, part in enumerate(parts)])
     elif isinstance(layer, Convolution):
         blocks = math.prod(layer.kernel_size) // layer.rows
-        own = (
+        factors = (
             A.reshape(-1, blocks, blocks, layer.in_channels * layer.rows)[:, 0, 0],
             B.reshape(layer.out_channels, -1, blocks).transpose(1, 2).reshape(layer.out_channels * blocks, -1),
         )
     else:
         return A, B
-    if not all(torch.equal(x, y) for x, y in zip(to_peft(layer, name, *own), (A, B), strict=True)):
+    if not all(torch.equal(x, y) for x, y in zip(to_peft(layer, name, *factors), (A, B), strict=True)):
         raise ValueError(
             f"the entry for {name!r} is no loralib {type(layer).__name__} adapter; it cannot be loaded into one."
         )
-    return own
+    return factors
 
 
 def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, torch.Tensor], dict]:
@@ -82,12 +82,7 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
         R = b * expansion(layer)
         strength = scale(b, layer.r, layer.lora_alpha, layer.scaling)
         sizes[name] = R, tidy(strength * math.sqrt(R) if rslora else strength * R)
-    (r, alpha), _ = Counter(sizes.values()).most_common(1)[0]
-    return tensors, {
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: R for name, (R, _) in sizes.items() if r != R},
-        "alpha_pattern": {name: a for name, (_, a) in sizes.items() if a != alpha},
+    return tensors, patterns(sizes) | {
         "use_rslora": rslora,
         "fan_in_fan_out": all(getattr(layer, "fan_in_fan_out", False) for _, layer in layers),
     }

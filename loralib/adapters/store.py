@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..gate import scale
+from ..gate import check_int, scale
 from ..layers import LoRALayer
 from ..model import has_lora, inject, is_inside, lora_layers, modules_to_save
 from . import peft_format
-from .directory import rank_and_alpha, read_bin, read_directory, write_adapter
+from .directory import AdapterFiles, read_bin, read_directory, write_adapter
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:
@@ -32,9 +32,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     layers = lora_layers(model)
     r_max = max(layer.r for _, layer in layers)
     rank = r_max if rank is None else rank
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= r_max:
-        raise ValueError(f"rank is {rank!r}; an adapter is saved at a rank from 1 to {r_max}.")
-
+    check_int("rank", rank, 1, r_max, f"an adapter is saved at a rank from 1 to {r_max}.")
     if getattr(model, "lora_bias", "none") != "none":
         raise ValueError(
             f"bias = {model.lora_bias!r} trained biases, which an adapter's files do not hold; save them with "
@@ -123,30 +121,30 @@ def load_adapter(
         raise FileNotFoundError(f"{path} does not exist; give an adapter's directory or a .bin file.")
     if path.suffix == ".safetensors":
         raise ValueError(f"{path} is one file of an adapter; give its directory, {path.parent}.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise ValueError(f"rank is {rank!r}; an adapter is loaded at a rank of 1 or more.")
+    if rank is not None:
+        check_int("rank", rank, 1, math.inf, "an adapter is loaded at a rank of 1 or more.")
     if has_lora(model):
-        for name, layer in lora_layers(model):
-            layer.module_name = name
+        for _, layer in lora_layers(model):
             layer.check_unmerged()
-    tensors, config = read_directory(path) if path.is_dir() else (read_bin(path), None)
+    files = read_directory(path) if path.is_dir() else None
+    tensors = files.tensors if files else read_bin(path)
 
     to_inject = []
     skeleton = model
     if not has_lora(model):
-        if config is None:
+        if files is None:
             raise ValueError(
                 f"{type(model).__name__} has no loralib layer to load {path} into; call loralib.inject first."
             )
-        to_inject = _layers_of(model, tensors, config, path)
+        to_inject = _layers_of(model, files)
         weights = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
         skeleton = copy.deepcopy(model, weights)
         for options in to_inject:
             inject(skeleton, **_cut(options, rank))
 
-    plan = _adapter_plan(skeleton, tensors, config, path, rank)
+    plan = _adapter_plan(skeleton, tensors, files is not None, path, rank)
     head_plan, fresh = _head_plan(skeleton, tensors, path, head)
-    if config is not None:
+    if files is not None:
         heads = modules_to_save(skeleton)
         for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
             if not is_inside(key, heads):
@@ -156,8 +154,8 @@ def load_adapter(
                 )
         layers = lora_layers(skeleton)
         if not to_inject:
-            _check_strength(layers, config, path)
-        _check_base(model.get_submodule(layers[-1][0]), config, path)
+            _check_strength(layers, files)
+        _check_base(model.get_submodule(layers[-1][0]), files)
 
     for options in to_inject:
         inject(model, **_cut(options, rank))
@@ -177,27 +175,24 @@ def _cut(options: dict, rank: int | None) -> dict:
     return options | {"r": b, "lora_alpha": alpha}
 
 
-def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict]:
+def _layers_of(model: nn.Module, files: AdapterFiles) -> list[dict]:
     """The calls of ``inject`` that make the layers which the file holds: one per rank and strength."""
     modules = dict(model.named_modules())
     groups = defaultdict(list)
-    for key, value in tensors.items():
-        name, found, _ = key.removeprefix(peft_format.PREFIX).partition(
-            ".lora_" + ("embedding_A" if "embedding_A" in key else "A")
-        )
-        if not found:
+    for _, name, factor, value in files.factors():
+        if factor != "A":
             continue
         if name not in modules:
             raise ValueError(
-                f"{path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model."
+                f"{files.path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model."
             )
         expansion = math.prod(getattr(modules[name], "kernel_size", ()))
-        _, alpha = rank_and_alpha(config, name)
-        root = expansion**0.5 if config["scaling"] == "alpha/sqrt(b)" else expansion
+        _, alpha = files.rank_and_alpha(name)
+        root = expansion**0.5 if files.scaling == "alpha/sqrt(b)" else expansion
         groups[value.shape[0] // expansion, alpha / root].append(name)
     if not groups:
-        raise ValueError(f"{path} holds no LoRA factors.")
-    heads = config.get("modules_to_save")
+        raise ValueError(f"{files.path} holds no LoRA factors.")
+    heads = files.config.get("modules_to_save")
     if heads is not None:  # PEFT lists the usual names of heads, whether the model has them or not
         heads = [head for head in heads if any(is_inside(name, [head]) for name in modules)]
     # A regular expression in brackets, so that a name matches itself and no longer one that ends with it.
@@ -206,7 +201,7 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
             "target_modules": f"(?:{'|'.join(map(re.escape, names))})",
             "r": r,
             "lora_alpha": alpha,
-            "scaling": config["scaling"],
+            "scaling": files.scaling,
             "modules_to_save": heads,
         }
         for (r, alpha), names in groups.items()
@@ -214,19 +209,19 @@ def _layers_of(model: nn.Module, tensors, config: dict, path: Path) -> list[dict
 
 
 def _adapter_plan(
-    model: nn.Module, tensors, config: dict | None, path: Path, rank: int | None
+    model: nn.Module, tensors, in_peft_format: bool, path: Path, rank: int | None
 ) -> dict[str, torch.Tensor]:
     """The value of every factor of ``model``, checked: {parameter's name: tensor}."""
     plan, used = {}, set()
     for name, layer in lora_layers(model):
-        names = peft_format.keys(layer, name) if config is not None else (f"{name}.lora_A", f"{name}.lora_B")
+        names = peft_format.keys(layer, name) if in_peft_format else (f"{name}.lora_A", f"{name}.lora_B")
         if any(key not in tensors for key in names):
             raise ValueError(
                 f"{path} holds no factors for layer {name!r}: it was made for another model or other target modules."
             )
         used.update(names)
         A, B = (tensors[key] for key in names)
-        if config is not None:
+        if in_peft_format:
             A, B = peft_format.from_peft(layer, name, A, B)
         at = A.shape[0] // (layer.projections * layer.rows)
         wanted = layer.r if rank is None else min(rank, at)
@@ -275,26 +270,29 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
     return plan, fresh
 
 
-def _check_strength(layers: list[tuple[str, LoRALayer]], config: dict, path: Path) -> None:
+def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained at another strength than the model's layers have."""
     name, layer = layers[0]
-    if config["scaling"] != layer.scaling:
+    if files.scaling != layer.scaling:
         raise ValueError(
-            f"{path} was trained with scaling {config['scaling']!r}, the model has {layer.scaling!r}; use the file's."
+            f"{files.path} was trained with scaling {files.scaling!r}, the model has {layer.scaling!r}; use the file's."
         )
-    r, alpha = rank_and_alpha(config, name)
+    r, alpha = files.rank_and_alpha(name)
     whole = peft_format.entries(layers[:1], layer.r)[1]
-    own = whole["lora_alpha"]
+    wanted = whole["lora_alpha"]
     if layer.scaling == "alpha/r":  # a file cut to rank b says alpha * b / r
         alpha *= whole["r"] / r
-    if abs(alpha - own) > 1e-6 * own:
-        raise ValueError(f"{path} was trained with lora_alpha = {alpha:g}, the model has {own:g}; use the file's.")
+    if abs(alpha - wanted) > 1e-6 * wanted:
+        raise ValueError(
+            f"{files.path} was trained with lora_alpha = {alpha:g}, the model has {wanted:g}; use the file's."
+        )
 
 
-def _check_base(layer: nn.Module, config: dict, path: Path) -> None:
+def _check_base(layer: nn.Module, files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
-    sample = config.get("base_sample")
+    sample = files.facts.get("base_sample")
     if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
         raise ValueError(
-            f"{path} was trained on other base weights ({config.get('base_model_name_or_path')}); load that model first."
+            f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load that "
+            f"model first."
         )

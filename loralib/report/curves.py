@@ -1,17 +1,17 @@
-"""Runs on disk, put together: seeds of one method become a curve with error bars, tasks become a GLUE-style average."""
+"""Runs put together: seeds of one method become a curve with error bars, tasks become a GLUE-style average."""
 
-import csv
-import io
-import json
-import math
+from __future__ import annotations
+
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from .scores import decide, score
-from .tables import bootstrap, select_rank
+from .choice import mean_and_error
+from .results import RankResults
+from .tables import csv_text
 
 SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_rank")
 
@@ -29,58 +29,31 @@ class Curve:
     errors: tuple[float, ...] | None
     seeds: int
 
-
-def read_run(path: str | Path) -> dict:
-    """The content of a run's rank_results.json, its directory as ``directory``.
-
-    Raises FileNotFoundError or ValueError with one sentence.
-    """
-    directory = Path(path)
-    file = directory / "rank_results.json" if directory.is_dir() else directory
-    if not file.exists():
-        raise FileNotFoundError(
-            f"{path} holds no rank_results.json; give the output directory of a run with --do_eval."
-        )
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        results["metric"], results["splits"], results["task"], results["method"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no result of a run ({error!r}); run the evaluation again.") from None
-    return results | {"directory": str(file.parent)}
+    @classmethod
+    def over_seeds(cls, task: str, split: str, method: str, metric: str, ranks: Iterable[int], values) -> Curve:
+        """The curve of ``values``, (seeds, ranks) on the 0-100 scale."""
+        means, errors = mean_and_error(values)
+        return cls(
+            task, split, method, metric, tuple(ranks), tuple(means.tolist()),
+            None if errors is None else tuple(errors.tolist()), len(values),
+        )  # fmt: skip
 
 
-def split_of(results: dict, split: str | None) -> str:
-    """The split to speak of: the one named, else the first. Raises ValueError for one that is not there."""
-    if split is not None and split not in results["splits"]:
-        raise ValueError(f"The run has no split {split!r}; choose one of {', '.join(results['splits'])}.")
-    return split or next(iter(results["splits"]))
-
-
-def label(results: dict) -> str:
+def label(results: RankResults) -> str:
     """How a run's method is called in a legend, with a scaling rule that is not the usual one."""
-    usual = "alpha/r" if results.get("full_rank_share") else "alpha/b"
-    scaling = results.get("scaling")
-    name = results["method"].replace("at r_max", f"at rank {results['max_rank']}")
-    return name if scaling in (None, usual) else f"{name}, {scaling}"
+    name = results.method.replace("at r_max", f"at rank {results.max_rank}")
+    return name if results.scaling in (None, "alpha/r") else f"{name}, {results.scaling}"
 
 
-def scores_of(results: dict, split: str) -> tuple[list[int], list[float]]:
-    """Ranks and main scores (0-1); a null is nan."""
-    rows = results["splits"][split]
-    values = [row[results["metric"]] for row in rows]
-    return [row["rank"] for row in rows], [math.nan if v is None else v for v in values]
-
-
-def curves(runs: list[dict]) -> list[Curve]:
+def curves(runs: list[RankResults]) -> list[Curve]:
     """One curve for each task, split, method and setting; runs that differ in nothing but the seed are averaged."""
     groups = defaultdict(list)
-    for results in {
-        Path(results["directory"]).resolve() if "directory" in results else id(results): results for results in runs
-    }.values():
-        for split in results["splits"]:
-            ranks, values = scores_of(results, split)
-            settings = tuple((name, results.get(name)) for name in SETTINGS)
-            groups[results["task"], split, label(results), results["metric"], tuple(ranks), settings].append(values)
+    once = {Path(run.directory).resolve() if run.directory else id(run): run for run in runs}
+    for results in once.values():
+        for split in results.splits:
+            ranks, values = results.curve(split)
+            settings = tuple((name, getattr(results, name)) for name in SETTINGS)
+            groups[results.task, split, label(results), results.metric, tuple(ranks), settings].append(values)
     found = []
     settings_of = defaultdict(list)
     for task, split, method, *_, settings in groups:
@@ -90,23 +63,18 @@ def curves(runs: list[dict]) -> list[Curve]:
         rivals = settings_of[task, split, method]
         differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({str(s[n]) for s in rivals}) > 1]
         method = ", ".join([method, *differing])
-        values = 100 * np.array(values)
-        n = len(values)
-        errors = tuple((values.std(0, ddof=1) / math.sqrt(n)).tolist()) if n > 1 else None
-        found.append(Curve(task, split, method, metric, ranks, tuple(values.mean(0).tolist()), errors, n))
+        found.append(Curve.over_seeds(task, split, method, metric, ranks, 100 * np.array(values)))
     return found
 
 
-def runs_to_csv(runs: list[dict]) -> str:
+def runs_to_csv(runs: list[RankResults]) -> str:
     """One line for each run, split and rank: the main score, 0-1."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "task", "method", "seed", "split", "rank", "metric", "score"])
+    rows = []
     for results in runs:
-        start = [results["directory"], results["task"], label(results), results.get("seed")]
-        for split, rows in results["splits"].items():
-            writer.writerows([*start, split, row["rank"], results["metric"], row[results["metric"]]] for row in rows)
-    return text.getvalue()
+        start = [results.directory, results.task, label(results), results.seed]
+        for split in results.splits:
+            rows += [[*start, split, b, results.metric, value] for b, value in zip(*results.curve(split), strict=True)]
+    return csv_text(["run", "task", "method", "seed", "split", "rank", "metric", "score"], rows)
 
 
 def averages(found: list[Curve]) -> list[Curve]:
@@ -114,49 +82,35 @@ def averages(found: list[Curve]) -> list[Curve]:
 
     Empty unless there are two tasks or more. The error is that of a mean of independent means.
     """
-    first = {}
+    first: dict[tuple[str, str], Curve] = {}
     for curve in found:
         first.setdefault((curve.task, curve.method), curve)
     tasks = {curve.task for curve in found}
     result = []
     for method in dict.fromkeys(curve.method for curve in found):
-        own = [curve for curve in first.values() if curve.method == method]
-        if len(tasks) < 2 or len(own) < len(tasks) or len({curve.ranks for curve in own}) > 1:
+        of_tasks = [curve for curve in first.values() if curve.method == method]
+        if len(tasks) < 2 or len(of_tasks) < len(tasks) or len({curve.ranks for curve in of_tasks}) > 1:
             continue
-        means = np.mean([curve.means for curve in own], axis=0)
-        errors = None
-        if all(curve.errors for curve in own):
-            errors = tuple((np.sqrt(np.sum(np.square([c.errors for c in own]), axis=0)) / len(own)).tolist())
-        name = f"average of {len(own)} tasks"
-        result.append(
-            Curve(name, "", method, "score", own[0].ranks, tuple(means.tolist()), errors, min(c.seeds for c in own))
-        )
+        means = np.mean([curve.means for curve in of_tasks], axis=0)
+        errors = [curve.errors for curve in of_tasks if curve.errors]
+        both = None
+        if len(errors) == len(of_tasks):
+            both = tuple((np.sqrt(np.sum(np.square(errors), axis=0)) / len(of_tasks)).tolist())
+        name, seeds = f"average of {len(of_tasks)} tasks", min(curve.seeds for curve in of_tasks)
+        result.append(Curve(name, "", method, "score", of_tasks[0].ranks, tuple(means.tolist()), both, seeds))
     return result
 
 
-def choose(
-    results: dict, split: str | None = None, within: float | str = "1se", max_parameters: int | None = None
-) -> dict:
-    """The choice of a rank for a run: see ``report.select_rank``; with the split it speaks of.
-
-    ``max_parameters`` leaves only ranks whose adapter is no larger. Raises ValueError if none is left, and
-    FileNotFoundError if "1se" needs predictions that are not there.
-    """
-    split = split_of(results, split)
-    ranks, values = scores_of(results, split)
-    rows = results["splits"][split]
-    fits = [k for k, row in enumerate(rows) if max_parameters is None or row["adapter_parameters"] <= max_parameters]
-    if not fits:
-        smallest = min(row["adapter_parameters"] for row in rows)
-        raise ValueError(f"No rank has {max_parameters:,} parameters or fewer; the smallest has {smallest:,}.")
-    resampled = None
-    if within == "1se":
-        file = Path(results["directory"]) / f"predictions_{split}.npz"
-        if not file.exists():
-            raise FileNotFoundError(f"{file} is not there, and 1se resamples it; give a margin such as --within 0.5.")
-        with np.load(file) as arrays:
-            predictions, labels = decide(arrays["logits"]), arrays["labels"]
-        metric, parts = results["metric"], tuple(results.get("metrics", ()))
-        resampled = bootstrap(predictions[:, fits], labels, lambda p, y: score(metric, p, y, parts))
-    chosen = select_rank([ranks[k] for k in fits], [values[k] for k in fits], resampled, within)
-    return chosen | {"split": split, "metric": results["metric"]}
+def summary_rows(found: list[Curve]) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of several runs: mean over seeds, with its standard error."""
+    ranks = sorted({b for curve in found for b in curve.ranks})
+    rows = []
+    for curve in found:
+        errors = curve.errors or [None] * len(curve.ranks)
+        shown = {
+            b: f"{mean:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+            for b, mean, error in zip(curve.ranks, curve.means, errors, strict=True)
+        }
+        name = " ".join(filter(None, (curve.task, curve.split)))
+        rows.append([name, curve.method, str(curve.seeds), *(shown.get(b, "") for b in ranks)])
+    return ["task", "method", "seeds", *(f"r={b}" for b in ranks)], rows

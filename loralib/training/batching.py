@@ -6,6 +6,8 @@ at the same place whatever the micro-batch size and the number of processes, and
 """
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -120,3 +122,68 @@ class ByLength(Sampler[int]):
 
     def __iter__(self):
         return iter(self.order)
+
+
+def lengths_of(dataset, column: str = "length") -> list[int]:
+    """Tokens of each example by its ``column``, else its ``input_ids``; all 1 where neither tells, which leaves the order to
+    the shuffle."""
+    names = getattr(dataset, "column_names", None)
+    if names is not None:
+        if column in names:
+            return list(dataset[column])
+        if "input_ids" in names:
+            return [len(ids) for ids in dataset["input_ids"]]
+    elif len(dataset) and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
+        return [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+    return [1] * len(dataset)
+
+
+def order_within(dataloader) -> list[int] | None:
+    """The order of the ``ByLength`` sampler of a data loader, however accelerate wrapped it; None where it has another."""
+    inner: Any = dataloader
+    while inner is not None and not isinstance(inner, ByLength):
+        outer = inner
+        inner = getattr(outer, "batch_sampler", None)
+        inner = getattr(outer, "sampler", None) if inner is None else inner
+    return None if inner is None else inner.order
+
+
+class Place:
+    """Where training stands: the update of the epoch and the micro-batch of the update, and what follows from them.
+
+    ``batches`` are the epoch's micro-batches, None for data without a length.
+    """
+
+    def __init__(self) -> None:
+        self.batches: GroupedBatches | None = None
+        self.micro, self.micro_batches = 0, 1
+        self._update, self._iterator = 0, None
+
+    def begin_update(self, iterator: Iterator, micro_batches: int, first: int) -> None:
+        """The next update begins; it is number ``first`` of its epoch if ``iterator``, the epoch's, is a new one."""
+        self._update = self._update + 1 if iterator is self._iterator else first
+        self._iterator, self.micro, self.micro_batches = iterator, -1, micro_batches
+
+    def begin_micro_batch(self) -> None:
+        self.micro += 1
+
+    @property
+    def update(self) -> int:
+        """The update's number within its epoch."""
+        assert self.batches is not None
+        return self._update % self.batches.updates()
+
+    def places(self) -> range | None:
+        """Where the micro-batch's examples stand in the update; None for data without a length."""
+        return None if self.batches is None else self.batches.places(self.update, self.micro)
+
+    def size(self, micro_batch: int) -> int:
+        """Examples in the update or, for data without a length, in the micro-batch, which has ``micro_batch``."""
+        return micro_batch if self.batches is None else self.batches.update_size(self.update)
+
+    def weight(self, processes: int) -> float:
+        """What makes the sum of the micro-batches' mean losses, averaged over processes, the update's mean loss."""
+        places = self.places()
+        if places is None or self.batches is None:
+            return 1 / self.micro_batches
+        return len(places) * processes / self.batches.update_size(self.update)

@@ -149,10 +149,10 @@ def test_weights_of_ranks_are_not_rounded_under_autocast():
     model = adapted(("query",), r=4)
     weights = torch.full((3, 4), 1 / 3)
     lora.set_rank(model, weights)
-    gate = model.query._gate
+    gate = model.query.state.gate
     with torch.autocast("cpu", torch.bfloat16):
         lora.set_rank(model, weights)
-    assert torch.equal(model.query._gate, gate) and model.query._gate.dtype == torch.float32
+    assert torch.equal(model.query.state.gate, gate) and model.query.state.gate.dtype == torch.float32
 
 
 def test_weights_of_ranks_cannot_be_frozen():
@@ -168,7 +168,7 @@ def test_the_matryoshka_gate_of_a_smaller_layer_counts_all_ranks():
     gates = []
     for ranks in (None, [1, 2, 3, 4]):
         lora.set_matryoshka_gate(model, ranks)
-        gates.append(model.key._gate)
+        gates.append(model.key.state.gate)
     assert torch.equal(*gates) and torch.equal(gates[0], torch.tensor([8 + 3 * 4.0, 3 * 4.0]))
     with pytest.raises(ValueError, match="rank is 5"):
         lora.set_matryoshka_gate(model, [5])
@@ -177,7 +177,7 @@ def test_the_matryoshka_gate_of_a_smaller_layer_counts_all_ranks():
 def test_a_gate_is_not_rounded_in_bf16():
     layer = lora.Linear(4, 4, r=3, lora_alpha=16, dtype=torch.bfloat16)
     layer.set_rank(torch.tensor([3]))
-    assert layer._gate[0].tolist() == pytest.approx([16 / 3] * 3, rel=1e-6)
+    assert layer.state.gate[0].tolist() == pytest.approx([16 / 3] * 3, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_pefts_own_adapters_load(rslora, roberta_config, tmp_path):
 
 def saved(roberta_config, path, r=4, **options):
     model, targets = stock("roberta", roberta_config)
-    lora.inject(model, targets, r=r, **{"lora_alpha": 6, **options})
+    lora.inject(model, targets, r=r, **{"lora_alpha": 6, "scaling": "alpha/b", **options})
     randomise(model)
     lora.save_adapter(model, path)
     return model
@@ -176,7 +176,7 @@ def saved(roberta_config, path, r=4, **options):
 
 def other(roberta_config, r=4, **options):
     model, targets = stock("roberta", roberta_config)
-    return lora.inject(model, targets, r=r, **{"lora_alpha": 6, **options})
+    return lora.inject(model, targets, r=r, **{"lora_alpha": 6, "scaling": "alpha/b", **options})
 
 
 def cut(path):

@@ -10,6 +10,7 @@ The recipes two folders up (roberta_base_rte.sh, ...) hold the settings of each 
 
 import os
 import sys
+from dataclasses import replace
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers fork
 
@@ -26,19 +27,20 @@ from transformers_dylora.output_dir import clear_run, resume_point
 
 from loralib.adapters.directory import read_facts
 from loralib.conflict import warn_of_other_loralib
+from loralib.report.results import RankResults
 from loralib.report.tables import print_table
 from loralib.trainer import DyLoRATrainer
 
 FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run one command line; returns the content of rank_results.json (empty without --do_eval)."""
+def main(argv: list[str] | None = None) -> RankResults | None:
+    """Run one command line; returns what rank_results.json holds (None without --do_eval)."""
     argv = sys.argv[1:] if argv is None else argv
     return run(*parse(argv), argv)
 
 
-def run(model_args, data_args, training_args, argv: list[str]) -> dict:
+def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | None:
     say = print if training_args.should_log else lambda *_: None
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
     if training_args.should_log:
@@ -81,12 +83,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
         if data_args.pad_to_max_length
         else DataCollatorWithPadding(tokenizer, pad_to_multiple_of=to_multiple),
         compute_metrics=metrics_of(task),
-        rank_sampling=model_args.rank_sampling,
-        rank_distribution=model_args.rank_distribution,
-        r_min=model_args.lora_r_min,
-        full_rank_share=model_args.full_rank_share,
-        frozen=model_args.apply_lora and model_args.lora_frozen,
-        matryoshka_reduce=model_args.matryoshka_reduce,
+        schedule=replace(model_args.schedule(), seed=training_args.seed),
         eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,
         group_by_length=data_args.group_by_length,
         adapter_facts={"task": task.name, "labels": list(task.labels)},
@@ -106,11 +103,12 @@ def run(model_args, data_args, training_args, argv: list[str]) -> dict:
             share = padding_share(data["train"]["train"]["length"], trainer.batches())
             say(f"padding: {100 * share:.1f} percent of the training tokens")
 
-    found = {}
+    found = None
     if training_args.do_eval:
         splits = {name: measure(trainer, name, split, task) for name, split in data["validation"].items()}
         if trainer.is_world_process_zero():
-            found = results.assemble(model_args, training_args, task, trainer, splits, argv)
+            scaling = model_args.scaling() if model_args.apply_lora else None
+            found = results.assemble(model_args, training_args, task, trainer, splits, scaling, argv)
             results.write_results(training_args.output_dir, found, splits)
             if model_args.apply_lora and training_args.do_train:
                 trainer.write_model_card(found)
@@ -196,7 +194,7 @@ def all_ranks(logits: np.ndarray) -> np.ndarray:
 
 def measure(trainer, name: str, split, task) -> dict:
     """One pass over a validation split: its table's rows, and the logits, labels and indices for predictions_<name>.npz."""
-    prefix = "eval_mm" if name.endswith("mismatched") else "eval"
+    prefix = results.eval_prefix(name)
     output = trainer.predict(split, metric_key_prefix=prefix)
     return {
         "rows": results.rank_rows(output.metrics, prefix, trainer.eval_ranks, task, len(split), trainer.model),

@@ -8,9 +8,20 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
+from loralib.adapters.directory import scaling_of_file
+from loralib.schedule import RankSchedule
+
 from .errors import UsageError
 
-RELEASED = {"rank_sampling": "step", "lora_frozen": True, "full_rank_share": 0.0, "lora_scaling": "alpha/b"}
+# RankSchedule's words, and the flags that give them.
+SCHEDULE_FLAGS = {
+    "sampling": "rank_sampling",
+    "distribution": "rank_distribution",
+    "r_min": "lora_r_min",
+    "full_rank_share": "full_rank_share",
+    "frozen": "lora_frozen",
+    "reduce": "matryoshka_reduce",
+}
 
 
 @dataclass
@@ -83,8 +94,7 @@ class ModelArguments:
     lora_scaling: Literal["alpha/b", "alpha/r", "alpha/sqrt(b)"] | None = field(
         default=None,
         metadata={
-            "help": "Strength of the update at rank b. Default: that of --lora_path; else alpha/r, and alpha/b (the paper) "
-            "where --full_rank_share is 0 or no ranks are drawn."
+            "help": "Strength of the update at rank b. Default: that of --lora_path; else alpha/r. The paper's is alpha/b."
         },
     )
     lora_target_modules: list[str] | None = field(
@@ -141,10 +151,10 @@ class ModelArguments:
             )
         if self.lora_path and not self.apply_lora:
             raise UsageError("--lora_path loads an adapter; add --apply_lora.")
+        if self.as_released and not self.apply_lora:
+            raise UsageError("--as_released trains an adapter; add --apply_lora.")
         if self.lora_target_modules:
             self.lora_target_modules = [n for given in self.lora_target_modules for n in given.split(",") if n]
-        if self.as_released:
-            self._train_as_released()
         if not self.apply_lora:
             return
         if self.lora_r < 1:
@@ -156,16 +166,43 @@ class ModelArguments:
         if not 1 <= self.lora_r_min <= self.lora_r:
             raise UsageError(f"--lora_r_min is {self.lora_r_min}; give 1 to --lora_r, which is {self.lora_r}.")
         self.measured_ranks()
+        self.schedule()
 
-    def _train_as_released(self) -> None:
-        """Set RELEASED. Raises UsageError if another flag says otherwise."""
-        if not self.apply_lora:
-            raise UsageError("--as_released trains an adapter; add --apply_lora.")
-        for name, value in RELEASED.items():
-            given = getattr(self, name)
-            if given not in (value, type(self).__dataclass_fields__[name].default):
-                raise UsageError(f"--as_released means --{name} {value}; leave out one of it and --{name} {given}.")
-            setattr(self, name, value)
+    def schedule(self) -> RankSchedule:
+        """How ranks are trained. Raises UsageError for flags that contradict each other."""
+        given = {name: getattr(self, flag) for name, flag in SCHEDULE_FLAGS.items()}
+        try:
+            if not self.as_released:
+                return RankSchedule(**given)
+            changed = {name: value for name, value in given.items() if value != getattr(RankSchedule, name)}
+            released = RankSchedule.paper()
+            for name in ("sampling", "full_rank_share", "frozen"):
+                if changed.get(name, getattr(released, name)) != getattr(released, name):
+                    raise UsageError(
+                        f"--as_released means --{SCHEDULE_FLAGS[name]} {getattr(released, name)}; leave out one of it and "
+                        f"--{SCHEDULE_FLAGS[name]} {changed[name]}."
+                    )
+            return RankSchedule.paper(**changed)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+
+    def scaling(self) -> str:
+        """The scaling rule: the flag's, else that of the adapter to start from, else what --as_released or the default means.
+
+        Raises UsageError for an adapter that cannot be read, and for a rule that --as_released does not mean.
+        """
+        if self.as_released:
+            if self.lora_scaling not in (None, "alpha/b"):
+                raise UsageError(
+                    f"--as_released means --lora_scaling alpha/b; leave out one of it and --lora_scaling {self.lora_scaling}."
+                )
+            return "alpha/b"
+        if self.lora_scaling is not None:
+            return self.lora_scaling
+        try:
+            return scaling_of_file(self.lora_path) if self.lora_path else "alpha/r"
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"--lora_path: {error}") from error
 
     def measured_ranks(self) -> list[int]:
         """The ranks of --eval_ranks, in order. Raises UsageError for what is no rank."""

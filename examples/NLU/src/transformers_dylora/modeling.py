@@ -6,9 +6,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from transformers.utils import logging
 
 import loralib as lora
-from loralib.adapters.directory import scaling_of
 from loralib.model import default_head, is_inside
-from loralib.training.trainer import DRAWN
 
 from .arguments import ModelArguments
 from .errors import UsageError
@@ -57,28 +55,12 @@ def load_config(args: ModelArguments, task: Task):
         config.classifier_dropout = args.cls_dropout
     if args.apply_lora:
         config.apply_lora, config.lora_r, config.lora_alpha = True, args.lora_r, args.lora_alpha
-        config.lora_dropout, config.lora_scaling = args.lora_dropout, args.lora_scaling
+        config.lora_dropout, config.lora_scaling = args.lora_dropout, args.scaling()
     return config
 
 
-def _scaling(args: ModelArguments) -> str:
-    """The scaling rule where no flag names one: that of the adapter that is loaded, else what suits the sampling."""
-    if args.lora_path:
-        return scaling_of(args.lora_path)
-    ordered = args.rank_sampling in DRAWN and args.full_rank_share != 0
-    return "alpha/r" if ordered else "alpha/b"
-
-
 def load_model(args: ModelArguments, task: Task, training: bool):
-    """The classifier, adapted if asked, the right parameters trainable; and a note on ``--lora_path``, or None.
-
-    ``args.lora_scaling`` holds the rule in use afterwards.
-    """
-    if args.apply_lora and args.lora_scaling is None:
-        try:
-            args.lora_scaling = _scaling(args)
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(f"--lora_path: {error}") from error
+    """The classifier, adapted if asked, the right parameters trainable; and a note on ``--lora_path``, or None."""
     config = load_config(args, task)
     overlay = args.apply_lora and config.model_type == "roberta" and args.lora_target_modules is None
     kind = RobertaForSequenceClassification if overlay else AutoModelForSequenceClassification
@@ -108,7 +90,7 @@ def load_model(args: ModelArguments, task: Task, training: bool):
         try:
             lora.inject(
                 model, args.lora_target_modules or DEFAULT_TARGETS, args.lora_r, args.lora_alpha, args.lora_dropout,
-                args.lora_scaling,
+                args.scaling(),
             )  # fmt: skip
         except ValueError as error:
             raise UsageError(f"--lora_target_modules: {error}") from error

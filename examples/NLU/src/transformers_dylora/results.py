@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,14 @@ import loralib as lora
 from loralib.adapters.directory import read_facts
 from loralib.files import write_atomically, write_text
 from loralib.model import has_lora, lora_layers
+from loralib.report.choice import aurac, bootstrap, select_rank
+from loralib.report.results import RankResults, RankRow
 from loralib.report.scores import decide, score
-from loralib.report.tables import aurac, bootstrap, select_rank, without_nan, write_report
+from loralib.report.writing import write_run
+from loralib.schedule import FACTS, title_of
+from loralib.training.metrics import by_rank
 
 from .tasks import Task
-
-METHODS = {
-    "example": "DyLoRA, a rank per example",
-    "step": "DyLoRA, a rank per step",
-    "matryoshka": "MatryoshkaLoRA's gate",
-    "fixed": "LoRA trained at r_max",
-}
 
 
 def adapter_parameters(model, rank: int) -> int:
@@ -36,76 +34,77 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
 
 
-def rank_rows(metrics: dict, prefix: str, ranks: list[int], task: Task, samples: int, model) -> list[dict]:
-    """One row a rank from the trainer's flat ``<prefix>_r<b>_<name>`` metrics; rank 0 is a model without adapter."""
+def eval_prefix(split: str) -> str:
+    """How metrics and files of a validation split are named: "eval", MNLI's second split "eval_mm"."""
+    return "eval_mm" if split.endswith("mismatched") else "eval"
+
+
+def rank_rows(metrics: dict, prefix: str, ranks: list[int], task: Task, samples: int, model) -> list[RankRow]:
+    """One row a rank from a trainer's flat metrics; rank 0 is a model without adapter."""
+    of_ranks = by_rank(metrics, prefix)
     rows = []
     for b in ranks or [0]:
-        start = f"{prefix}_r{b}_" if ranks else f"{prefix}_"
-        names = [*task.metrics, *(["combined_score"] if len(task.metrics) > 1 else []), "loss"]
-        row = {"rank": b} | {name: metrics[start + name] for name in names if start + name in metrics}
-        rows.append(row | {"samples": samples, "adapter_parameters": adapter_parameters(model, b) if ranks else 0})
+        found = of_ranks[b] if ranks else {key.removeprefix(f"{prefix}_"): value for key, value in metrics.items()}
+        names = [*task.metrics, *(["combined_score"] if len(task.metrics) > 1 else [])]
+        scores = {name: found[name] for name in names if name in found}
+        rows.append(RankRow(b, scores, found.get("loss"), samples, adapter_parameters(model, b) if ranks else 0))
     return rows
 
 
 def how_trained(model_args, training_args, trainer) -> dict:
-    """The trainer's facts of this run, or those that the adapter it only measures was saved with (None where it tells none)."""
-    facts = trainer.training_facts()
+    """The trainer's facts of this run, or those that the adapter it only measures was saved with."""
     if training_args.do_train:
-        return facts
+        return trainer.training_facts()
     told = read_facts(model_args.lora_path)
-    return {name: told.get(name) for name in facts}
+    return {name: told[name] for name in (*FACTS, "p", "reduce", "gate_ranks") if name in told}
 
 
-def called(facts: dict) -> str:
-    """The method's name in tables and legends."""
-    method = METHODS.get(facts["sampling"], "an adapter") + (", frozen" if facts["frozen"] else "")
-    if facts["distribution"] not in (None, "uniform"):
-        method += f", {facts['distribution']}"
-    if facts["full_rank_share"]:
-        method += f", ordered at {facts['full_rank_share']:g}"
-    return method
-
-
-def assemble(model_args, training_args, task: Task, trainer, splits: dict[str, dict], argv: list[str]) -> dict:
-    """The content of rank_results.json. ``splits``: {name: {"rows", "logits", "labels"}}, the first one chooses the rank."""
+def assemble(
+    model_args, training_args, task: Task, trainer, splits: dict[str, dict], scaling: str | None, argv: list[str]
+) -> RankResults:
+    """The run's results. ``splits``: {name: {"rows", "logits", "labels"}}, the first one chooses the rank; ``scaling``: the rule
+    in use."""
     ranks = trainer.eval_ranks or [0]
-    facts = how_trained(model_args, training_args, trainer) if has_lora(trainer.model) else {}
+    adapted = has_lora(trainer.model)
+    facts = how_trained(model_args, training_args, trainer) if adapted else {}
+    r_max = lora.max_rank(trainer.model) if adapted else 0
     metric = task.main_metric
-    curves = {name: [row[metric] for row in split["rows"]] for name, split in splits.items()}
+    curves = {name: [row.scores[metric] for row in split["rows"]] for name, split in splits.items()}
     first = next(iter(splits))
     predictions, labels = decide(splits[first]["logits"]), splits[first]["labels"]
     resampled = bootstrap(predictions, labels, lambda p, y: score(metric, p, y, task.metrics))
-    return {
-        "task": task.name,
-        "model_name_or_path": model_args.model_name_or_path,
-        "method": called(facts) if facts else "full fine-tuning",
-        "seed": training_args.seed,
-        **{name: facts.get(name) for name in ("sampling", "distribution", "full_rank_share", "frozen", "r_min")},
-        "scaling": model_args.lora_scaling if model_args.apply_lora else None,
-        "max_rank": lora.max_rank(trainer.model) if trainer.eval_ranks else 0,
-        "lora_alpha": model_args.lora_alpha,
-        "command": shlex.join(["run_glue.py", *argv]),
-        "versions": versions(),
-        "metric": metric,
-        "metrics": list(task.metrics),
-        "splits": {name: split["rows"] for name, split in splits.items()},
-        "aurac": {name: aurac(ranks, curve) for name, curve in curves.items()},
-        "selected_rank": select_rank(ranks, curves[first], resampled) | {"split": first},
-    }
+    return RankResults(
+        task=task.name,
+        model_name_or_path=model_args.model_name_or_path,
+        method=title_of(facts, r_max) if adapted else "full fine-tuning",
+        seed=training_args.seed,
+        **{name: facts.get(name) for name in FACTS},
+        scaling=scaling,
+        max_rank=r_max,
+        lora_alpha=model_args.lora_alpha,
+        command=shlex.join(["run_glue.py", *argv]),
+        versions=versions(),
+        metric=metric,
+        metrics=task.metrics,
+        splits={name: split["rows"] for name, split in splits.items()},
+        aurac={name: aurac(ranks, curve) for name, curve in curves.items()},
+        selected_rank=replace(select_rank(ranks, curves[first], resampled), split=first),
+    )
 
 
-def write_results(output_dir: str, results: dict, splits: dict[str, dict]) -> None:
+def write_results(output_dir: str, results: RankResults, splits: dict[str, dict]) -> None:
     """Write the tables, the curve, the logits and one eval_r<b>_results.json a rank (MNLI's second split: eval_mm_r<b>)."""
     directory = Path(output_dir)
-    write_report(results, directory)
+    write_run(results, directory)
     for name, split in splits.items():
-        arrays = {"logits": split["logits"], "labels": split["labels"], "idx": split["idx"]}
-        save_npz(directory / f"predictions_{name}.npz", arrays)
-        prefix = "eval_mm" if name.endswith("mismatched") else "eval"
+        save_npz(directory / f"predictions_{name}.npz", {key: split[key] for key in ("logits", "labels", "idx")})
         for row in split["rows"]:
-            values = {f"eval_{key}" if key not in ("rank", "adapter_parameters") else key: v for key, v in row.items()}
-            text = json.dumps(without_nan(values), indent=2) + "\n"
-            write_text(directory / f"{prefix}_r{row['rank']}_results.json", text)
+            values = {
+                key if key in ("rank", "adapter_parameters") else f"eval_{key}": value
+                for key, value in row.to_json().items()
+            }
+            text = json.dumps(values, indent=2) + "\n"
+            write_text(directory / f"{eval_prefix(name)}_r{row.rank}_results.json", text)
 
 
 def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

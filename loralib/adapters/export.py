@@ -1,0 +1,89 @@
+"""From a run's directory to something that others load: an adapter at one rank, or a plain model."""
+
+import json
+import shutil
+from pathlib import Path
+
+from ..files import write_text
+from ..model import merge
+from ..report.results import RankResults
+from .card import AUTO, model_card, num_labels
+from .directory import EXTRA, cut_adapter, read_facts
+from .store import load_adapter
+
+EXPORTED, MERGED = "dylora export", "dylora merge"
+
+
+def export_adapter(source: str | Path, target: str | Path, rank: int, results: RankResults | None = None) -> None:
+    """Write the adapter of ``source`` cut to ``rank`` into ``target``, in PEFT's format, with its tokenizer and a card.
+
+    ``results`` are shown in the card. No base model is needed. Raises FileNotFoundError or ValueError, also where ``target``
+    holds anything but an earlier export; it is untouched then.
+    """
+    directory = free_directory(target, EXPORTED)
+    if directory == Path(source).resolve():
+        raise ValueError(f"--to {target} is the adapter itself; give another directory.")
+    config, facts = cut_adapter(source, directory, rank, extra={"made_by": EXPORTED})
+    copy_tokenizer(Path(source), directory)
+    write_text(directory / "README.md", model_card(config, facts, results, str(target)))
+
+
+def export_merged(
+    source: str | Path, target: str | Path, rank: int, base: str | None = None, results: RankResults | None = None
+) -> str:
+    """Write the base model with the adapter of ``source`` at ``rank`` merged in, its tokenizer and a card into ``target``.
+
+    ``base``: where the base model is, default: what the adapter names. Returns it. Needs transformers. Raises as
+    ``export_adapter``, and ValueError where the base model cannot be had.
+    """
+    import transformers
+
+    source, directory = Path(source), free_directory(target, MERGED)
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no directory; give a run or an adapter's directory.")
+    work = directory.with_name(f".{directory.name}.adapter")
+    try:
+        config, facts = cut_adapter(source, work, rank)  # checks the file and the rank before the base model is fetched
+        base, auto = base or config.get("base_model_name_or_path"), AUTO.get(config.get("task_type"))
+        if base is None or auto is None:
+            raise ValueError(
+                f"{source} does not say which kind of model it is for; merge it in Python with loralib.merge."
+            )
+        options = {}
+        if config["task_type"] in ("SEQ_CLS", "TOKEN_CLS"):  # the base may carry a head of its own, of another size
+            options = {"num_labels": num_labels(facts), "ignore_mismatched_sizes": True}
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            model = getattr(transformers, auto).from_pretrained(base, **options)
+        except OSError:
+            raise ValueError(
+                f"The base model {base!r} is no directory here and not on the hub; name it with --base."
+            ) from None
+        if facts.get("labels"):
+            model.config.id2label = dict(enumerate(facts["labels"]))
+            model.config.label2id = {text: i for i, text in enumerate(facts["labels"])}
+        load_adapter(model, work)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    merge(model, inplace=True).save_pretrained(directory)
+    write_text(directory / EXTRA, json.dumps(facts | {"made_by": MERGED}, indent=2) + "\n")
+    copy_tokenizer(source, directory)
+    write_text(directory / "README.md", model_card(config, facts, results, str(target), merged=True))
+    return base
+
+
+def free_directory(directory: str | Path, made_by: str) -> Path:
+    """``directory`` if writing there loses nothing but what the same command wrote before."""
+    path = Path(directory).resolve()
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return path
+    if path.is_dir() and read_facts(path).get("made_by") == made_by:
+        return path
+    raise ValueError(f"--to {directory} holds other files; give a new or empty directory.")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy the tokenizer's files."""
+    for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"):
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)

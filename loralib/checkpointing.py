@@ -1,0 +1,26 @@
+"""Gradient checkpointing with ranks that change between forward and backward pass."""
+
+import contextlib
+from collections.abc import Callable
+
+from torch import nn
+
+from .model import lora_layers
+from .recomputation import states_put_back
+
+
+def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple]:
+    """The ``context_fn`` with which ``torch.utils.checkpoint`` computes a block again at the ranks it ran at.
+
+        model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": loralib.checkpoint_contexts(model)})
+
+    Gradients are then exact whatever happens to the ranks between forward and backward pass. ``DyLoRATrainer`` does this by
+    itself.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+
+    def contexts():
+        return contextlib.nullcontext(), states_put_back([(layer, layer.state) for layer in layers])
+
+    return contexts

@@ -1,0 +1,97 @@
+"""Adding a layer's update to its weight, and taking it out again."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .state import RankState
+
+
+class Merging(nn.Module):
+    """The part of a layer that merges: what it needs of the layer stands first."""
+
+    r: int
+    state: RankState
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    _base: nn.Module | None = None  # the module that the layer was put around
+    _base_weight: list[nn.Parameter] | None = None  # while merged: [the parameter that holds W0]
+
+    def first_components(self, b: int, frozen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """The factors cut to rank b."""
+        raise NotImplementedError
+
+    def strength(self) -> float:
+        """scale(b) at the int rank in use."""
+        raise NotImplementedError
+
+    def delta(self, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
+        """The change of the weight that the update amounts to, shaped like the weight; gate as a float or (components,)."""
+        raise NotImplementedError
+
+    def described(self) -> str:
+        """How an error message names the layer."""
+        raise NotImplementedError
+
+    @property
+    def is_merged(self) -> bool:
+        return self._base_weight is not None
+
+    def check_unmerged(self) -> None:
+        """Raise RuntimeError if the layer is merged."""
+        if self.is_merged:
+            raise RuntimeError(f"{self.described()} is merged and its rank is fixed; call unmerge() first.")
+
+    def delta_weight(self) -> torch.Tensor:
+        """What the update at the rank (or gate) in use adds to the weight. Raises ValueError for per-example ranks."""
+        gate = self.state.gate
+        if gate is None:
+            return self.delta(*self.first_components(self.state.rank), self.strength())
+        if gate.ndim == 2:
+            raise ValueError(f"{self.described()} has one rank per example; set one rank for all before merging.")
+        return self.delta(self.lora_A, self.lora_B, gate)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update at the rank in use to the weight, for inference.
+
+        The merged weight is a new parameter; the one with W0 is kept aside untouched, with all that shares it (a tied
+        output layer, an optimizer), until ``unmerge``.
+        """
+        if self.r == 0 or self.is_merged:
+            return
+        merged = self.weight + self.delta_weight().to(self.weight.dtype)
+        self._base_weight = [self.weight]
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put W0 back, bit for bit."""
+        if self._base_weight is not None:
+            (base,) = self._base_weight
+            base.data = base.data.to(self.weight.device)
+            self.weight, self._base_weight = base, None
+
+    def to_plain(self) -> nn.Module:
+        """The plain layer that computes what this one computes at the rank in use; it takes over the parameters.
+
+        For a layer around another that is the very module it was put around.
+        """
+        self.merge()
+        if self._base is not None:
+            plain = self._base
+            kept = {name: value for name, value in self._parameters.items() if name not in ("lora_A", "lora_B")}
+            plain.__dict__["_parameters"] = kept  # the plain layer's own from here on
+            return plain.train(self.training)
+        with torch.device("meta"):
+            plain = self.new_plain()
+        plain.weight = self.weight
+        if getattr(self, "bias", None) is not None:
+            plain.bias = self.bias
+        return plain.train(self.training)
+
+    def new_plain(self) -> nn.Module:
+        """An empty layer of the plain type with this one's shapes and options."""
+        raise NotImplementedError

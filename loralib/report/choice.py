@@ -1,0 +1,108 @@
+"""Numbers over ranks: the area under their curve, the choice of one of them, and how sure it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .results import Choice, RankResults
+
+
+def aurac(ranks: Sequence[int], scores: Sequence[float]) -> float:
+    """Area under the rank-quality curve: trapezoids over rank, divided by last minus first rank.
+
+    With one rank it is that rank's score. Source: MatryoshkaLoRA, arXiv 2605.07850.
+    """
+    if len(ranks) == 1:
+        return float(scores[0])
+    return float(np.trapezoid(scores, ranks) / (ranks[-1] - ranks[0]))
+
+
+def mean_and_error(values) -> tuple[np.ndarray, np.ndarray | None]:
+    """The mean over the first dimension and its standard error, s / sqrt(n) (None for n = 1)."""
+    values = np.asarray(values, float)
+    n = len(values)
+    return values.mean(0), values.std(0, ddof=1) / math.sqrt(n) if n > 1 else None
+
+
+def select_rank(
+    ranks: Sequence[int], scores: Sequence[float], resampled: np.ndarray | None = None, within: float | str = "1se"
+) -> Choice:
+    """The smallest rank that is as good as the best one, and why.
+
+    Args:
+        scores: the score of each rank, higher is better; nan never wins.
+        resampled: (resamples, ranks), the scores on bootstrap resamples of the evaluation data, the same resample for
+            all ranks (see ``bootstrap``); needed by "1se".
+        within: "1se" accepts a rank whose score is at most one standard error of its paired difference to the best
+            below the best; a number is a margin in points of the 0-100 scale.
+
+    The choice's standard error is that of the difference between the chosen and the best rank (None with a margin).
+    """
+    clean = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
+    best = int(clean.argmax())
+    if not np.isfinite(clean[best]):
+        return Choice(ranks[-1], "no rank has a score; r_max")
+    if within == "1se":
+        if resampled is None:
+            raise ValueError("The rule '1se' needs the evaluation's predictions; give a margin such as within=0.5.")
+        margins = np.nan_to_num(np.nanstd(resampled[:, [best]] - resampled, axis=0, ddof=1))
+        rule = "smallest rank within one standard error of the best"
+    else:
+        margin = float(within)
+        if not margin >= 0:
+            raise ValueError(f"within is {within!r}; give '1se' or a margin of 0 or more points.")
+        margins = np.full(len(ranks), margin / 100)
+        rule = f"smallest rank within {margin:g} points of the best"
+    chosen = next(k for k in range(len(ranks)) if clean[best] - clean[k] <= margins[k] + 1e-12)
+    error = float(margins[chosen]) if within == "1se" else None
+    return Choice(ranks[chosen], f"{rule} (rank {ranks[best]})", float(scores[chosen]), error)
+
+
+def bootstrap(
+    predictions: np.ndarray, labels: np.ndarray, score: Callable, resamples: int = 200, seed: int = 0
+) -> np.ndarray:
+    """``score(predictions, labels)`` of every rank on resamples of the examples: (resamples, ranks).
+
+    ``predictions`` is (samples, ranks). All ranks see the same resample, so that their differences are paired.
+    """
+    draw = np.random.default_rng(seed)
+    found = np.empty((resamples, predictions.shape[1]))
+    for i in range(resamples):
+        chosen = draw.integers(0, len(labels), len(labels))
+        found[i] = [score(predictions[chosen, k], labels[chosen]) for k in range(predictions.shape[1])]
+    return found
+
+
+def choose(
+    results: RankResults, split: str | None = None, within: float | str = "1se", max_parameters: int | None = None
+) -> Choice:
+    """The choice of a rank for a run, see ``select_rank``.
+
+    ``max_parameters`` leaves only ranks whose adapter is no larger. Raises ValueError if none is left, and
+    FileNotFoundError if "1se" needs predictions that are not there.
+    """
+    split = results.split(split)
+    ranks, values = results.curve(split)
+    sizes = [row.adapter_parameters for row in results.splits[split]]
+    fits = [k for k, size in enumerate(sizes) if max_parameters is None or size <= max_parameters]
+    if not fits:
+        raise ValueError(f"No rank has {max_parameters:,} parameters or fewer; the smallest has {min(sizes):,}.")
+    resampled = _resampled(results, split, fits) if within == "1se" else None
+    chosen = select_rank([ranks[k] for k in fits], [values[k] for k in fits], resampled, within)
+    return Choice(chosen.rank, chosen.rule, chosen.score, chosen.standard_error, split)
+
+
+def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray:
+    """The scores of the ranks at these places on resamples of the run's predictions."""
+    from .scores import decide, score  # scikit-learn and scipy, which a margin does not need
+
+    file = Path(results.directory or "", f"predictions_{split}.npz")
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there, and 1se resamples it; give a margin such as --within 0.5.")
+    with np.load(file) as arrays:
+        predictions, labels = decide(arrays["logits"]), arrays["labels"]
+    return bootstrap(predictions[:, ranks], labels, lambda p, y: score(results.metric, p, y, results.metrics))

@@ -1,0 +1,200 @@
+"""The result of a run, read and written in one place: ``rank_results.json`` and its tables.
+
+What the files hold is in the README, "What an output directory holds". Scores are 0-1 (a correlation -1-1) here and in the
+file, 0-100 in tables. A score that is not defined is nan here and null in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from ..gate import check_int
+
+FILE = "rank_results.json"
+LAST = ("loss", "samples", "adapter_parameters")  # what a row holds beside the scores
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One rank on one split: its scores by name, its mean loss (None: there is none), how many examples, how many numbers the
+    adapter has at that rank."""
+
+    rank: int
+    scores: dict[str, float]
+    loss: float | None
+    samples: int
+    adapter_parameters: int
+
+    def value(self, name: str):
+        """A column's value."""
+        return getattr(self, name) if name in ("rank", *LAST) else self.scores[name]
+
+    def to_json(self) -> dict[str, Any]:
+        loss = {} if self.loss is None else {"loss": _null(self.loss)}
+        scores = {name: _null(value) for name, value in self.scores.items()}
+        counts = {"samples": self.samples, "adapter_parameters": self.adapter_parameters}
+        return {"rank": self.rank, **scores, **loss, **counts}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> RankRow:
+        for name in ("rank", "samples", "adapter_parameters"):
+            check_int(name, row.get(name), 0, math.inf, "an int of 0 or more is wanted")
+        scores = {name: _number(name, value) for name, value in row.items() if name not in ("rank", *LAST)}
+        loss = _number("loss", row["loss"]) if "loss" in row else None
+        return cls(row["rank"], scores, loss, row["samples"], row["adapter_parameters"])
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rank that was chosen on a split, and why. ``standard_error``: of the difference to the best rank."""
+
+    rank: int
+    rule: str
+    score: float = math.nan
+    standard_error: float | None = None
+    split: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank,
+            "rule": self.rule,
+            "score": _null(self.score),
+            "standard_error": None if self.standard_error is None else _null(self.standard_error),
+            "split": self.split,
+        }
+
+
+@dataclass(frozen=True)
+class RankResults:
+    """What a run found: every rank's row on every split, and how it was made.
+
+    ``metric`` is the main score, ``metrics`` those it is the mean of; the settings are None where they are not known.
+    """
+
+    task: str
+    method: str
+    metric: str
+    splits: dict[str, list[RankRow]]
+    aurac: dict[str, float] = field(default_factory=dict)
+    selected_rank: Choice | None = None
+    metrics: tuple[str, ...] = ()
+    model_name_or_path: str | None = None
+    seed: int | None = None
+    sampling: str | None = None
+    distribution: str | None = None
+    full_rank_share: float | None = None
+    frozen: bool | None = None
+    r_min: int | None = None
+    scaling: str | None = None
+    max_rank: int | None = None
+    lora_alpha: float | None = None
+    command: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    directory: str | None = None  # where it was read from; not in the file
+
+    def split(self, name: str | None = None) -> str:
+        """The split to speak of: the one named, else the first. Raises ValueError for one that is not there."""
+        if name is not None and name not in self.splits:
+            raise ValueError(f"The run has no split {name!r}; choose one of {', '.join(self.splits)}.")
+        return name or next(iter(self.splits))
+
+    def curve(self, split: str) -> tuple[list[int], list[float]]:
+        """The ranks and their main scores on a split."""
+        rows = self.splits[split]
+        return [row.rank for row in rows], [row.scores[self.metric] for row in rows]
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``rank_results.json``."""
+        settings = (
+            *(
+                "seed",
+                "sampling",
+                "distribution",
+                "full_rank_share",
+                "frozen",
+                "r_min",
+                "scaling",
+                "max_rank",
+                "lora_alpha",
+            ),
+            *("command", "versions", "metric"),
+        )
+        return {
+            "task": self.task,
+            "model_name_or_path": self.model_name_or_path,
+            "method": self.method,
+            **{name: getattr(self, name) for name in settings},
+            "metrics": list(self.metrics),
+            "splits": {name: [row.to_json() for row in rows] for name, rows in self.splits.items()},
+            "aurac": {name: _null(value) for name, value in self.aurac.items()},
+            "selected_rank": None if self.selected_rank is None else self.selected_rank.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, content: Any, directory: str | None = None) -> RankResults:
+        """The way back. Raises ValueError that says what is missing or wrong."""
+        if not isinstance(content, dict):
+            raise ValueError("it holds no table")
+        missing = [name for name in ("task", "method", "metric", "splits") if name not in content]
+        if missing:
+            raise ValueError(f"it has no {missing[0]!r}")
+        if not isinstance(content["splits"], dict) or not content["splits"]:
+            raise ValueError("it has no splits")
+        splits = {}
+        for name, rows in content["splits"].items():
+            if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+                raise ValueError(f"its split {name!r} has no rows")
+            found = [RankRow.from_json(row) for row in rows]
+            ranks = [row.rank for row in found]
+            if ranks != sorted(set(ranks)):
+                raise ValueError(f"the ranks of its split {name!r} do not rise: {ranks}")
+            if any(row.scores.keys() != found[0].scores.keys() or content["metric"] not in row.scores for row in found):
+                raise ValueError(f"its split {name!r} lacks {content['metric']!r} at some rank")
+            splits[name] = found
+        chosen = content.get("selected_rank")
+        if chosen is not None:
+            kept = {name: chosen.get(name) for name in ("rank", "rule", "standard_error", "split")}
+            chosen = Choice(**{**kept, "score": _number("score", chosen.get("score"))})
+        given = {"splits", "selected_rank", "metrics", "aurac", "directory"}
+        plain = {f.name: content[f.name] for f in fields(cls) if f.name in content and f.name not in given}
+        return cls(
+            **plain,
+            splits=splits,
+            selected_rank=chosen,
+            metrics=tuple(content.get("metrics") or ()),
+            aurac={name: _number("aurac", value) for name, value in (content.get("aurac") or {}).items()},
+            directory=directory,
+        )
+
+    @classmethod
+    def read(cls, path: str | Path) -> RankResults:
+        """The result in a run's output directory (or the file itself).
+
+        Raises FileNotFoundError or ValueError with one sentence.
+        """
+        directory = Path(path)
+        file = directory / FILE if directory.is_dir() else directory
+        if not file.exists():
+            raise FileNotFoundError(f"{path} holds no {FILE}; give the output directory of a run with --do_eval.")
+        try:
+            return cls.from_json(json.loads(file.read_text(encoding="utf-8")), str(file.parent))
+        except (ValueError, TypeError, AttributeError) as error:  # JSON's own and Unicode's errors are ValueErrors
+            raise ValueError(f"{file} is no result of a run ({error}); run the evaluation again.") from None
+
+
+def _null(value: float) -> float | None:
+    """JSON has no nan: null instead."""
+    return None if math.isnan(value) else float(value)
+
+
+def _number(name: str, value) -> float:
+    """A finite number; null is nan."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; a finite number or null is wanted")
+    return float(value)

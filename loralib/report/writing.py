@@ -1,0 +1,43 @@
+"""What a report leaves on disk."""
+
+import json
+from pathlib import Path
+
+from ..files import write_atomically, write_text
+from .curves import Curve, averages, curves, runs_to_csv, summary_rows
+from .page import page
+from .plots import plot_curves
+from .results import FILE, RankResults
+from .tables import markdown_table, to_csv, to_markdown
+
+
+def write_run(results: RankResults, directory: str | Path) -> None:
+    """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``."""
+    directory = Path(directory)
+    write_text(directory / FILE, json.dumps(results.to_json(), indent=2) + "\n")
+    write_text(directory / "rank_results.csv", to_csv(results))
+    write_text(directory / "rank_results.md", to_markdown(results))
+    selected = results.selected_rank.rank if results.selected_rank else None
+    write_atomically(directory / "rank_curve.png", lambda file: plot_curves(curves([results]), file, selected, "png"))
+
+
+def write_report(runs: list[RankResults], directory: str | Path) -> list[Curve]:
+    """Write rank_results.md and .csv, rank_curve.png and .svg and report.html of some runs; returns their curves."""
+    directory = Path(directory)
+    found = curves(runs)
+    found += averages(found)
+    markdown = "\n".join(to_markdown(results) for results in runs)
+    if len(runs) == 1:
+        table, selected = to_csv(runs[0]), runs[0].selected_rank
+    else:
+        table, selected = runs_to_csv(runs), None
+        markdown = f"# All runs\n\n{markdown_table(*summary_rows(found), left=2)}\n\n{markdown}"
+    write_text(directory / "rank_results.md", markdown)
+    write_text(directory / "rank_results.csv", table)
+    for kind in ("png", "svg"):
+        write_atomically(
+            directory / f"rank_curve.{kind}",
+            lambda file, kind=kind: plot_curves(found, file, selected.rank if selected else None, kind),
+        )
+    write_text(directory / "report.html", page(runs, found))
+    return found

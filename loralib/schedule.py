@@ -1,0 +1,268 @@
+"""How ranks are trained, as one value: from the flag to the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from .gate import check_int, check_rank
+from .model import set_matryoshka_gate, set_rank
+from .ordering import order_components
+from .sampling import RankSampler
+
+Sampling = Literal["example", "step", "matryoshka", "fixed"]
+Distribution = Literal["uniform", "geometric", "mixed"]
+Reduce = Literal["sum", "mean"]
+FULL_RANK_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class RankSchedule:
+    """What training does with ranks. A schedule checks itself; ``resolve`` binds it to an adapter and a number of steps.
+
+    The default, without any argument, is what measured best (results/study): the first half of the updates trains all
+    components together, as plain LoRA does; then ``order_components`` sorts them by importance, and from there on a third
+    of the examples run at rank 1 and the others through the mean of the gates of ranks 1, 2, 4, .. r_max.
+
+    Args:
+        sampling: "example" (each example of an update its own rank or mixture of ranks), "step" (one rank for an update, as
+            in the paper), "matryoshka" (one fixed gate, the sum or mean of several ranks'), "fixed" (r_max: plain LoRA).
+        distribution: how ranks are drawn: "uniform", "geometric" or "mixed", see ``RankSampler``. None: "mixed" where each
+            example has its own rank, components were ordered before and nothing is frozen; else "uniform".
+        p: parameter of the geometric distribution, between 0 and 1.
+        r_min: the lowest rank that is trained, 1 or more.
+        full_rank_share: the share of the updates, 0 to below 1, that trains all components together before they are ordered
+            and ranks are drawn. None: 0.5 where ranks are drawn and the scaling is "alpha/r", else 0, the paper's way:
+            components are ordered at one strength, and under another rule low ranks would run at another.
+        frozen: update component b alone (paper, eq. 10).
+        reduce: "sum" (MatryoshkaLoRA) or "mean" of the gates; "matryoshka" only.
+        gate_ranks: the ranks whose gates are combined, default r_min..r_max; "matryoshka" only.
+        seed: any int; the same seed draws the same ranks. None: 0, and under a trainer its seed.
+
+    Raises ValueError for a value that is not allowed, or that has no effect beside the others.
+    """
+
+    sampling: Sampling = "example"
+    distribution: Distribution | None = None
+    p: float = 0.15
+    r_min: int = 1
+    full_rank_share: float | None = None
+    frozen: bool = False
+    reduce: Reduce | None = None
+    gate_ranks: tuple[int, ...] | None = None
+    seed: int | None = None
+
+    def __post_init__(self):
+        for name, kinds in (("sampling", Sampling), ("distribution", Distribution), ("reduce", Reduce)):
+            value, allowed = getattr(self, name), get_args(kinds)
+            if value not in allowed and (value is not None or name == "sampling"):
+                raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
+        check_int("r_min", self.r_min, 1, float("inf"), "the lowest rank is an int of 1 or more.")
+        if not 0 < self.p < 1:
+            raise ValueError(f"p is {self.p}; the geometric distribution needs a number between 0 and 1.")
+        if self.frozen and not self.draws:
+            raise ValueError(f"frozen training needs drawn ranks; sampling={self.sampling!r} draws none.")
+        idle = {
+            "distribution": self.distribution is not None and not self.draws,
+            "r_min": self.r_min != 1 and self.sampling == "fixed",
+            "reduce": self.reduce is not None and self.sampling != "matryoshka",
+            "gate_ranks": self.gate_ranks is not None and self.sampling != "matryoshka",
+        }
+        for name, given in idle.items():
+            if given:
+                raise ValueError(f"{name} has no effect with sampling={self.sampling!r}; leave it out.")
+        share = self.full_rank_share
+        if share is not None and (not 0 <= share < 1 or (share and not self.draws)):
+            raise ValueError(
+                f"full_rank_share is {share} with sampling={self.sampling!r}; give 0 to below 1, and 0 where no ranks are "
+                f"drawn."
+            )
+        if self.distribution == "mixed" and (self.frozen or self.sampling == "step"):
+            raise ValueError(
+                "distribution='mixed' trains several ranks at once, each example its own; it goes with "
+                "sampling='example', not frozen."
+            )
+
+    @classmethod
+    def paper(cls, **changes) -> RankSchedule:
+        """DyLoRA as its authors released it: one rank for each update, drawn uniformly, frozen. The paper's scaling is
+        ``inject(..., scaling="alpha/b")``; ``paper(frozen=False)`` is the variant that its ablation favours."""
+        return cls(**{"sampling": "step", "distribution": "uniform", "full_rank_share": 0.0, "frozen": True, **changes})
+
+    @property
+    def draws(self) -> bool:
+        """Whether ranks are drawn at all."""
+        return self.sampling in ("example", "step")
+
+    def resolve(self, r_max: int, scaling: str = "alpha/r", steps: int | None = None) -> BoundSchedule:
+        """The schedule of an adapter of rank ``r_max``, every default settled, for a training of ``steps`` updates.
+
+        Without ``steps`` (it is not known yet) the result can tell its title and facts and no settings. Raises ValueError
+        for ranks beyond r_max.
+        """
+        share = self.full_rank_share
+        if share is None:
+            share = FULL_RANK_SHARE if self.draws and scaling == "alpha/r" else 0.0
+        distribution = self.distribution
+        if distribution is None and self.draws:
+            mixed = self.sampling == "example" and share and not self.frozen
+            distribution = "mixed" if mixed else "uniform"
+        settled = replace(
+            self,
+            full_rank_share=share,
+            distribution=distribution,
+            reduce=(self.reduce or "sum") if self.sampling == "matryoshka" else None,
+        )
+        return BoundSchedule(settled, r_max, steps)
+
+
+@dataclass(frozen=True)
+class BoundSchedule:
+    """A schedule whose defaults are settled (``RankSchedule.resolve``): what each step sets, how tables call it."""
+
+    schedule: RankSchedule
+    r_max: int
+    steps: int | None = None
+
+    def __post_init__(self):
+        if not 1 <= self.schedule.r_min <= self.r_max:
+            raise ValueError(f"r_min is {self.schedule.r_min} and r_max {self.r_max}; they need 1 <= r_min <= r_max.")
+        for rank in self.schedule.gate_ranks or ():
+            check_rank(rank, self.r_max)
+
+    @property
+    def full_steps(self) -> int:
+        """How many updates, from the first on, train all components together."""
+        if self.steps is None:
+            raise ValueError("The schedule knows no number of steps; give it: resolve(r_max, scaling, steps).")
+        return min(round((self.schedule.full_rank_share or 0) * self.steps), self.steps - 1)
+
+    def sampler(self) -> RankSampler:
+        """What draws the ranks."""
+        kind = self.schedule
+        per = "step" if kind.sampling == "step" else "example"
+        return RankSampler(self.r_max, kind.r_min, kind.distribution or "uniform", kind.p, per, kind.seed or 0)
+
+    def setting(
+        self,
+        step: int,
+        size: int,
+        micro_step: int = 0,
+        process: int = 0,
+        places: Sequence[int] | None = None,
+        ordered: bool | None = None,
+    ) -> Setting:
+        """What the model is to be set to for one micro-batch of update ``step`` (from 0).
+
+        Args:
+            size: examples in the micro-batch; with ``places``, in the whole update.
+            micro_step, process: which micro-batch of the update, on which process: each draws for itself.
+            places: where the micro-batch's examples stand in the update. Ranks are then drawn for the whole update and cut,
+                so that they do not depend on how it is split.
+            ordered: whether components were ordered already. None: they are at the first micro-batch after ``full_steps``.
+        """
+        kind = self.schedule
+        if kind.sampling == "matryoshka":
+            ranks = kind.gate_ranks or tuple(range(kind.r_min, self.r_max + 1))
+            return Setting(gate_ranks=ranks, reduce=kind.reduce or "sum")
+        if kind.sampling == "fixed":
+            return Setting(self.r_max)
+        full_steps = self.full_steps
+        first_part = step < full_steps
+        due = step == full_steps and micro_step == 0 if ordered is None else not first_part and not ordered
+        rank: int | torch.Tensor
+        if first_part:
+            rank = self.r_max if kind.sampling == "step" else torch.full((size,), self.r_max)
+        else:
+            # With places one draw serves all micro-batches and processes.
+            rank = self.sampler()(step, size, *((micro_step, process) if places is None else ()))
+        if places is not None and isinstance(rank, torch.Tensor):
+            rank = rank[list(places) or [0]]
+        return Setting(rank, kind.frozen and not first_part, order=bool(full_steps) and due)
+
+    def title(self) -> str:
+        """What tables and legends call this training."""
+        kind = self.schedule
+        if kind.sampling == "fixed":
+            return f"LoRA trained at rank {self.r_max}"
+        if kind.sampling == "matryoshka":
+            ranks = "all ranks" if kind.gate_ranks is None else f"ranks {_listed(kind.gate_ranks)}"
+            return f"one fixed gate, the {kind.reduce} over {ranks}"
+        if kind.distribution == "mixed":
+            ladder = [b for b in self.sampler().ladder() if b != kind.r_min]
+            how = f"rank {kind.r_min} or ranks {_listed([kind.r_min, *ladder])} together"
+        else:
+            often = ", low ones more often" if kind.distribution == "geometric" else ""
+            how = f"a rank for each {'example' if kind.sampling == 'example' else 'update'}{often}"
+        how += ", one component updated (frozen)" if kind.frozen else ""
+        share = kind.full_rank_share
+        if not share:
+            return f"DyLoRA, {how}"
+        when = "half-way" if share == 0.5 else f"after {100 * share:g} % of the steps"
+        return f"DyLoRA, components ordered {when}, then {how}"
+
+    def facts(self) -> dict:
+        """The settled settings, as ``dylora.json`` and ``rank_results.json`` tell them."""
+        kind = self.schedule
+        found = {
+            "sampling": kind.sampling,
+            "distribution": kind.distribution,
+            "r_min": kind.r_min,
+            "full_rank_share": kind.full_rank_share,
+            "frozen": kind.frozen,
+        }
+        told_apart = {
+            "p": kind.distribution == "geometric" and kind.p != RankSchedule.p,
+            "reduce": kind.reduce == "mean",
+            "gate_ranks": kind.gate_ranks is not None,
+        }
+        return found | {name: getattr(kind, name) for name, tell in told_apart.items() if tell}
+
+
+FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen")
+
+
+def title_of(facts: dict, r_max: int) -> str:
+    """The title of the training that ``facts`` (of an adapter's ``dylora.json``) tell, as far as they tell one."""
+    known = {name: facts[name] for name in (*FACTS, "p", "reduce") if facts.get(name) is not None}
+    if facts.get("gate_ranks"):
+        known["gate_ranks"] = tuple(facts["gate_ranks"])
+    if "sampling" not in known:
+        return "an adapter"
+    try:
+        return RankSchedule(**known).resolve(r_max, "").title()
+    except (TypeError, ValueError):
+        return "an adapter"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one micro-batch runs at: a rank (as ``set_rank`` takes it), or the fixed gate of ``gate_ranks``.
+
+    ``order``: the components are to be ordered first.
+    """
+
+    rank: int | torch.Tensor | None = None
+    frozen: bool = False
+    gate_ranks: tuple[int, ...] | None = None
+    reduce: str = "sum"
+    order: bool = False
+
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Order the components if it is time, the momenta of ``optimizer`` along with them, and set the model."""
+        if self.order:
+            order_components(model, optimizer)
+        if self.gate_ranks is not None:
+            set_matryoshka_gate(model, self.gate_ranks, self.reduce)
+        else:
+            set_rank(model, self.rank, self.frozen)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    """1, 2, 4 and 8."""
+    *first, last = map(str, ranks)
+    return f"{', '.join(first)} and {last}" if first else last

@@ -1,0 +1,54 @@
+"""What a layer runs at, as one immutable value, and the one place that changes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .layers import LoRALayer
+
+
+@dataclass(frozen=True, eq=False)
+class RankState:
+    """The setting of one layer.
+
+    Args:
+        rank: an int, a LongTensor (batch,) with one rank per example, or None where the gate came from no rank.
+        gate: None for an int rank; else the factors of the components, (r,) or (batch, r), scaling included.
+        frozen: component b alone gets a gradient (paper, eq. 10).
+
+    Raises ValueError for a frozen state without a rank.
+    """
+
+    rank: int | torch.Tensor | None
+    gate: torch.Tensor | None = None
+    frozen: bool = False
+
+    def __post_init__(self):
+        if self.frozen and self.rank is None:
+            raise ValueError(
+                "frozen training updates the component of a drawn rank, and weights of ranks draw none; leave out frozen."
+            )
+
+    def same_as(self, other: RankState) -> bool:
+        """Whether a layer computes the same, and trains the same components, in both."""
+        if self is other:
+            return True
+        if self.frozen != other.frozen or (self.gate is None) != (other.gate is None):
+            return False
+        if self.gate is None or other.gate is None:
+            return self.rank == other.rank
+        return self.gate.shape == other.gate.shape and torch.equal(self.gate, other.gate.to(self.gate.device))
+
+
+def set_states(states: Iterable[tuple[LoRALayer, RankState]]) -> None:
+    """Set every layer's state, or, where one of them is merged, none. Raises RuntimeError that names the merged layer."""
+    states = list(states)
+    for layer, _ in states:
+        layer.check_unmerged()
+    for layer, state in states:
+        layer.state = state

@@ -1,0 +1,89 @@
+"""The part of the trainer that loads data: exact batches for training, the longest first for evaluation."""
+
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers.trainer_utils import has_length
+
+from .batching import ByLength, GroupedBatches, Place, lengths_of
+
+# Settings of Trainer's own training loader that go over to the one with our batches.
+LOADER_SETTINGS = (
+    "collate_fn",
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+    "in_order",
+)
+
+
+class ExactBatches:
+    """Of ``DyLoRAMixin``: examples, order and place in the update do not depend on how an update is split."""
+
+    place: Place
+    group_by_length: bool
+
+    def batches(self) -> GroupedBatches | None:
+        """The micro-batches (lists of indices) that training used last."""
+        return self.place.batches
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return (
+            SequentialSampler(dataset) if has_length(dataset) else None
+        )  # get_train_dataloader puts batches in its place
+
+    def _get_eval_sampler(self, eval_dataset):
+        if eval_dataset is None or not has_length(eval_dataset):
+            return None
+        return ByLength(lengths_of(eval_dataset, self.args.length_column_name))
+
+    def _get_dataloader(self, *args, is_training=False, **kwargs):
+        """Trainer's; but --dataloader_drop_last, which is about training, drops nothing that is to be measured."""
+        drop_last = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drop_last and is_training
+        try:
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's loader with all its settings, and our batches in place of its sampler."""
+        args, loader = self.args, super().get_train_dataloader()
+        self.place.batches = None
+        if not has_length(self.train_dataset):
+            return loader
+        strategy = args.train_sampling_strategy
+        grouped = strategy == "group_by_length" or (strategy == "random" and self.group_by_length)
+        size = len(self.train_dataset)
+        batches = GroupedBatches(
+            lengths_of(self.train_dataset, args.length_column_name) if grouped else [1] * size,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            args.world_size,
+            args.process_index,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            shuffle=strategy != "sequential",
+            drop_last=args.dataloader_drop_last,
+        )
+        if not len(batches):
+            raise ValueError(
+                f"The training set has {size} examples, fewer than one update of {batches.global_batch}; "
+                f"leave out --dataloader_drop_last or use a smaller batch."
+            )
+        self.place.batches = batches
+        settings = {name: getattr(loader, name) for name in LOADER_SETTINGS}
+        loader = DataLoader(loader.dataset, batch_sampler=batches, **settings)
+        # The batches are this process's own already: nothing is left for accelerate to share out.
+        return prepare_data_loader(
+            loader, device=self.accelerator.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        skipped = self.place.batches is not None and not self.args.ignore_data_skip
+        self.place.begin_update(epoch_iterator, len(samples), self.state.global_step if skipped else 0)
+        return samples, items

@@ -1,0 +1,64 @@
+"""The part of the trainer that writes and reads: checkpoints hold the adapter and the modules to save, in PEFT's format."""
+
+from pathlib import Path
+
+import torch
+
+from ..adapters.card import model_card
+from ..adapters.directory import read_configs, read_facts
+from ..adapters.store import load_adapter, save_adapter
+from ..files import write_text
+from ..ordering import order_components
+from ..schedule import BoundSchedule
+
+
+class AdapterCheckpoints:
+    """Of ``DyLoRAMixin``: an adapter where Trainer writes a whole model."""
+
+    bound: BoundSchedule | None
+    ordered: bool
+    adapter_facts: dict
+
+    def _save(self, output_dir=None, state_dict=None):
+        if self.bound is None:
+            return super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # every process comes here, one writes
+            return None
+        output_dir = Path(output_dir or self.args.output_dir)
+        facts = self.training_facts() | {"ordered": self.ordered}
+        save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(output_dir)
+        torch.save(self.args, output_dir / "training_args.bin")
+
+    def training_facts(self) -> dict:
+        """How ranks are trained, as ``dylora.json`` and ``rank_results.json`` tell it; nothing without an adapter."""
+        return {} if self.bound is None else self.bound.facts()
+
+    def create_model_card(self, *args, **kwargs):
+        """loralib's card (see ``loralib.adapters.card``) for an adapter, unless a script has written a fuller one."""
+        if self.bound is None:
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero() and not (Path(self.args.output_dir) / "README.md").exists():
+            self.write_model_card()
+
+    def write_model_card(self, results=None) -> None:
+        """Write README.md beside the saved adapter; ``results``: the run's ``RankResults``."""
+        name = getattr(self, "hub_model_id", None) or self.args.output_dir
+        text = model_card(*read_configs(self.args.output_dir), results, name)
+        write_text(Path(self.args.output_dir) / "README.md", text)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.bound is None:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_adapter(self.model, resume_from_checkpoint)
+        self.ordered = read_facts(resume_from_checkpoint).get("ordered", False)
+
+    def _load_best_model(self):
+        if self.bound is None:
+            return super()._load_best_model()
+        best = self.state.best_model_checkpoint
+        load_adapter(self.model, best)
+        # A checkpoint of the first part of the training has its components as they came.
+        if self.bound.schedule.full_rank_share and not read_facts(best).get("ordered"):
+            order_components(self.model)
