@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from .results import LAST, RankResults
 
 
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 0) -> str:
-    """A Markdown table; the first ``left`` columns are aligned left, the others right."""
-    rule = ["---" if i < left else "---:" for i in range(len(head))]
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "") -> str:
+    """A Markdown table. ``align``: a letter for each column, "l" or "r"; columns beyond it are aligned right."""
+    rule = ["---" if align[i : i + 1] == "l" else "---:" for i in range(len(head))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
 
 

@@ -31,7 +31,7 @@ def write_report(runs: list[RankResults], directory: str | Path) -> list[Curve]:
         table, selected = to_csv(runs[0]), runs[0].selected_rank
     else:
         table, selected = runs_to_csv(runs), None
-        markdown = f"# All runs\n\n{markdown_table(*summary_rows(found), left=2)}\n\n{markdown}"
+        markdown = f"# All runs\n\n{markdown_table(*summary_rows(found), align='ll')}\n\n{markdown}"
     write_text(directory / "rank_results.md", markdown)
     write_text(directory / "rank_results.csv", table)
     for kind in ("png", "svg"):

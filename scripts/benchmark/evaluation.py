@@ -9,7 +9,6 @@ import torch
 
 import loralib as lora
 from loralib import all_ranks as ranks_at_once
-from loralib.all_ranks import passes, share_between_ranks
 
 from . import peers as peers
 from .peers import R_MAX, ROBERTA_BASE
@@ -58,15 +57,9 @@ def at_all_ranks(model, inputs: dict, options: Options, dtype: str, budget: int 
         torch.no_grad(),
         autocast(options.device, dtype),
         run_glues_savings(model, dtype),
-        share_between_ranks(model) as new_batch,
         stacking(budget),
     ):
-        plan = passes(inputs, list(range(1, R_MAX + 1)))
-        new_batch(*(own for _, _, own in plan))
-        found = []
-        for ranks, rank, own in plan:
-            found += at_rank(model, own, rank).chunk(len(ranks))
-        return found
+        return [output.logits for _, output in lora.at_ranks(model, inputs, range(1, R_MAX + 1))]
 
 
 def repeated(model, inputs: dict, options: Options, dtype: str) -> list[torch.Tensor]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 import loralib as lora
-from loralib.all_ranks import passes, share_between_ranks
 from loralib.training.batching import epoch_order
 
 from . import peers as peers
@@ -81,12 +80,9 @@ def evaluate_alone(r: int, device: str) -> tuple[float, float]:
     inputs = batch(32, 64, device)
 
     def evaluate():
-        with torch.no_grad(), model.first_token_only(), share_between_ranks(model) as new_batch:
-            plan = passes(inputs, list(range(1, r + 1)))
-            new_batch(*(own for _, _, own in plan))
-            for _, rank, own in plan:
-                with lora.use_rank(model, rank):
-                    model(**own)
+        with torch.no_grad(), model.first_token_only():
+            for _ in lora.at_ranks(model, inputs, range(1, r + 1), stack=True):
+                pass
 
     before = memory("VmRSS", device)
     reset_peak(device)

@@ -59,7 +59,7 @@ def stock(shape: Shape, device: str) -> nn.Module:
 
 def ours(shape: Shape, r: int, device: str) -> nn.Module:
     """loralib's layers in the stock model, as ``inject`` puts them there."""
-    model = lora.inject(stock(shape, device), TARGETS, r, ALPHA)
+    model = lora.inject(stock(shape, device), TARGETS, r, ALPHA, scaling="alpha/b")
     lora.mark_only_lora_as_trainable(model)
     return model
 

@@ -121,8 +121,8 @@ def released(options: Options) -> Iterator[Row]:
         )
 
 
-def aurac(found: dict) -> str:
-    return f"{100 * next(iter(found['aurac'].values())):.1f}"
+def aurac(found) -> str:
+    return f"{100 * next(iter(found.aurac.values())):.1f}"
 
 
 def sweep(options: Options) -> Iterator[Row]:

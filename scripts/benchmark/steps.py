@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import loralib as lora
+from loralib.gate import rank_gate
 from loralib.training.precision import frozen_weights_in
 
 from . import peers as peers
@@ -163,7 +164,7 @@ def compiled(options: Options) -> Iterator[Row]:
 
         def draw(step: int, gate=gate) -> None:
             ranks = lora.RankSampler(R_MAX)(step, 16).to(gate.device)
-            gate.copy_(lora.gate.rank_gate(ranks, R_MAX, peers.ALPHA, "alpha/b"))
+            gate.copy_(rank_gate(ranks, R_MAX, peers.ALPHA, "alpha/b"))
 
         for each in (plain, model):
             lora.set_gate(each, gate)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from loralib.files import write_text
+from loralib.report.tables import markdown_table
 
 from .growth import WHY
 from .rows import Options, Row
@@ -95,18 +96,16 @@ def number(value: float) -> str:
 
 def table(rows: list[dict]) -> list[str]:
     """Markdown rows; ``limit`` is shown with whether the figure keeps it."""
-    lines = ["| setting | ours | peer | ours | peer | ratio (95 %) | promised |", "|---|---|---|---:|---:|---:|---|"]
+    cells = []
     for row in rows:
         interval = "" if row["low"] == row["high"] else f" ({row['low']:.3f} to {row['high']:.3f})"
         promised = (
             "" if row["limit"] is None else f"{row['limit']:.3f}: {'kept' if row['high'] <= row['limit'] else 'missed'}"
         )
         peer = row["peer"] + (f"; {row['note']}" if row["note"] else "")
-        lines.append(
-            f"| {row['setting']} | {row['ours']} | {peer} | {number(row['ours_value'])} {row['unit']} | "
-            f"{number(row['peer_value'])} {row['unit']} | {row['ratio']:.3f}{interval} | {promised} |"
-        )
-    return lines
+        ours, theirs = (f"{number(row[name])} {row['unit']}" for name in ("ours_value", "peer_value"))
+        cells.append([row["setting"], row["ours"], peer, ours, theirs, f"{row['ratio']:.3f}{interval}", promised])
+    return [markdown_table(["setting", "ours", "peer", "ours", "peer", "ratio (95 %)", "promised"], cells, "lllrrrl")]
 
 
 def write_readme(directory: Path) -> None:

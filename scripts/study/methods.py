@@ -4,7 +4,7 @@ The published methods, ``ordered`` and our default need nothing but the trainer'
 ranks of its gate). What else was tried (``weights``, ``distil``, ...) lives here and not in the library.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,15 @@ from torch import nn
 
 import loralib as lora
 from loralib.model import lora_layers
-from loralib.training.trainer import DRAWN, DyLoRATrainer
+from loralib.schedule import Setting
+from loralib.trainer import DyLoRATrainer
 
 R_MAX, ALPHA = 8, 16
+# Ranks drawn for each example from the first step on, and after half of the training at r_max and the ordering.
+DRAWN = lora.RankSchedule(distribution="uniform", full_rank_share=0.0)
+ORDERED = replace(DRAWN, full_rank_share=0.5)
+MIXED = replace(ORDERED, distribution="mixed")
+GATE = lora.RankSchedule("matryoshka")
 
 
 @dataclass(frozen=True)
@@ -25,15 +31,10 @@ class Method:
     """
 
     title: str
-    sampling: str = "example"
+    schedule: lora.RankSchedule = DRAWN
     r: int = R_MAX
     alpha: float = ALPHA
     scaling: str = "alpha/b"
-    distribution: str = "uniform"
-    frozen: bool = False
-    full_rank_share: float = 0.0
-    reduce: str = "sum"
-    gate_ranks: tuple[int, ...] = ()  # matryoshka: the ranks whose gates are added; () = all
     group_by_length: bool = True
     # Variants that were tried; each is a no-op at its default.
     weights: tuple[float, ...] = ()  # draw ranks 1..r with these weights, evenly: each takes its share of every update
@@ -42,13 +43,11 @@ class Method:
     rate_B: float = 1.0  # learning rate of lora_B relative to all else (LoRA+)
     orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
     strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
-    gate_after: bool = (
-        False  # once the components are ordered: the mean of the gates (of ``gate_ranks``), nothing drawn
-    )
+    gate_after: tuple[int, ...] = ()  # once the components are ordered: the mean of these ranks' gates, nothing drawn
 
     @property
     def ranks(self) -> list[int]:
-        return list(range(1, self.r + 1)) if self.sampling != "fixed" else [self.r]
+        return list(range(1, self.r + 1)) if self.schedule.sampling != "fixed" else [self.r]
 
 
 UNIFORM = (1.0,) * R_MAX
@@ -58,22 +57,19 @@ CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
 CONSTANT_2 = dict(scaling="alpha/r", alpha=16)  # the strength of a LoRA of rank 8 with alpha 16
 
 METHODS = {
-    **{f"lora-{r}": Method(f"LoRA trained at rank {r}", "fixed", r=r) for r in (1, 2, 4, 8)},
-    "released": Method("DyLoRA as released (per step, frozen)", "step", frozen=True),
-    "step": Method("DyLoRA, per step", "step"),
-    "step-geometric": Method("DyLoRA, per step, geometric 0.15", "step", distribution="geometric"),
+    **{f"lora-{r}": Method(f"LoRA trained at rank {r}", lora.RankSchedule("fixed"), r=r) for r in (1, 2, 4, 8)},
+    "released": Method("DyLoRA as released (per step, frozen)", lora.RankSchedule.paper()),
+    "step": Method("DyLoRA, per step", replace(DRAWN, sampling="step")),
+    "step-geometric": Method(
+        "DyLoRA, per step, geometric 0.15", replace(DRAWN, sampling="step", distribution="geometric")
+    ),
     "example": Method("DyLoRA, per example"),
     "matryoshka-sum": Method(
-        "MatryoshkaLoRA (sum, alpha/sqrt(b))", "matryoshka", scaling="alpha/sqrt(b)", gate_ranks=(1, 2, 4, 8)
+        "MatryoshkaLoRA (sum, alpha/sqrt(b))", replace(GATE, gate_ranks=(1, 2, 4, 8)), scaling="alpha/sqrt(b)"
     ),
-    "matryoshka-mean": Method("fixed gate, mean with alpha/b", "matryoshka", reduce="mean"),
-    "ordered": Method("DyLoRA, half at r_max, ordered, then per example", full_rank_share=0.5, **CONSTANT_2),
-    "mixed": Method(
-        "DyLoRA, half at r_max, ordered, then mixed (our default)",
-        full_rank_share=0.5,
-        distribution="mixed",
-        **CONSTANT_2,
-    ),
+    "matryoshka-mean": Method("fixed gate, mean with alpha/b", replace(GATE, reduce="mean")),
+    "ordered": Method("DyLoRA, half at r_max, ordered, then per example", ORDERED, **CONSTANT_2),
+    "mixed": Method("DyLoRA, half at r_max, ordered, then mixed (our default)", MIXED, **CONSTANT_2),
 }
 DEFAULT = "mixed"  # what run_glue.py does without flags
 # Together one method: at each of these ranks a LoRA that was trained for it.
@@ -85,34 +81,38 @@ CUTS = {
     "cut-svd": "LoRA trained at rank 8, reduced by SVD",
 }
 TRIED = {
-    "ordered-0.3": Method("ordered after 0.3 of the training", full_rank_share=0.3, **CONSTANT_2),
-    "ordered-0.7": Method("ordered after 0.7 of the training", full_rank_share=0.7, **CONSTANT_2),
+    "ordered-0.3": Method("ordered after 0.3 of the training", replace(ORDERED, full_rank_share=0.3), **CONSTANT_2),
+    "ordered-0.7": Method("ordered after 0.7 of the training", replace(ORDERED, full_rank_share=0.7), **CONSTANT_2),
     "ordered-geometric": Method(
         "ordered, ranks drawn evenly, geometric 0.3",
-        full_rank_share=0.5,
+        ORDERED,
         weights=tuple(0.7**b for b in range(R_MAX)),
         **CONSTANT_2,
     ),
     "mixed-0.7": Method(
-        "ordered after 0.7 of the training, then mixed", full_rank_share=0.7, distribution="mixed", **CONSTANT_2
+        "ordered after 0.7 of the training, then mixed", replace(MIXED, full_rank_share=0.7), **CONSTANT_2
     ),
-    "ordered-even": Method("ordered, ranks drawn evenly", full_rank_share=0.5, weights=UNIFORM, **CONSTANT_2),
-    "ordered-ends": Method("ordered, ranks 1 and 8 more often", full_rank_share=0.5, weights=ENDS, **CONSTANT_2),
-    "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", full_rank_share=0.5, weights=POWERS, **CONSTANT_2),
-    "ordered-alpha/b": Method("ordered, alpha/b", full_rank_share=0.5),
-    "ordered-4": Method("ordered, one strength 4", full_rank_share=0.5, scaling="alpha/r", alpha=32),
-    "ordered-8": Method("ordered, one strength 8", full_rank_share=0.5, scaling="alpha/r", alpha=64),
-    "ordered-gate": Method("ordered, then fixed gate, mean", full_rank_share=0.5, gate_after=True, **CONSTANT_2),
+    "ordered-even": Method("ordered, ranks drawn evenly", ORDERED, weights=UNIFORM, **CONSTANT_2),
+    "ordered-ends": Method("ordered, ranks 1 and 8 more often", ORDERED, weights=ENDS, **CONSTANT_2),
+    "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", ORDERED, weights=POWERS, **CONSTANT_2),
+    "ordered-alpha/b": Method("ordered, alpha/b", ORDERED),
+    "ordered-4": Method("ordered, one strength 4", ORDERED, scaling="alpha/r", alpha=32),
+    "ordered-8": Method("ordered, one strength 8", ORDERED, scaling="alpha/r", alpha=64),
+    "ordered-gate": Method(
+        "ordered, then fixed gate, mean", ORDERED, gate_after=tuple(range(1, R_MAX + 1)), **CONSTANT_2
+    ),
     "ordered-gate-powers": Method(
         "ordered, then fixed gate, mean of ranks 1, 2, 4, 8",
-        full_rank_share=0.5,
-        gate_after=True,
-        gate_ranks=(1, 2, 4, 8),
+        ORDERED,
+        gate_after=(1, 2, 4, 8),
         **CONSTANT_2,
     ),
-    "ordered-distil": Method("ordered, then distilled", full_rank_share=0.5, distil=1.0, **CONSTANT_2),
+    "ordered-distil": Method("ordered, then distilled", ORDERED, distil=1.0, **CONSTANT_2),
     "ordered-0.7-ends": Method(
-        "ordered after 0.7 of the training, ranks 1 and 8 more often", full_rank_share=0.7, weights=ENDS, **CONSTANT_2
+        "ordered after 0.7 of the training, ranks 1 and 8 more often",
+        replace(ORDERED, full_rank_share=0.7),
+        weights=ENDS,
+        **CONSTANT_2,
     ),
     **{
         f"strengths-{name}": Method(
@@ -153,7 +153,7 @@ TRIED = {
     "shuffled-constant": Method(
         "per example, evenly, one strength 6, no grouping by length", weights=UNIFORM, group_by_length=False, **CONSTANT
     ),
-    "mean-constant": Method("fixed gate, mean, one strength 6", "matryoshka", reduce="mean", **CONSTANT),
+    "mean-constant": Method("fixed gate, mean, one strength 6", replace(GATE, reduce="mean"), **CONSTANT),
 }
 
 
@@ -169,44 +169,54 @@ def even_draw(weights, n: int, seed: str) -> torch.Tensor:
     return torch.tensor(ranks)
 
 
+@dataclass(frozen=True)
+class AtStrengths(Setting):
+    """Ranks whose components have strengths of their own, whatever the rank."""
+
+    strengths: tuple[float, ...] = ()
+
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().apply(model, optimizer)
+        if self.strengths:
+            lora.set_gate(
+                model, (torch.arange(len(self.strengths)) < self.rank[:, None]) * torch.tensor(self.strengths)
+            )
+
+
 class StudyTrainer(DyLoRATrainer):
     """DyLoRATrainer with the variants of a ``Method``."""
 
     def __init__(self, method: Method, **options):
         super().__init__(
-            rank_sampling=method.sampling,
-            rank_distribution=method.distribution if method.sampling in DRAWN else None,
-            full_rank_share=method.full_rank_share,
-            frozen=method.frozen,
-            matryoshka_reduce=method.reduce if method.sampling == "matryoshka" else None,
-            eval_ranks=method.ranks,
-            group_by_length=method.group_by_length,
-            **options,
+            schedule=method.schedule, eval_ranks=method.ranks, group_by_length=method.group_by_length, **options
         )
         self.method = method
-        if method.gate_ranks:
-            self.rank_sampler.ranks = list(method.gate_ranks)
         if method.orthogonal:
             for _, layer in lora_layers(self.model):
                 length = layer.lora_A.detach().norm() / layer.r**0.5
                 nn.init.orthogonal_(layer.lora_A, gain=float(length))
 
-    def _set_training_ranks(self, batch_size: int) -> None:
-        super()._set_training_ranks(batch_size)
-        weights, step = self.method.weights, self.state.global_step
-        if self.method.gate_after and step >= self.rank_sampler.full_steps:
-            lora.set_matryoshka_gate(self.model, self.method.gate_ranks or None, "mean")
-        if not weights or step < self.rank_sampler.full_steps:
-            return
+    def draws_by_now(self) -> bool:
+        """Whether the part at r_max is over."""
+        return self.state.global_step >= self.bound.full_steps
+
+    def training_setting(self, batch_size: int) -> Setting:
+        setting, method = super().training_setting(batch_size), self.method
+        if not self.draws_by_now():
+            return setting
+        if method.gate_after:
+            return replace(setting, gate_ranks=method.gate_after, reduce="mean")
+        if method.weights:
+            return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
+        return setting
+
+    def even_ranks(self) -> torch.Tensor:
+        """The micro-batch's part of the even draw for the update."""
+        weights, step = list(self.method.weights), self.state.global_step
         if self.method.anneal:
             share = min(1.0, 2 * step / self.state.max_steps)
             weights = [w * share for w in weights[:-1]] + [weights[-1] + (1 - share) * sum(weights[:-1])]
-        size = self._batches.update_size(self._update % self._batches.updates())
-        ranks = even_draw(weights, size, f"{self.args.seed}:{step}")[list(self._places())]
-        lora.set_rank(self.model, ranks)
-        if self.method.strengths:
-            drawn = torch.arange(self.method.r) < ranks[:, None]
-            lora.set_gate(self.model, drawn * torch.tensor(self.method.strengths))
+        return even_draw(weights, self.place.size(0), f"{self.args.seed}:{step}")[list(self.place.places())]
 
     def train(self, *args, **kwargs):
         """As the library's; then own strengths of the components become part of lora_B."""
@@ -219,7 +229,7 @@ class StudyTrainer(DyLoRATrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and self.method.distil and self.state.global_step >= self.rank_sampler.full_steps:
+        if model.training and self.method.distil and self.draws_by_now():
             with torch.no_grad(), lora.use_rank(model, self.method.r):
                 full = super().compute_loss(model, inputs, True, num_items_in_batch)[1].logits
             own = F.log_softmax(outputs.logits.float(), -1)

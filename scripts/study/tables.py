@@ -1,19 +1,20 @@
 """Tables, curves and cost of the study, from results/study/runs.jsonl."""
 
-import math
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from loralib.files import write_atomically, write_text
+from loralib.report.choice import aurac, mean_and_error
 from loralib.report.curves import Curve
 from loralib.report.plots import plot_curves
-from loralib.report.tables import aurac
+from loralib.report.tables import markdown_table
 
 from .methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
 
 SHOWN = tuple(METHODS[name].r for name in SWEEP)
+HEAD = ["method", *(f"r={b}" for b in SHOWN)]
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
          "mnli": "MNLI, 13,393 examples (accuracy)", "qnli": "QNLI, 8,999 examples (accuracy)",
          "qqp": "QQP, 8,999 examples (mean of accuracy and F1)"}  # fmt: skip
@@ -43,12 +44,6 @@ def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, st
     return {key: dict(by_seed) for key, by_seed in found.items() if by_seed}
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float | None]:
-    """The mean and its standard error (None for one value)."""
-    error = float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return float(np.mean(values)), error
-
-
 def shown(values: list[float]) -> str:
     mean, error = mean_and_error(values)
     return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
@@ -69,19 +64,12 @@ def called(method: str) -> str:
 
 
 def task_table(found: dict, task: str) -> list[str]:
-    lines = [
-        f"### {NAMES[task]}",
-        "",
-        "| method | r=1 | r=2 | r=4 | r=8 | AURAC | seeds |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+    rows = []
     for method in order(m for t, m in found if t == task):
         curves = list(found[task, method].values())
         cells = [shown([curve[b] for curve in curves]) for b in SHOWN]
-        lines.append(
-            f"| {called(method)} | {' | '.join(cells)} | {shown([area(curve) for curve in curves])} | {len(curves)} |"
-        )
-    return [*lines, ""]
+        rows.append([called(method), *cells, shown([area(curve) for curve in curves]), str(len(curves))])
+    return [f"### {NAMES[task]}", "", markdown_table([*HEAD, "AURAC", "seeds"], rows, "l"), ""]
 
 
 def averaged(found: dict, method: str) -> dict[int, dict[int, float]]:
@@ -95,20 +83,18 @@ def averaged(found: dict, method: str) -> dict[int, dict[int, float]]:
 def average_table(found: dict) -> list[str]:
     """The mean over tasks, and its difference from the sweep's, paired by seed."""
     sweep = averaged(found, "sweep")
-    lines = ["| method | r=1 | r=2 | r=4 | r=8 | AURAC | seeds | minus the sweep, at 1 / 2 / 4 / 8 |",
-             "|---|---:|---:|---:|---:|---:|---:|---|"]  # fmt: skip
+    rows = []
     for method in order({m for _, m in found}):
-        own = averaged(found, method)
-        if not own:
+        by_seed = averaged(found, method)
+        if not by_seed:
             continue
-        cells = [shown([curve[b] for curve in own.values()]) for b in SHOWN]
-        both = [seed for seed in own if seed in sweep]
-        apart = [shown([own[seed][b] - sweep[seed][b] for seed in both]) for b in SHOWN] if both else []
+        cells = [shown([curve[b] for curve in by_seed.values()]) for b in SHOWN]
+        both = [seed for seed in by_seed if seed in sweep]
+        apart = [shown([by_seed[seed][b] - sweep[seed][b] for seed in both]) for b in SHOWN] if both else []
+        areas = shown([area(curve) for curve in by_seed.values()])
         beside = "" if method == "sweep" else " / ".join(apart)
-        lines.append(
-            f"| {called(method)} | {' | '.join(cells)} | {shown([area(c) for c in own.values()])} | {len(own)} | {beside} |"
-        )
-    return [*lines, ""]
+        rows.append([called(method), *cells, areas, str(len(by_seed)), beside])
+    return [markdown_table([*HEAD, "AURAC", "seeds", "minus the sweep, at 1 / 2 / 4 / 8"], rows, "lrrrrrrl"), ""]
 
 
 def rate_table(records: list[dict]) -> list[str]:
@@ -119,57 +105,59 @@ def rate_table(records: list[dict]) -> list[str]:
             cells[record["method"], record["task"], record["rate"]].append((record["seed"], record["aurac"]))
     tasks = list(dict.fromkeys(task for _, task, _ in cells))
     rates = sorted({rate for _, _, rate in cells})
-    lines = ["| method | " + " | ".join(f"{task} {rate:g}" for task in tasks for rate in rates) + " |",
-             "|---|" + "---:|" * (len(tasks) * len(rates))]  # fmt: skip
+    rows = []
     for method in order({m for m, _, _ in cells}):
-        row = [sorted(cells.get((method, task, rate), [])) for task in tasks for rate in rates]
-        shown = " | ".join(", ".join(f"{value:.1f}" for _, value in found) for found in row)
-        lines.append(f"| {title(method)} | {shown} |")
-    return [*lines, ""]
+        of_method = [sorted(cells.get((method, task, rate), [])) for task in tasks for rate in rates]
+        rows.append([title(method), *(", ".join(f"{value:.1f}" for _, value in seeds) for seeds in of_method)])
+    return [markdown_table(["method", *(f"{task} {rate:g}" for task in tasks for rate in rates)], rows, "l"), ""]
 
 
 def cost_table(records: list[dict]) -> list[str]:
-    lines = ["| method | runs | optimizer steps | training, minutes |", "|---|---:|---:|---:|"]
-    own = [r for r in records if r["split"] == "validation" and r["method"] not in CUTS]
-    for method in order({r["method"] if r["method"] not in SWEEP else "sweep" for r in own}):
-        mine = [r for r in own if (r["method"] in SWEEP if method == "sweep" else r["method"] == method)]
-        seeds = {(r["task"], r["seed"]) for r in mine}
-        lines.append(
-            f"| {called(method)} | {len(mine) / len(seeds):.0f} a task and seed | "
-            f"{sum(r['steps'] for r in mine) / len(seeds):,.0f} | {sum(r['seconds'] for r in mine) / len(seeds) / 60:.1f} |"
-        )
-    return [*lines, ""]
+    rows = []
+    measured = [r for r in records if r["split"] == "validation" and r["method"] not in CUTS]
+    for method in order({r["method"] if r["method"] not in SWEEP else "sweep" for r in measured}):
+        runs = [r for r in measured if (r["method"] in SWEEP if method == "sweep" else r["method"] == method)]
+        n = len({(r["task"], r["seed"]) for r in runs})
+        steps, minutes = sum(r["steps"] for r in runs) / n, sum(r["seconds"] for r in runs) / n / 60
+        rows.append([called(method), f"{len(runs) / n:.0f} a task and seed", f"{steps:,.0f}", f"{minutes:.1f}"])
+    return [markdown_table(["method", "runs", "optimizer steps", "training, minutes"], rows, "l"), ""]
 
 
 def target(found: dict, records: list[dict], method: str = DEFAULT) -> list[str]:
     """What the study set out for, and whether ``method`` reaches it."""
-    own, sweep = averaged(found, method), averaged(found, "sweep")
-    both = sorted(set(own) & set(sweep))
+    ours, sweep = averaged(found, method), averaged(found, "sweep")
+    both = sorted(set(ours) & set(sweep))
     if not both:
         return []
-    lines = [f"{title(method)}, beside the sweep of four LoRA runs, mean over tasks, paired by seed ({len(both)}):", "",
-             "| at | minus the sweep | wanted | reached |", "|---|---:|---|---|"]  # fmt: skip
+    rows = []
     for b in SHOWN:
-        mean, error = mean_and_error([own[seed][b] - sweep[seed][b] for seed in both])
+        apart = [ours[seed][b] - sweep[seed][b] for seed in both]
+        mean, error = mean_and_error(apart)
         reached = "" if error is None else "yes" if mean >= -error else "no"
-        lines.append(
-            f"| rank {b} | {shown([own[s][b] - sweep[s][b] for s in both])} | no less than -1 standard error | {reached} |"
-        )
-    apart = [np.mean([own[s][b] - sweep[s][b] for b in SHOWN]) for s in both]
-    lines.append(f"| mean of the ranks | {shown(apart)} | no less than 0 | {'yes' if np.mean(apart) >= 0 else 'no'} |")
-    mine = np.mean([area(own[seed]) for seed in both])
+        rows.append([f"rank {b}", shown(apart), "no less than -1 standard error", reached])
+    apart = [np.mean([ours[s][b] - sweep[s][b] for b in SHOWN]) for s in both]
+    rows.append(["mean of the ranks", shown(apart), "no less than 0", "yes" if np.mean(apart) >= 0 else "no"])
     for other in [m for m in order({m for _, m in found}) if m in METHODS and m not in SWEEP and m != method]:
         theirs = averaged(found, other)
         if theirs:
-            gain = [area(own[s]) - area(theirs[s]) for s in sorted(set(own) & set(theirs))]
-            reached = "yes" if np.mean(gain) > 0 else "no"
-            lines.append(f"| AURAC, beside: {title(other)} | {shown(gain)} | above 0 | {reached} |")
+            gain = [area(ours[s]) - area(theirs[s]) for s in sorted(set(ours) & set(theirs))]
+            rows.append(
+                [f"AURAC, beside: {title(other)}", shown(gain), "above 0", "yes" if np.mean(gain) > 0 else "no"]
+            )
     steps = {(r["method"], r["task"], r["seed"]): r["steps"] for r in records if r["split"] == "validation"}
     ratio = max(n / steps["lora-8", task, seed] for (m, task, seed), n in steps.items() if m == method and seed in both)
-    lines.append(
-        f"| optimizer steps / one LoRA run's | {ratio:.2f} | no more than 1.1 | {'yes' if ratio <= 1.1 else 'no'} |"
+    rows.append(
+        ["optimizer steps / one LoRA run's", f"{ratio:.2f}", "no more than 1.1", "yes" if ratio <= 1.1 else "no"]
     )
-    return [*lines, "", f"AURAC of ours over these seeds: {mine:.1f}.", ""]
+    mean_area = np.mean([area(ours[seed]) for seed in both])
+    return [
+        f"{title(method)}, beside the sweep of four LoRA runs, mean over tasks, paired by seed ({len(both)}):",
+        "",
+        markdown_table(["at", "minus the sweep", "wanted", "reached"], rows, "lrll"),
+        "",
+        f"AURAC of ours over these seeds: {mean_area:.1f}.",
+        "",
+    ]
 
 
 def to_curves(found: dict) -> list[Curve]:
@@ -177,11 +165,8 @@ def to_curves(found: dict) -> list[Curve]:
     curves = []
     for (task, method), by_seed in found.items():
         ranks = sorted(next(iter(by_seed.values())))
-        values = np.array([[curve[b] for b in ranks] for curve in by_seed.values()])
-        errors = tuple((values.std(0, ddof=1) / math.sqrt(len(values))).tolist()) if len(values) > 1 else None
-        curves.append(
-            Curve(task, "", called(method), "score", tuple(ranks), tuple(values.mean(0).tolist()), errors, len(values))
-        )
+        values = [[curve[b] for b in ranks] for curve in by_seed.values()]
+        curves.append(Curve.over_seeds(task, "", called(method), "score", ranks, values))
     return curves
 
 

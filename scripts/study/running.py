@@ -1,0 +1,165 @@
+"""Training and measuring cells, one after the other or several at a time."""
+
+import json
+import subprocess
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+from .cells import BATCH, BUDGETS, Budget, Cell, read_records
+from .methods import CUTS, METHODS, TRIED, StudyTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_cell(cell: Cell, encoder: str, data: str | None) -> list[dict]:
+    """Train and measure; one record, and for lora-8 one more for each way to cut it."""
+    import torch
+    from transformers import DataCollatorWithPadding, TrainingArguments, set_seed, utils
+    from transformers_dylora.arguments import ModelArguments
+    from transformers_dylora.data import glue_task
+    from transformers_dylora.metrics import metrics_function
+    from transformers_dylora.modeling import load_model, load_tokenizer
+
+    torch.set_num_threads(1)
+    utils.logging.set_verbosity_error()
+    method, task, budget = {**METHODS, **TRIED}[cell.method], glue_task(cell.task), BUDGETS[cell.task]
+    model_args = ModelArguments(
+        encoder, apply_lora=True, lora_r=method.r, lora_alpha=method.alpha, lora_scaling=method.scaling
+    )
+    tokenizer = load_tokenizer(model_args)
+    train, measured = load_splits(task, budget, cell.split, tokenizer, data)
+    with tempfile.TemporaryDirectory() as directory:
+        args = TrainingArguments(
+            directory,
+            per_device_train_batch_size=BATCH,
+            per_device_eval_batch_size=64,
+            learning_rate=cell.rate,
+            num_train_epochs=budget.epochs,
+            warmup_steps=0.06,
+            weight_decay=0.1,
+            bf16=True,
+            use_cpu=not torch.accelerator.is_available(),
+            seed=cell.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        set_seed(cell.seed)
+        model, _ = load_model(model_args, task, training=True)
+        trainer = StudyTrainer(
+            method,
+            model=model,
+            args=args,
+            train_dataset=train,
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=metrics_function(task),
+        )
+        start = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - start
+        facts = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "commit": commit()}
+        records = [record(cell, trainer, measured, task) | facts]
+        if cell.method == "lora-8" and cell.split == "validation":
+            trainer.eval_ranks = list(range(1, method.r + 1))
+            for name in CUTS:
+                cut(model, name, encoder, directory, task)
+                own = Cell(cell.task, name, cell.seed, cell.rate, cell.split)
+                records.append(record(own, trainer, measured, task) | facts)
+    return records
+
+
+def load_splits(task, budget: Budget, split: str, tokenizer, data: str | None):
+    """The training data and what the run is measured on, tokenised; the same for every method."""
+    from transformers_dylora.data import load_glue, tokenize
+
+    raw = load_glue(task, data)
+    train = raw["train"]
+    if budget.train and budget.train < len(train):
+        train = train.shuffle(seed=0).select(range(budget.train))
+    if split == "held_out":
+        halves = train.train_test_split(test_size=0.1, seed=0)
+        train, measured = halves["train"], halves["test"]
+    else:
+        measured = raw[task.splits("validation")[0]]
+        if budget.validation:
+            measured = measured.select(range(min(budget.validation, len(measured))))
+    return (tokenize(part, task, tokenizer, budget.max_length, False, False) for part in (train, measured))
+
+
+def record(cell: Cell, trainer, measured, task) -> dict:
+    """The scores (0-100) of every rank of the model as it is."""
+    start = time.perf_counter()
+    metrics = trainer.predict(measured, metric_key_prefix="x").metrics
+    seconds = time.perf_counter() - start
+    scores = {str(b): round(100 * metrics[f"x_r{b}_{task.main_metric}"], 4) for b in trainer.eval_ranks}
+    return {
+        **vars(cell),
+        "metric": task.main_metric,
+        "scores": scores,
+        "aurac": round(100 * metrics[f"x_aurac_{task.main_metric}"], 4),
+        "evaluation_seconds": round(seconds, 1),
+    }
+
+
+def cut(model, name: str, encoder: str, directory: str, task) -> None:
+    """Change the trained lora-8 in place, so that its ranks are what the way ``name`` of cutting gives."""
+    from loralib.model import lora_layers
+
+    layers = dict(lora_layers(model))
+    if name == "cut-svd":
+        for path, (A, B) in svd_components(model, encoder, directory, task).items():
+            layer = layers[path]
+            layer.lora_A.data.copy_(A)
+            layer.lora_B.data.copy_(B * layer.r / layer.lora_alpha)
+    for layer in layers.values():
+        layer.scaling = "alpha/b" if name == "cut-alpha/b" else "alpha/r"
+
+
+def svd_components(model, encoder: str, directory: str, task) -> dict:
+    """lora_A and lora_B of every layer after peft's reduction at r_max: its first b components are that at rank b."""
+    from peft import PeftModel, convert_to_lora
+    from transformers import AutoModelForSequenceClassification
+
+    import loralib as lora
+
+    lora.save_adapter(model, Path(directory) / "adapter")
+    stock = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=task.num_labels)
+    adapted = PeftModel.from_pretrained(stock, str(Path(directory) / "adapter"))
+    config, state = convert_to_lora(adapted, rank=lora.max_rank(model))
+    strength = config.lora_alpha / config.r
+    found = {}
+    for key, A in state.items():
+        if key.endswith(".lora_A.weight"):
+            B = state[key.replace(".lora_A.", ".lora_B.")]
+            found[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = (A, B * strength)
+    return found
+
+
+def commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return found.stdout.strip() or "unknown"
+
+
+def run_all(cells: list[Cell], options) -> None:
+    """Run what has no line yet, in order, in ``options.processes`` processes of one thread."""
+    file = Path(options.results) / "runs.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    missing = [cell for cell in cells if not cell.done(read_records(file))]
+    print(f"{len(cells) - len(missing)} of {len(cells)} runs are there", flush=True)
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        waiting = {pool.submit(run_cell, cell, options.encoder, options.data): cell for cell in missing}
+        for number, future in enumerate(as_completed(waiting), 1):
+            records = future.result()
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.writelines(json.dumps(found) + "\n" for found in records)
+            cell, found = waiting[future], records[0]
+            print(
+                f"{number}/{len(missing)} {cell.task} {cell.method} seed {cell.seed} rate {cell.rate:g} {cell.split}: "
+                f"AURAC {found['aurac']:.1f}, {found['seconds']:.0f} s",
+                flush=True,
+            )
