@@ -1,5 +1,7 @@
 """Which layer adapts a module: the table behind ``inject``."""
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -15,7 +17,7 @@ def can_adapt(module: nn.Module) -> bool:
     return _kind(module) is not None
 
 
-def around(module: nn.Module, **adapter) -> LoRALayer | None:
+def around(module: Any, **adapter) -> LoRALayer | None:
     """The layer that adapts ``module`` and holds it as its base layer, or None if there is none.
 
     nn.Linear, Hugging Face's Conv1D, nn.Embedding, nn.Conv2d, and their subclasses so far as these compute what they do:
@@ -51,7 +53,7 @@ def _kind(module: nn.Module) -> type | None:
 
 
 @torch.no_grad()
-def _computes_as(kind: type, module: nn.Module) -> bool:
+def _computes_as(kind: type, module: Any) -> bool:
     """Whether a subclass gives, for one input, what the plain type gives: then one update is right for both."""
     weight = module.weight
     if type(module) in (kind, nn.Linear, nn.Embedding) or kind is object or weight.is_meta:

@@ -15,6 +15,11 @@ class Convolution(LoRALayer):
     elements as the weight. In 2-D these are microsoft/LoRA's shapes; its 1-D and 3-D layers fail for k > 1.
     """
 
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    groups: int
+
     def __init__(
         self,
         in_channels: int,

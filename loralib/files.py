@@ -21,11 +21,11 @@ def write_together(directory: str | os.PathLike, writers: dict) -> None:
             write(temporary[name])
             with open(temporary[name], "rb") as file:
                 os.fsync(file.fileno())
-        for name, file in temporary.items():
-            os.replace(file, directory / name)
+        for name, beside in temporary.items():
+            os.replace(beside, directory / name)
     finally:
-        for file in temporary.values():
-            file.unlink(missing_ok=True)
+        for beside in temporary.values():
+            beside.unlink(missing_ok=True)
 
 
 def write_atomically(path: str | os.PathLike, write) -> None:

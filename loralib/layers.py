@@ -128,7 +128,7 @@ class LoRALayer(Merging):
 
     def own_base(self, x: torch.Tensor) -> torch.Tensor:
         """W0 x, for a layer that is its own base layer."""
-        return super().forward(x)  # type: ignore[misc]
+        return super().forward(x)
 
     def update(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
         """B (gate * (A x)); gate is a float, (components,) or (batch, components)."""
@@ -247,7 +247,7 @@ class LoRALayer(Merging):
         component = torch.arange(1, self.r + 1, device=self.lora_A.device)
         state = self.state
         if state.rank is None:
-            return (state.gate != 0).reshape(-1, self.r).any(0).to(component.device)
+            return torch.as_tensor(state.gate != 0).reshape(-1, self.r).any(0).to(component.device)
         rank = torch.as_tensor(state.rank, device=component.device).reshape(-1, 1)
         return (component == rank if state.frozen else component <= rank).any(0)
 
@@ -358,8 +358,8 @@ class MergedLinear(Linear):
 
     def spread(self, adapted: torch.Tensor, dim: int) -> torch.Tensor:
         """Put the adapted projections at their places along ``dim``, zeros at the others."""
-        parts = iter(adapted.chunk(self.projections, dim))
-        parts = [next(parts) if enabled else None for enabled in self.enable_lora]
+        chunks = iter(adapted.chunk(self.projections, dim))
+        parts = [next(chunks) if enabled else None for enabled in self.enable_lora]
         zeros = torch.zeros_like(next(part for part in parts if part is not None))
         return torch.cat([zeros if part is None else part for part in parts], dim)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,12 +15,12 @@ class Merging(nn.Module):
 
     r: int
     state: RankState
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: torch.Tensor
+    bias: Any
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     _base: nn.Module | None = None  # the module that the layer was put around
-    _base_weight: list[nn.Parameter] | None = None  # while merged: [the parameter that holds W0]
+    _base_weight: list[torch.Tensor] | None = None  # while merged: [the parameter that holds W0]
 
     def first_components(self, b: int, frozen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """The factors cut to rank b."""
@@ -87,9 +89,9 @@ class Merging(nn.Module):
             return plain.train(self.training)
         with torch.device("meta"):
             plain = self.new_plain()
-        plain.weight = self.weight
-        if getattr(self, "bias", None) is not None:
-            plain.bias = self.bias
+        for name in ("weight", "bias"):
+            if getattr(self, name, None) is not None:
+                setattr(plain, name, getattr(self, name))
         return plain.train(self.training)
 
     def new_plain(self) -> nn.Module:

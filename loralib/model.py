@@ -5,6 +5,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -110,7 +111,7 @@ def inject(
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(modules[parent], child, layer)
-    model.lora_modules_to_save = heads
+    setattr(model, "lora_modules_to_save", heads)  # noqa: B010  # plain data, which modules are not typed to hold
     return model
 
 
@@ -156,7 +157,7 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     """
     layers = lora_layers(model)
     rank = check_rank(rank, max(layer.r for _, layer in layers))
-    gates: dict[tuple, tuple] = {}  # layers of one kind share the tensors
+    gates: dict[tuple, tuple[Any, torch.Tensor]] = {}  # layers of one kind share the tensors
     states = []
     weighted = isinstance(rank, torch.Tensor) and rank.is_floating_point()
     for _, layer in layers:
@@ -167,7 +168,8 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
         if key not in gates:
             ranks = (rank if weighted else rank.clamp(max=layer.r)).to(layer.weight.device)
             gates[key] = None if weighted else ranks, rank_gate(ranks, *key[:4])
-        states.append((layer, RankState(*gates[key], bool(frozen))))
+        kept, gate = gates[key]
+        states.append((layer, RankState(kept, gate, bool(frozen))))
     set_states(states)
 
 
@@ -222,7 +224,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     ``bias``: "none", "all" (train every bias) or "lora_only" (the biases of the adapted layers).
     """
     _check_bias(bias)
-    model.lora_bias = bias
+    setattr(model, "lora_bias", bias)  # noqa: B010
     heads = modules_to_save(model)
     adapted = {f"{name}.bias" for name, _ in lora_layers(model)}
     for name, parameter in model.named_parameters():
@@ -275,6 +277,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         if not name:
             return plain
         setattr(model.get_submodule(parent), child, plain)
-    if getattr(getattr(model, "config", None), "apply_lora", False):
-        model.config.apply_lora = False
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "apply_lora", False):
+        config.apply_lora = False
     return model

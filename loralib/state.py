@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,7 +24,7 @@ class RankState:
     Raises ValueError for a frozen state without a rank.
     """
 
-    rank: int | torch.Tensor | None
+    rank: Any
     gate: torch.Tensor | None = None
     frozen: bool = False
 

@@ -34,7 +34,7 @@ def model_card(config: dict, facts: dict, results: RankResults | None, name: str
         merged: the files are a whole model with the adapter merged in, not an adapter.
     """
     base, rank = config.get("base_model_name_or_path") or "the base model", facts["rank"]
-    auto = AUTO.get(config.get("task_type"), "AutoModel")
+    auto = AUTO.get(config.get("task_type") or "", "AutoModel")
     head = [
         "---",
         f"base_model: {base}",

@@ -193,7 +193,7 @@ def describe_adapter(path: str | os.PathLike) -> dict:
     square over the layers; PEFT's components are counted where they differ from the layer's own.
     """
     files = read_directory(path)
-    pairs = defaultdict(dict)
+    pairs: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for _, name, factor, value in files.factors():
         pairs[name][factor] = value
     squares = defaultdict(list)

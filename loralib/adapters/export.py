@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ..files import write_text
 from ..model import merge
@@ -44,7 +45,7 @@ def export_merged(
     work = directory.with_name(f".{directory.name}.adapter")
     try:
         config, facts = cut_adapter(source, work, rank)  # checks the file and the rank before the base model is fetched
-        base, auto = base or config.get("base_model_name_or_path"), AUTO.get(config.get("task_type"))
+        base, auto = base or config.get("base_model_name_or_path"), AUTO.get(config.get("task_type") or "")
         if base is None or auto is None:
             raise ValueError(
                 f"{source} does not say which kind of model it is for; merge it in Python with loralib.merge."
@@ -65,7 +66,8 @@ def export_merged(
         load_adapter(model, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    merge(model, inplace=True).save_pretrained(directory)
+    plain: Any = merge(model, inplace=True)
+    plain.save_pretrained(directory)
     write_text(directory / EXTRA, json.dumps(facts | {"made_by": MERGED}, indent=2) + "\n")
     copy_tokenizer(source, directory)
     write_text(directory / "README.md", model_card(config, facts, results, str(target), merged=True))

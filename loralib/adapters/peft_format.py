@@ -52,8 +52,8 @@ def to_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> tu
 def from_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The layer's own factors (at the file's rank) from A' and B'. Raises ValueError if they cannot be expressed."""
     if isinstance(layer, MergedLinear):
-        parts = B.chunk(len(layer.enable_lora))
-        parts = [part for part, enabled in zip(parts, layer.enable_lora, strict=True) if enabled]
+        chunks = zip(B.chunk(len(layer.enable_lora)), layer.enable_lora, strict=True)
+        parts = [part for part, enabled in chunks if enabled]
         b = B.shape[1] // layer.projections
         factors = A, torch.cat([part[:, g * b : (g + 1) * b] for g, part in enumerate(parts)])
     elif isinstance(layer, Convolution):
@@ -74,7 +74,8 @@ def from_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> 
 def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, torch.Tensor], dict]:
     """The file's tensors at ``rank`` and the part of its configuration that gives each layer rank and strength."""
     rslora = all(layer.scaling == "alpha/sqrt(b)" for _, layer in layers)
-    tensors, sizes = {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    sizes: dict[str, tuple[int, float]] = {}
     for name, layer in layers:
         b = min(rank, layer.r)
         factors = (factor.detach() for factor in layer.first_components(b))

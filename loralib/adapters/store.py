@@ -10,6 +10,7 @@ import os
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    facts = {"rank": rank, "r_max": r_max, "lora_alpha": peft_format.tidy(first.lora_alpha), "scaling": first.scaling}
+    facts: dict[str, Any] = {
+        "rank": rank,
+        "r_max": r_max,
+        "lora_alpha": peft_format.tidy(first.lora_alpha),
+        "scaling": first.scaling,
+    }
     facts |= {"base_sample": _base_sample(layers)}
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
     facts |= ({"projections": merged} if merged else {}) | _labels(model) | (extra or {})
@@ -212,7 +218,8 @@ def _adapter_plan(
     model: nn.Module, tensors, in_peft_format: bool, path: Path, rank: int | None
 ) -> dict[str, torch.Tensor]:
     """The value of every factor of ``model``, checked: {parameter's name: tensor}."""
-    plan, used = {}, set()
+    plan: dict[str, torch.Tensor] = {}
+    used: set[str] = set()
     for name, layer in lora_layers(model):
         names = peft_format.keys(layer, name) if in_peft_format else (f"{name}.lora_A", f"{name}.lora_B")
         if any(key not in tensors for key in names):
@@ -249,7 +256,8 @@ def _adapter_plan(
 
 def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The modules to save: the values to load, and the modules that keep their own."""
-    plan, fresh = {}, []
+    plan: dict[str, torch.Tensor] = {}
+    fresh: list[str] = []
     state = model.state_dict()
     for module in modules_to_save(model):
         own = {key: value for key, value in state.items() if is_inside(key, [module])}
@@ -288,7 +296,7 @@ def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) ->
         )
 
 
-def _check_base(layer: nn.Module, files: AdapterFiles) -> None:
+def _check_base(layer: Any, files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
     sample = files.facts.get("base_sample")
     if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):

@@ -58,12 +58,12 @@ def curves(runs: list[RankResults]) -> list[Curve]:
     settings_of = defaultdict(list)
     for task, split, method, *_, settings in groups:
         settings_of[task, split, method].append(dict(settings))
-    for (task, split, method, metric, ranks, settings), values in groups.items():
+    for (task, split, method, metric, at, settings), of_seeds in groups.items():
         # Methods of one name that differ in a setting are told apart by it.
         rivals = settings_of[task, split, method]
         differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({str(s[n]) for s in rivals}) > 1]
         method = ", ".join([method, *differing])
-        found.append(Curve.over_seeds(task, split, method, metric, ranks, 100 * np.array(values)))
+        found.append(Curve.over_seeds(task, split, method, metric, at, 100 * np.array(of_seeds)))
     return found
 
 

@@ -157,7 +157,8 @@ class Place:
     def __init__(self) -> None:
         self.batches: GroupedBatches | None = None
         self.micro, self.micro_batches = 0, 1
-        self._update, self._iterator = 0, None
+        self._update = 0
+        self._iterator: Iterator | None = None
 
     def begin_update(self, iterator: Iterator, micro_batches: int, first: int) -> None:
         """The next update begins; it is number ``first`` of its epoch if ``iterator``, the epoch's, is a new one."""

@@ -11,9 +11,10 @@ from ..all_ranks import at_ranks, share_between_ranks
 from ..schedule import BoundSchedule
 from .batching import order_within
 from .metrics import Gathered, in_order, rank_metrics
+from .part import TrainerPart
 
 
-class EvaluationOfRanks:
+class EvaluationOfRanks(TrainerPart):
     """Of ``DyLoRAMixin``: logits and scores of every rank in ``eval_ranks``."""
 
     bound: BoundSchedule | None

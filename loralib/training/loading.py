@@ -5,6 +5,7 @@ from torch.utils.data import DataLoader, SequentialSampler
 from transformers.trainer_utils import has_length
 
 from .batching import ByLength, GroupedBatches, Place, lengths_of
+from .part import TrainerPart
 
 # Settings of Trainer's own training loader that go over to the one with our batches.
 LOADER_SETTINGS = (
@@ -20,7 +21,7 @@ LOADER_SETTINGS = (
 )
 
 
-class ExactBatches:
+class ExactBatches(TrainerPart):
     """Of ``DyLoRAMixin``: examples, order and place in the update do not depend on how an update is split."""
 
     place: Place

@@ -26,7 +26,7 @@ def rank_metrics(
     """
     scores = []
     for k in range(len(ranks)):
-        at_rank = prediction.predictions[:, k]
+        at_rank = np.asarray(prediction.predictions)[:, k]
         if prediction.label_ids is None:
             scores.append({"loss": float(at_rank.mean())})
             continue

@@ -10,9 +10,10 @@ from ..adapters.store import load_adapter, save_adapter
 from ..files import write_text
 from ..ordering import order_components
 from ..schedule import BoundSchedule
+from .part import TrainerPart
 
 
-class AdapterCheckpoints:
+class AdapterCheckpoints(TrainerPart):
     """Of ``DyLoRAMixin``: an adapter where Trainer writes a whole model."""
 
     bound: BoundSchedule | None

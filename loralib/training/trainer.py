@@ -67,29 +67,28 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        args = self.args
         schedule = schedule or RankSchedule()
         self.bound: BoundSchedule | None = None  # the schedule with its defaults settled; None without an adapter
         self.eval_ranks: list[int] = []
         if has_lora(self.model):
             r_max = max_rank(self.model)
-            schedule = replace(schedule, seed=args.seed) if schedule.seed is None else schedule
+            schedule = replace(schedule, seed=self.args.seed) if schedule.seed is None else schedule
             self.bound = schedule.resolve(r_max, scaling_of(self.model))
             self.eval_ranks = sorted({check_rank(b, r_max) for b in eval_ranks or range(1, r_max + 1)})
             if self.bound.schedule.full_rank_share and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
                 raise ValueError("DeepSpeed and FSDP keep no whole factors to order; give full_rank_share=0 there.")
-        if args.n_gpu > 1:
+        if self.args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
-                f"GPU: torchrun --nproc_per_node={args.n_gpu} ..."
+                f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
+                f"GPU: torchrun --nproc_per_node={self.args.n_gpu} ..."
             )
-        if args.train_sampling_strategy == "batch_rebalance" or args.batch_eval_metrics:
+        if self.args.train_sampling_strategy == "batch_rebalance" or self.args.batch_eval_metrics:
             raise ValueError(
                 "DyLoRATrainer orders its batches itself and measures all ranks at the end: leave out "
                 "--train_sampling_strategy batch_rebalance and --batch_eval_metrics."
             )
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
-        self.loss_is_scaled_for_ga = True  # compute_loss below weighs every micro-batch
+        self.loss_is_scaled_for_ga: bool | None = True  # compute_loss below weighs every micro-batch
         self.place = Place()
         self.ordered = False  # whether the components were put in order in this training
         self.knows_loss = False  # whether the model was asked if its loss divides by num_items_in_batch
@@ -123,6 +122,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
 
     def training_setting(self, batch_size: int) -> Setting:
         """What the schedule says for the micro-batch that comes."""
+        assert self.bound is not None
         self.bound = replace(self.bound, steps=self.state.max_steps)
         return self.bound.setting(
             self.state.global_step,

@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 def adapted(targets=("embed", "query", "conv"), r=4):
-    model = lora.inject(Net(), list(targets), r=r, lora_alpha=8, modules_to_save=["classifier"])
+    model = lora.inject(Net(), list(targets), r=r, lora_alpha=8, scaling="alpha/b", modules_to_save=["classifier"])
     for layer in model.modules():
         if isinstance(layer, lora.LoRALayer):
             nn.init.normal_(layer.lora_A)
@@ -88,7 +88,7 @@ def test_a_batch_of_mixed_ranks_is_each_example_alone():
 
 def test_layers_of_different_r_run_at_what_they_have():
     model = adapted(("query",), r=4)
-    lora.inject(model, ["key"], r=2, lora_alpha=8)
+    lora.inject(model, ["key"], r=2, lora_alpha=8, scaling="alpha/b")
     nn.init.normal_(model.key.lora_B)
     assert lora.max_rank(model) == 4
     lora.set_rank(model, 3)
@@ -125,7 +125,7 @@ def test_the_matryoshka_gate_combines_the_updates_of_all_ranks(reduce, ranks):
 
 def test_weights_of_ranks_are_the_weighted_updates_also_of_a_smaller_layer():
     model = adapted(("query",), r=4)
-    lora.inject(model, ["key"], r=2, lora_alpha=8)
+    lora.inject(model, ["key"], r=2, lora_alpha=8, scaling="alpha/b")
     nn.init.normal_(model.key.lora_B)
     weights, x = torch.tensor([[0.5, 0.25, 0.0, 0.25], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), torch.randn(3, 6)
     lora.set_rank(model, weights)
@@ -164,7 +164,7 @@ def test_weights_of_ranks_cannot_be_frozen():
 
 def test_the_matryoshka_gate_of_a_smaller_layer_counts_all_ranks():
     model = adapted(("query",), r=4)
-    lora.inject(model, ["key"], r=2, lora_alpha=8)
+    lora.inject(model, ["key"], r=2, lora_alpha=8, scaling="alpha/b")
     gates = []
     for ranks in (None, [1, 2, 3, 4]):
         lora.set_matryoshka_gate(model, ranks)

@@ -45,15 +45,6 @@ def test_steps_micro_steps_processes_and_seeds_differ():
     assert len({tuple(d.tolist()) for d in draws}) == 5
 
 
-@pytest.mark.parametrize("per", ["example", "step"])
-def test_full_steps_come_first_and_change_no_later_draw(per):
-    plain, sampler = RankSampler(8, per=per, seed=2), RankSampler(8, per=per, seed=2, full_steps=5)
-    for step in range(10):
-        drawn = torch.as_tensor(sampler(step, 64))
-        wanted = torch.as_tensor(plain(step, 64))
-        assert torch.equal(drawn, torch.full_like(wanted, 8) if step < 5 else wanted)
-
-
 @given(st.integers(1, 12), st.data(), st.integers(1, 64), st.integers(0, 1000))
 def test_mixed_gives_a_third_the_lowest_rank_and_the_others_equal_parts_of_the_ladder(r_max, data, n, step):
     r_min = data.draw(st.integers(1, r_max))
@@ -80,7 +71,6 @@ def test_mixed_parts_in_training_are_its_probabilities():
 @pytest.mark.parametrize(
     "options",
     [
-        {"full_steps": -1},
         {"r_min": 0},
         {"r_min": 9},
         {"distribution": "zipf"},

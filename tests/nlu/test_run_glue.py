@@ -18,6 +18,7 @@ from transformers_dylora.errors import UsageError
 from transformers_dylora.tasks import TASKS
 
 import loralib as lora
+from loralib.report.results import RankResults
 
 from .test_data import rows, write
 
@@ -63,7 +64,7 @@ def test_every_task_trains_evaluates_and_predicts_at_every_rank(name, roberta_ch
     task = TASKS[name]
     out = tmp_path / "out"
     found = run_glue().main(command(roberta_checkpoint, glue, out, name, "--do_predict"))
-    assert found["metric"] == task.main_metric and found["max_rank"] == 3
+    assert found.metric == task.main_metric and found.max_rank == 3
     stored = json.loads((out / "rank_results.json").read_text())
     assert list(stored["splits"]) == list(task.splits("validation"))
     for split, table in stored["splits"].items():
@@ -163,8 +164,8 @@ def test_the_released_command_line_word_for_word(roberta_checkpoint, glue, tmp_p
         [sys.executable, *line.split()], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "mnli/model/rank_results.json").read_text())
-    assert [row["samples"] for row in found["splits"]["validation_mismatched"]] == [6] * 8
+    found = RankResults.read(tmp_path / "mnli/model/rank_results.json")
+    assert [row.samples for row in found.splits["validation_mismatched"]] == [6] * 8
     assert done.stdout.count("mnli, validation_matched") == 1
 
 
@@ -191,8 +192,8 @@ def test_a_recipe(processes, roberta_checkpoint, glue, tmp_path):
         done.stdout.count(f"global batch 128 = 8 per device x {processes} processes x {steps} accumulation steps") == 1
     )
     assert done.stdout.count("mnli, validation_mismatched") == 1
-    found = json.loads((tmp_path / "mnli/model/rank_results.json").read_text())
-    assert [row["samples"] for row in found["splits"]["validation_matched"]] == [6, 6]
+    found = RankResults.read(tmp_path / "mnli/model/rank_results.json")
+    assert [row.samples for row in found.splits["validation_matched"]] == [6, 6]
     state = json.loads((tmp_path / "mnli/model/trainer_state.json").read_text())
     assert state["global_step"] == 2
 
@@ -318,8 +319,8 @@ def test_an_interrupted_recipe_goes_on_although_it_overwrites(roberta_checkpoint
 def test_the_other_samplings_and_settings(sampling, roberta_checkpoint, glue, tmp_path):
     more = ["--rank_sampling", sampling, "--lora_scaling", "alpha/sqrt(b)", "--eval_ranks", "1,3", "--bf16", "true"]
     found = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "out", "rte", *more))
-    assert [row["rank"] for row in found["splits"]["validation"]] == [1, 3]
-    assert (found["sampling"], found["scaling"]) == (sampling, "alpha/sqrt(b)")
+    assert [row.rank for row in found.splits["validation"]] == [1, 3]
+    assert (found.sampling, found.scaling) == (sampling, "alpha/sqrt(b)")
     assert json.loads((tmp_path / "out/adapter_config.json").read_text())["use_rslora"]
 
 
@@ -331,23 +332,24 @@ def test_as_released_is_four_flags(roberta_checkpoint, glue, tmp_path):
         for name, more in {"one": ["--as_released"], "four": four, "default": []}.items()
     }
     told = ("sampling", "distribution", "frozen", "full_rank_share", "scaling")
-    assert [found["one"][key] for key in told] == ["step", "uniform", True, 0.0, "alpha/b"]
-    assert [found["default"][key] for key in told] == ["example", "mixed", False, 0.5, "alpha/r"]
+    assert [getattr(found["one"], key) for key in told] == ["step", "uniform", True, 0.0, "alpha/b"]
+    assert [getattr(found["default"], key) for key in told] == ["example", "mixed", False, 0.5, "alpha/r"]
     one, four, default = (load_file(tmp_path / name / "adapter_model.safetensors") for name in found)
     assert all(torch.equal(one[key], four[key]) for key in one)
     assert not all(torch.equal(one[key], default[key]) for key in one)
 
 
 def test_the_papers_way_has_the_papers_strength_and_a_loaded_adapter_its_own(roberta_checkpoint, glue, tmp_path):
-    paper = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "paper", "rte", "--full_rank_share", "0"))
-    assert paper["scaling"] == "alpha/b" and paper["method"] == "DyLoRA, a rank per example"
+    options = ["--lora_scaling", "alpha/b"]  # ranks are then drawn from the first step on
+    paper = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "paper", "rte", *options))
+    assert paper.scaling == "alpha/b" and paper.method == "DyLoRA, a rank for each example"
     again = ["--lora_path", str(tmp_path / "paper")]
     argv = [a for a in command(roberta_checkpoint, glue, tmp_path / "again", "rte", *again) if a != "--do_train"]
     found = run_glue().main(argv)
     told = ("scaling", "method", "sampling", "distribution", "full_rank_share", "splits")
-    assert found["scaling"] == "alpha/b" and all(found[key] == paper[key] for key in told)
+    assert found.scaling == "alpha/b" and all(getattr(found, key) == getattr(paper, key) for key in told)
     more = command(roberta_checkpoint, glue, tmp_path / "more", "rte", *again)
-    assert run_glue().main(more)["full_rank_share"] == 0  # components are ordered at one strength
+    assert run_glue().main(more).full_rank_share == 0  # components are ordered at one strength
 
 
 def test_frozen_geometric_and_other_target_modules(roberta_checkpoint, glue, tmp_path):
@@ -362,7 +364,7 @@ def test_frozen_geometric_and_other_target_modules(roberta_checkpoint, glue, tmp
         "dense",
     ]
     found = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "out", "rte", *more))
-    assert found["frozen"] and found["r_min"] == 2
+    assert found.frozen and found.r_min == 2
     assert set(json.loads((tmp_path / "out/adapter_config.json").read_text())["modules_to_save"]) == {"classifier"}
 
 
@@ -373,7 +375,7 @@ def test_without_apply_lora_the_whole_model_trains(roberta_checkpoint, glue, tmp
         if a not in ("--apply_lora", "--lora_r", "3")
     ]
     found = run_glue().main(argv)
-    assert found["method"] == "full fine-tuning" and len(found["splits"]["validation"]) == 1
+    assert found.method == "full fine-tuning" and len(found.splits["validation"]) == 1
     assert (tmp_path / "out/model.safetensors").exists()
 
 
@@ -389,7 +391,7 @@ def test_own_files(roberta_checkpoint, tmp_path):
         "--validation_file",
         str(tmp_path / "valid.jsonl"),
     ]
-    assert run_glue().main(argv)["task"] == "custom"
+    assert run_glue().main(argv).task == "custom"
 
 
 def test_a_warmup_ratio_and_earlier_names_mean_what_they_did(roberta_checkpoint, glue, tmp_path):
@@ -475,7 +477,7 @@ MISTAKES = {
     "a share of all": (["--full_rank_share", "1"], "full_rank_share is 1"),
     "a share without draws": (
         ["--full_rank_share", "0.5", "--rank_sampling", "fixed"],
-        "full_rank_share is 0.5 with rank_sampling='fixed'",
+        "--full_rank_share is 0.5 with --rank_sampling='fixed'",
     ),
     "as released and not": (
         ["--as_released", "--rank_sampling", "matryoshka"],

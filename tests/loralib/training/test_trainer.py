@@ -1,6 +1,7 @@
 """DyLoRATrainer on a tiny RoBERTa: exact splits, exact resuming, all ranks in one pass."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -47,21 +48,9 @@ def trainer(config, checkpoint, output, n=22, scaling="alpha/r", **options):
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    own = {
-        k: options.pop(k)
-        for k in list(options)
-        if k
-        in (
-            "rank_sampling",
-            "frozen",
-            "eval_ranks",
-            "compute_metrics",
-            "r_min",
-            "full_rank_share",
-            "rank_distribution",
-            "matryoshka_reduce",
-        )
-    }
+    names = {field.name for field in dataclasses.fields(lora.RankSchedule)} - {"seed"}
+    schedule = lora.RankSchedule(**{name: options.pop(name) for name in names & options.keys()})
+    own = {name: options.pop(name) for name in ("eval_ranks", "compute_metrics") if name in options}
     args = TrainingArguments(
         output_dir=str(output), report_to="none", use_cpu=True, disable_tqdm=True, seed=3, logging_steps=1,
         **{"per_device_train_batch_size": 8, "num_train_epochs": 1, "learning_rate": 1e-2, "save_strategy": "no", **options},
@@ -69,7 +58,7 @@ def trainer(config, checkpoint, output, n=22, scaling="alpha/r", **options):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     return DyLoRATrainer(
         model=model, args=args, train_dataset=data(n), eval_dataset=data(13, 1), processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer), **{"compute_metrics": accuracy, **own},
+        data_collator=DataCollatorWithPadding(tokenizer), schedule=schedule, **{"compute_metrics": accuracy, **own},
     )  # fmt: skip
 
 
@@ -85,7 +74,7 @@ def test_every_split_into_micro_batches_gives_the_same_losses_and_gradients(
     """22 examples in updates of 8: the last one is incomplete."""
     runs = [
         log(trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_train_batch_size=b, gradient_accumulation_steps=8 // b,
-                    rank_sampling=sampling))
+                    sampling=sampling))
         for b in (8, 4, 1)
     ]  # fmt: skip
     assert len(runs[0]) == 3
@@ -151,7 +140,7 @@ def test_two_processes_give_what_one_gives(frozen, n, roberta_config, roberta_ch
 def test_all_ranks_in_one_pass_are_each_rank_alone_in_the_datas_order(
     sampling, roberta_config, roberta_checkpoint, tmp_path
 ):
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_eval_batch_size=4, rank_sampling=sampling)
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_eval_batch_size=4, sampling=sampling)
     output = t.predict(t.eval_dataset)
     assert output.predictions.shape == (13, 4, 3)
     for b in range(1, 5):
@@ -224,15 +213,13 @@ def drawn_ranks(t, monkeypatch):
             found.append((t.state.global_step, rank if isinstance(rank, int) else tuple(rank.tolist())))
         return lora.set_rank(model, rank, frozen)
 
-    monkeypatch.setattr("loralib.training.trainer.set_rank", record)
+    monkeypatch.setattr("loralib.schedule.set_rank", record)
     t.train()
-    return found[:-1]  # the last one restores r_max
+    return found
 
 
 def test_a_rank_per_step_is_the_same_for_all_micro_batches(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
-    options = dict(
-        per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=4, rank_sampling="step"
-    )
+    options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=4, sampling="step")
     t = trainer(roberta_config, roberta_checkpoint, tmp_path, full_rank_share=0, **options)
     drawn = drawn_ranks(t, monkeypatch)
     assert len(drawn) == 4 * 11
@@ -259,10 +246,10 @@ def test_full_rank_first_then_ordered_once_then_drawn(
         ordered.append(t.state.global_step)
         lora.order_components(model, optimizer)
 
-    monkeypatch.setattr("loralib.training.trainer.order_components", order)
+    monkeypatch.setattr("loralib.schedule.order_components", order)
     t = trainer(
-        roberta_config, roberta_checkpoint, tmp_path, rank_sampling=sampling, full_rank_share=0.25, num_train_epochs=4,
-        rank_distribution="uniform", per_device_train_batch_size=2, gradient_accumulation_steps=4,
+        roberta_config, roberta_checkpoint, tmp_path, sampling=sampling, full_rank_share=0.25, num_train_epochs=4,
+        distribution="uniform", per_device_train_batch_size=2, gradient_accumulation_steps=4,
     )  # fmt: skip
     drawn = drawn_ranks(t, monkeypatch)
     assert ordered == [3]
@@ -293,9 +280,9 @@ def test_the_default_mixes_the_lowest_rank_and_the_ladder_evenly(
     ("scaling", "options", "share", "distribution"),
     [
         ("alpha/r", {}, 0.5, "mixed"),
-        ("alpha/r", {"rank_sampling": "step"}, 0.5, "uniform"),
+        ("alpha/r", {"sampling": "step"}, 0.5, "uniform"),
         ("alpha/r", {"frozen": True}, 0.5, "uniform"),
-        ("alpha/r", {"rank_sampling": "fixed"}, 0.0, None),
+        ("alpha/r", {"sampling": "fixed"}, 0.0, None),
         ("alpha/b", {}, 0.0, "uniform"),  # ordered at one strength, its lower ranks would run at another
         ("alpha/b", {"full_rank_share": 0.5}, 0.5, "mixed"),
     ],
@@ -317,9 +304,9 @@ def test_a_best_model_of_the_full_rank_part_is_ordered(roberta_config, roberta_c
     """Its checkpoint was written before the components were ordered."""
     t = trainer(
         roberta_config, roberta_checkpoint, tmp_path, n=16, num_train_epochs=4, eval_strategy="epoch", save_strategy="epoch",
-        load_best_model_at_end=True, metric_for_best_model="earliest",
+        load_best_model_at_end=True, metric_for_best_model="mean_earliest", greater_is_better=True,
     )  # fmt: skip
-    evaluations = iter(range(9, 0, -1))
+    evaluations = iter(range(99, 0, -1))
     t.compute_metrics = lambda prediction: {"earliest": next(evaluations)}
     t.train()
     assert t.state.best_global_step == 2 and ordered_layers(t.model) == 4
@@ -331,7 +318,7 @@ def test_a_resumed_run_orders_where_its_checkpoint_did_not(roberta_config, rober
     """Also where fewer epochs than before put the checkpoint past the first part."""
     ordered = []
     monkeypatch.setattr(
-        "loralib.training.trainer.order_components", lambda model, optimizer: ordered.append(t.state.global_step)
+        "loralib.schedule.order_components", lambda model, optimizer: ordered.append(t.state.global_step)
     )
     options = dict(n=16, save_strategy="epoch")  # two updates an epoch
     t = trainer(roberta_config, roberta_checkpoint, tmp_path, num_train_epochs=10, **options)
@@ -345,12 +332,12 @@ def test_a_resumed_run_orders_where_its_checkpoint_did_not(roberta_config, rober
 def test_the_last_update_is_never_left_out_of_the_ordered_part(roberta_config, roberta_checkpoint, tmp_path):
     t = trainer(roberta_config, roberta_checkpoint, tmp_path, max_steps=5, full_rank_share=0.95, learning_rate=0.0)
     t.train()
-    assert t.rank_sampler.full_steps == 4 and ordered_layers(t.model) == 4
+    assert t.bound.full_steps == 4 and ordered_layers(t.model) == 4
 
 
 def test_the_full_rank_part_is_plain_lora(roberta_config, roberta_checkpoint, tmp_path):
     options = dict(num_train_epochs=4)
-    plain = log(trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="fixed", **options))
+    plain = log(trainer(roberta_config, roberta_checkpoint, tmp_path, sampling="fixed", **options))
     ours = log(trainer(roberta_config, roberta_checkpoint, tmp_path, full_rank_share=0.5, **options))
     assert len(ours) == 12 and np.allclose(ours[:6], plain[:6], rtol=1e-3) and not np.allclose(ours[6:], plain[6:])
 
@@ -360,14 +347,14 @@ def test_frozen_training_moves_only_what_was_drawn(roberta_config, roberta_check
         roberta_config,
         roberta_checkpoint,
         tmp_path,
-        rank_sampling="step",
+        sampling="step",
         frozen=True,
         full_rank_share=0,
         weight_decay=0.1,
     )
     before = t.model.roberta.encoder.layer[0].attention.self.query.lora_A.detach().clone()
     t.train()
-    ranks = {t.rank_sampler(step, 0) for step in range(3)}
+    ranks = {t.bound.sampler()(step, 0) for step in range(3)}
     after = t.model.roberta.encoder.layer[0].attention.self.query.lora_A
     assert {j + 1 for j in range(4) if not torch.equal(after[j], before[j])} == ranks
 
@@ -435,15 +422,15 @@ def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, robert
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank_sampling": "random"}, "rank_sampling"),
-        ({"rank_sampling": "fixed", "frozen": True}, "frozen"),
+        ({"sampling": "random"}, "sampling"),
+        ({"sampling": "fixed", "frozen": True}, "frozen"),
         ({"full_rank_share": 1.0}, "full_rank_share is 1.0"),
-        ({"rank_sampling": "fixed", "full_rank_share": 0.5}, "full_rank_share is 0.5"),
-        ({"rank_sampling": "fixed", "rank_distribution": "uniform"}, "rank_distribution has no effect"),
-        ({"rank_sampling": "fixed", "r_min": 2}, "r_min has no effect"),
-        ({"matryoshka_reduce": "mean"}, "matryoshka_reduce has no effect"),
-        ({"rank_distribution": "mixed", "rank_sampling": "step"}, "per='example' goes with it"),
-        ({"rank_distribution": "mixed", "frozen": True}, "trains several at once"),
+        ({"sampling": "fixed", "full_rank_share": 0.5}, "full_rank_share is 0.5"),
+        ({"sampling": "fixed", "distribution": "uniform"}, "distribution has no effect"),
+        ({"sampling": "fixed", "r_min": 2}, "r_min has no effect"),
+        ({"reduce": "mean"}, "reduce has no effect"),
+        ({"distribution": "mixed", "sampling": "step"}, "goes with sampling='example'"),
+        ({"distribution": "mixed", "frozen": True}, "trains several ranks at once"),
         ({"eval_ranks": [5]}, "rank is 5"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
     ],
@@ -496,13 +483,13 @@ def test_resuming_and_evaluating_change_nothing_in_the_real_model(roberta_checkp
 
 
 def test_frozen_training_under_the_users_own_optimizer(roberta_config, roberta_checkpoint, tmp_path):
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path, rank_sampling="step", frozen=True, full_rank_share=0)
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, sampling="step", frozen=True, full_rank_share=0)
     parameters = [p for p in t.model.parameters() if p.requires_grad]
     t.optimizer = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
     before = t.model.roberta.encoder.layer[0].attention.self.query.lora_A.detach().clone()
     t.train()
     after = t.model.roberta.encoder.layer[0].attention.self.query.lora_A
-    drawn = {t.rank_sampler(step, 0) for step in range(3)}
+    drawn = {t.bound.sampler()(step, 0) for step in range(3)}
     assert {j + 1 for j in range(4) if not torch.equal(after[j], before[j])} == drawn
 
 

@@ -1,6 +1,7 @@
 """The command line of run_glue.py: the installed TrainingArguments, the released code's flags, and DyLoRA's own."""
 
 import os
+import re
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Literal
@@ -22,6 +23,12 @@ SCHEDULE_FLAGS = {
     "frozen": "lora_frozen",
     "reduce": "matryoshka_reduce",
 }
+
+
+def _in_flags(sentence: str) -> str:
+    """A sentence of RankSchedule about its fields, in the words of the command line."""
+    names = "|".join(SCHEDULE_FLAGS)
+    return re.sub(rf"\b({names})(?==| is | has )", lambda match: f"--{SCHEDULE_FLAGS[match[1]]}", sentence)
 
 
 @dataclass
@@ -183,8 +190,10 @@ class ModelArguments:
                         f"--{SCHEDULE_FLAGS[name]} {changed[name]}."
                     )
             return RankSchedule.paper(**changed)
+        except UsageError:
+            raise
         except ValueError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(_in_flags(str(error))) from error
 
     def scaling(self) -> str:
         """The scaling rule: the flag's, else that of the adapter to start from, else what --as_released or the default means.

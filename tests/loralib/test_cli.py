@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,10 +21,12 @@ import torch
 from safetensors.torch import load_file
 
 from loralib.cli import main
-from loralib.report.curves import averages, choose, curves, read_run
+from loralib.report.choice import choose
+from loralib.report.curves import averages, curves
+from loralib.report.results import RankResults
 
-from .test_data import write
-from .test_run_glue import TASKS, command, run_glue, strong_adapter
+from ..nlu.test_data import write
+from ..nlu.test_run_glue import TASKS, command, run_glue, strong_adapter
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +75,13 @@ def test_report_of_several_runs_has_seeds_tasks_and_baselines(capsys):
     assert code == 0 and "standard error" in out
     table = Path("all/rank_results.md").read_text()
     assert (
-        "| average of 2 tasks | DyLoRA, a rank per example, mixed, ordered at 0.5 |" in table
+        "| average of 2 tasks | DyLoRA, components ordered half-way, then rank 1 or ranks 1, 2 and 3 together |"
+        in table
         and "| LoRA trained at rank 3 |" in table
     )
-    found = curves([read_run(p) for p in ("mnli", "rte0", "rte1", "fixed")])
+    found = curves([RankResults.read(p) for p in ("mnli", "rte0", "rte1", "fixed")])
     rte = next(c for c in found if c.task == "rte" and c.method.startswith("DyLoRA"))
-    scores = (
-        np.array([[row["accuracy"] for row in read_run(p)["splits"]["validation"]] for p in ("rte0", "rte1")]) * 100
-    )
+    scores = np.array([RankResults.read(p).curve("validation")[1] for p in ("rte0", "rte1")]) * 100
     assert (
         rte.seeds == 2
         and np.allclose(rte.means, scores.mean(0))
@@ -109,10 +111,10 @@ def test_select_says_why(capsys):
         and out.splitlines()[0] == "rank 1"
         and "mnli, validation_matched: smallest rank within 100 points" in out
     )
-    stored = read_run("mnli")["selected_rank"]
+    stored = RankResults.read("mnli").selected_rank
     code, out, _ = dylora(capsys, "select", "mnli")
-    assert out.splitlines()[0] == f"rank {stored['rank']}" and "one standard error" in out
-    assert choose(read_run("mnli"))["standard_error"] == pytest.approx(stored["standard_error"])
+    assert out.splitlines()[0] == f"rank {stored.rank}" and "one standard error" in out
+    assert choose(RankResults.read("mnli")).standard_error == pytest.approx(stored.standard_error)
     code, out, _ = dylora(capsys, "select", "mnli", "--split", "validation_mismatched", "--max-parameters", "128")
     assert out.splitlines()[0] == "rank 1" and "validation_mismatched" in out
 
@@ -209,11 +211,11 @@ def test_a_mistake_is_one_sentence_and_writes_nothing(argv, message, capsys, mon
 
 
 def test_runs_of_different_models_are_no_seeds_of_one(capsys):
-    one = read_run("rte0")
-    other = one | {"model_name_or_path": "roberta-large", "directory": "elsewhere"}
+    one = RankResults.read("rte0")
+    other = replace(one, model_name_or_path="roberta-large", directory="elsewhere")
     found = curves([one, other])
     assert [c.seeds for c in found] == [1, 1] and "roberta-large" in found[1].method
-    assert [c.seeds for c in curves([one, read_run("./rte0")])] == [1]
+    assert [c.seeds for c in curves([one, RankResults.read("./rte0")])] == [1]
 
 
 def test_an_adapter_saved_in_python_knows_its_number_of_labels(capsys, roberta_checkpoint):
