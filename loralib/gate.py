@@ -17,6 +17,8 @@ import math
 
 import torch
 
+from .checks import check_int
+
 SCALINGS = ("alpha/b", "alpha/r", "alpha/sqrt(b)")
 
 
@@ -25,12 +27,6 @@ def check_scaling(scaling: str, alpha: float) -> None:
         raise ValueError(f"scaling is {scaling!r}; choose one of {', '.join(map(repr, SCALINGS))}.")
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
         raise ValueError(f"lora_alpha is {alpha!r}; give a number above 0, for example 16.")
-
-
-def check_int(name: str, value, low: int, high: float, wanted: str) -> None:
-    """Raise ValueError, "<name> is <value>; <wanted>", unless ``value`` is an int (no bool) in low..high."""
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{name} is {value!r}; {wanted}")
 
 
 def check_rank(rank, r: int):

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .gate import check_int, check_rank, check_scaling, rank_gate, scale
+from .checks import check_int
+from .gate import check_rank, check_scaling, rank_gate, scale
 from .merging import Merging
 from .recomputation import watch
 from .state import RankState, set_states

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .adapting import around, can_adapt
-from .gate import check_int, check_rank, matryoshka_gate, rank_gate
+from .checks import check_int
+from .gate import check_rank, matryoshka_gate, rank_gate
 from .layers import LoRALayer
 from .state import RankState, set_states
 

@@ -9,7 +9,8 @@ from typing import Literal, get_args
 import torch
 from torch import nn
 
-from .gate import check_int, check_rank
+from .checks import check_int
+from .gate import check_rank
 from .model import set_matryoshka_gate, set_rank
 from .ordering import order_components
 from .sampling import RankSampler

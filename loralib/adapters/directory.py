@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from ..checks import check_int
 from ..files import text_writer, write_together
-from ..gate import check_int
 from . import peft_format
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..gate import check_int, scale
+from ..checks import check_int
+from ..gate import scale
 from ..layers import LoRALayer
 from ..model import has_lora, inject, is_inside, lora_layers, modules_to_save
 from . import peft_format

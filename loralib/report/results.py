@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..gate import check_int
+from ..checks import check_int
 
 FILE = "rank_results.json"
 LAST = ("loss", "samples", "adapter_parameters")  # what a row holds beside the scores

@@ -136,3 +136,92 @@ def test_an_edit_in_place_is_noticed():
             for b in range(4):
                 with lora.use_rank(model, b):
                     assert torch.equal(model(**inputs), wanted[b])
+
+
+class Encoder(torch.nn.Module):
+    """Takes a mask of its own shape and gives a named tuple of tensors, a number and a nested tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.query = torch.nn.Linear(4, 4)
+
+    def forward(self, x, y=None, labels=None):
+        h = self.query(x)
+        loss = None if labels is None else (h.sum(-1) - labels).square().mean()
+        return {"loss": loss, "h": h, "nested": (h + 1, h.mean()), "word": "same"}
+
+
+def encoder():
+    model = lora.inject(Encoder(), ["query"], r=4)
+    torch.nn.init.normal_(model.query.lora_B)
+    return model.eval()
+
+
+@pytest.mark.parametrize("budget", [0, 13, 10**6])
+@pytest.mark.parametrize("grad", [False, True])
+def test_at_ranks_gives_each_rank_its_own_output(budget, grad, monkeypatch):
+    monkeypatch.setattr(all_ranks, "STACKED_TOKENS", budget)
+    model, x = encoder(), torch.randn(3, 4)
+    lora.set_rank(model, 2)
+    with torch.set_grad_enabled(grad):
+        for b, output in lora.at_ranks(model, {"x": x}, [0, 1, 4, 2]):
+            assert lora.get_rank(model) == 2  # back already while the caller looks at the output
+            with lora.use_rank(model, b):
+                wanted = model(x)
+            assert torch.allclose(output["h"], wanted["h"], atol=1e-6) and output["word"] == "same"
+            assert torch.allclose(output["nested"][0], wanted["nested"][0], atol=1e-6)
+            if output["nested"][1] is not None:  # a number of a pass of one rank; of several it would mix them
+                assert torch.allclose(output["nested"][1], wanted["nested"][1])
+    assert [b for b, _ in lora.at_ranks(model, {"x": x}, range(1, 5))] == [1, 2, 3, 4]
+
+
+def test_ranks_are_not_stacked_where_a_loss_is_wanted(monkeypatch):
+    monkeypatch.setattr(all_ranks, "STACKED_TOKENS", 10**6)
+    model, inputs = encoder(), {"x": torch.randn(3, 4), "labels": torch.randn(3)}
+    with torch.no_grad():
+        for b, output in lora.at_ranks(model, inputs, [1, 2, 3]):
+            with lora.use_rank(model, b):
+                assert output["loss"] == model(**inputs)["loss"]
+
+
+@pytest.mark.parametrize("extra", [torch.ones(1, 4), [torch.ones(3)], torch.ones(7)])
+def test_inputs_that_cannot_be_repeated_go_through_rank_by_rank(extra, monkeypatch):
+    monkeypatch.setattr(all_ranks, "STACKED_TOKENS", 10**6)
+    model = encoder()
+    plan = passes({"x": torch.randn(3, 4), "y": extra}, [1, 2])
+    assert [ranks for ranks, _, _ in plan] == [[1], [2]]
+    assert len(list(lora.at_ranks(model, {"x": torch.randn(3, 4), "y": extra}, [1, 2]))) == 2
+
+
+def test_an_own_pass_a_close_and_an_error_leave_the_model_as_it_was():
+    model, x = encoder(), torch.randn(3, 4)
+    lora.set_rank(model, torch.tensor([1, 2, 3]))
+    state = model.query.state
+    pairs = lora.at_ranks(model, {"x": x}, [1, 2], run=lambda batch: model.query(batch["x"]), stack=False)
+    with torch.no_grad():
+        b, h = next(pairs)
+        assert b == 1 and h.shape == (3, 4) and model.query.state is state
+        pairs.close()
+
+        def broken(batch):
+            raise KeyError
+
+        with pytest.raises(KeyError):
+            list(lora.at_ranks(model, {"x": x}, [1, 2], run=broken))
+        with pytest.raises(ValueError, match="rank is 5"):
+            list(lora.at_ranks(model, {"x": x}, [5]))
+    assert model.query.state is state and not {"forward", "base"} & set(vars(model.query))
+
+
+def test_sharing_is_set_up_once_around_many_batches(roberta_config):
+    model = randomised(next(models(roberta_config)))
+    batches = [{"input_ids": torch.randint(3, 100, (2, 5))} for _ in range(2)]
+    with torch.no_grad():
+        alone = [[output.logits for _, output in lora.at_ranks(model, batch, [1, 3])] for batch in batches]
+        with lora.share_between_ranks(model):
+            forward = model.roberta.embeddings.forward
+            for batch, wanted in zip(batches, alone, strict=True):
+                found = [output.logits for _, output in lora.at_ranks(model, batch, [1, 3])]
+                assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+                assert model.roberta.embeddings.forward is forward
+    assert "forward" not in vars(model.roberta.embeddings)

@@ -13,7 +13,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, DataCollatorWithPadding, RobertaForSequenceClassification, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    RobertaForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import loralib as lora
 from loralib.trainer import DyLoRATrainer
@@ -523,3 +529,106 @@ def test_bf16_holds_the_frozen_weights_so_while_it_works_and_gives_them_back(
         runs.append((losses, logits, [p.detach().clone() for p in t.model.parameters()]))
     assert runs[0][0] == runs[1][0] and np.array_equal(runs[0][1], runs[1][1])
     assert all(torch.equal(a, b) for a, b in zip(runs[0][2], runs[1][2], strict=True))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """The rows of a data set, without a length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter([{k: v for k, v in row.items() if k != "row"} for row in self.rows])
+
+
+def test_a_stream_is_trained_on_and_evaluated(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, max_steps=3)
+    wanted = t.evaluate()
+    found = t.evaluate(Stream(t.eval_dataset))
+    assert all(found[k] == pytest.approx(v, abs=1e-5) for k, v in wanted.items() if "accuracy" in k or "loss" in k)
+    t.train_dataset = Stream(t.train_dataset)
+    assert len(log(t)) == 3
+
+
+def test_the_training_loader_has_trainers_own_settings(roberta_config, roberta_checkpoint, tmp_path):
+    options = dict(
+        dataloader_num_workers=1, dataloader_prefetch_factor=3, dataloader_persistent_workers=True, dataloader_in_order=False,
+        dataloader_multiprocessing_context="spawn", dataloader_pin_memory=False,
+    )  # fmt: skip
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, **options)
+    stock = Trainer(model=t.model, args=t.args, train_dataset=t.train_dataset, data_collator=t.data_collator)
+    ours, theirs = t.get_train_dataloader(), stock.get_train_dataloader()
+    for name in ("num_workers", "prefetch_factor", "persistent_workers", "in_order", "pin_memory"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.multiprocessing_context.get_start_method() == "spawn"
+    assert ours.worker_init_fn.func is theirs.worker_init_fn.func  # seeds the workers
+    assert ours.dataset.column_names == theirs.dataset.column_names
+    assert list(ours.batch_sampler) == list(t.batches())
+
+
+class Loss(torch.nn.Module):
+    """A model whose forward takes anything, as most of transformers' do, and whose loss divides by num_items_in_batch or not."""
+
+    def __init__(self, divides):
+        super().__init__()
+        self.query, self.divides, self.asked = torch.nn.Linear(1, 3), divides, 0
+
+    def forward(self, input_ids, labels=None, num_items_in_batch=None, **kwargs):
+        self.asked += num_items_in_batch is not None and not torch.is_grad_enabled() and self.training is False
+        logits = self.query(input_ids[:, :1].float() / 100)
+        reduction = "sum" if self.divides and num_items_in_batch is not None else "mean"
+        loss = torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+        return {"loss": loss / num_items_in_batch if reduction == "sum" else loss, "logits": logits}
+
+
+@pytest.mark.parametrize("divides", [True, False])
+def test_the_model_is_asked_whether_its_loss_divides_by_the_items(
+    divides, roberta_config, roberta_checkpoint, tmp_path
+):
+    """... and either way an update gives the same however it is split. Its source is not read: it may say anything."""
+    runs = []
+    for size in (8, 2):
+        t = trainer(
+            roberta_config,
+            roberta_checkpoint,
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+        )
+        torch.manual_seed(0)
+        model = lora.inject(Loss(divides), ["query"], r=2)
+        torch.nn.init.normal_(model.query.lora_B)
+        u = DyLoRATrainer(model=model, args=t.args, train_dataset=t.train_dataset, data_collator=t.data_collator)
+        runs.append(log(u))
+        assert u.model_accepts_loss_kwargs == divides and model.asked == 2  # one batch, with 1 item and with 2
+    assert np.allclose(runs[0], runs[1], rtol=2e-4)
+
+
+def test_checkpointing_under_the_trainer_is_exact_though_ranks_change_within_the_loss(
+    roberta_config, roberta_checkpoint, tmp_path
+):
+    class TwoPasses(DyLoRATrainer):
+        """Adds the loss of a second pass at another rank, which is over before the backward pass."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            with lora.use_rank(self.model, 1):
+                loss = loss + super().compute_loss(model, inputs, False, num_items_in_batch)
+            return (loss, outputs) if return_outputs else loss
+
+    runs = []
+    for checkpointing in (False, True):
+        t = trainer(roberta_config, roberta_checkpoint, tmp_path, gradient_checkpointing=checkpointing)
+        u = TwoPasses(model=t.model, args=t.args, train_dataset=t.train_dataset, data_collator=t.data_collator)
+        runs.append(log(u))
+    assert np.allclose(runs[0], runs[1], rtol=1e-5)
+
+
+def test_reentrant_checkpointing_is_refused(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(
+        roberta_config, roberta_checkpoint, tmp_path, gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="leave out use_reentrant"):
+        t.train()
+    assert "activation_checkpointing_enable" not in vars(t.model)

@@ -1,0 +1,163 @@
+"""RankSchedule: its defaults, what a step sets, and that it refuses what makes no sense."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import loralib as lora
+from loralib.schedule import RankSchedule, title_of
+
+
+@pytest.mark.parametrize(
+    ("options", "scaling", "share", "distribution"),
+    [
+        ({}, "alpha/r", 0.5, "mixed"),
+        ({}, "alpha/b", 0.0, "uniform"),  # ordered at one strength, its lower ranks would run at another
+        ({}, "several", 0.0, "uniform"),
+        ({"sampling": "step"}, "alpha/r", 0.5, "uniform"),
+        ({"frozen": True}, "alpha/r", 0.5, "uniform"),
+        ({"full_rank_share": 0.0}, "alpha/r", 0.0, "uniform"),
+        ({"full_rank_share": 0.5}, "alpha/b", 0.5, "mixed"),
+        ({"sampling": "fixed"}, "alpha/r", 0.0, None),
+        ({"sampling": "matryoshka"}, "alpha/r", 0.0, None),
+    ],
+)
+def test_defaults_are_settled_once(options, scaling, share, distribution):
+    settled = RankSchedule(**options).resolve(8, scaling).schedule
+    assert (settled.full_rank_share, settled.distribution) == (share, distribution)
+    assert settled.resolve(8, "alpha/sqrt(b)").schedule == settled  # nothing is left to decide
+
+
+def test_the_papers_way_is_one_word():
+    paper = RankSchedule.paper().resolve(8, "alpha/b", 10)
+    assert paper.facts() == {
+        "sampling": "step", "distribution": "uniform", "r_min": 1, "full_rank_share": 0.0, "frozen": True,
+    }  # fmt: skip
+    sampler = lora.RankSampler(8, per="step")
+    for step in range(10):
+        setting = paper.setting(step, 4)
+        assert setting.rank == sampler(step, 4) and setting.frozen and not setting.order
+    assert not RankSchedule.paper(frozen=False).frozen
+
+
+@given(
+    st.sampled_from(["example", "step"]), st.integers(1, 12), st.integers(1, 40), st.floats(0, 0.99), st.integers(1, 9),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_all_components_first_then_ordered_once_then_ranks_are_drawn(sampling, r_max, steps, share, size, seed):
+    bound = RankSchedule(sampling, "uniform", full_rank_share=share, seed=seed).resolve(r_max, "alpha/r", steps)
+    first = min(round(share * steps), steps - 1)
+    per = {"example": "example", "step": "step"}[sampling]
+    sampler = lora.RankSampler(r_max, per=per, seed=seed)
+    orders = []
+    for step in range(steps):
+        setting = bound.setting(step, size)
+        drawn = torch.as_tensor(setting.rank)
+        wanted = torch.as_tensor(sampler(step, size) if step >= first else r_max).expand_as(drawn)
+        assert torch.equal(drawn, wanted) and drawn.shape == ((size,) if sampling == "example" else ())
+        orders += [step] * setting.order
+    assert orders == ([first] if first else [])
+
+
+@given(st.integers(1, 30), st.data())
+def test_ranks_of_an_update_do_not_depend_on_how_it_is_split(size, data):
+    cut = data.draw(st.integers(0, size))
+    bound = RankSchedule(full_rank_share=0.0, seed=3).resolve(5, "alpha/r", 9)
+    whole = bound.setting(4, size, places=range(size)).rank
+    parts = [bound.setting(4, size, micro_step=m, places=p).rank for m, p in enumerate((range(cut), range(cut, size)))]
+    parts = [
+        part for part, n in zip(parts, (cut, size - cut), strict=True) if n
+    ]  # an empty part gets one rank to stay in step
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_ordering_at_the_first_micro_batch_alone_unless_told_what_has_been():
+    bound = RankSchedule().resolve(4, "alpha/r", 10)
+    assert [bound.setting(5, 2, micro_step=m).order for m in (0, 1)] == [True, False]
+    assert bound.setting(7, 2, micro_step=1, ordered=False).order and not bound.setting(7, 2, ordered=True).order
+    assert not bound.setting(4, 2, ordered=False).order
+
+
+def test_a_fixed_gate_of_some_ranks():
+    model = lora.inject(nn.Sequential(nn.Linear(3, 3)), ["0"], r=4, lora_alpha=4)
+    RankSchedule("matryoshka", gate_ranks=(1, 4), reduce="mean").resolve(4, "alpha/r", 5).setting(2, 7).apply(model)
+    assert model[0].state.gate.tolist() == [1.0, 0.5, 0.5, 0.5]
+    with pytest.raises(ValueError, match="rank is 5"):
+        RankSchedule("matryoshka", gate_ranks=(5,)).resolve(4)
+
+
+def test_apply_orders_with_the_optimizer_and_sets_the_model():
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=3)
+    nn.init.normal_(model[0].lora_B)
+    with lora.use_rank(model, 3):
+        before = model(torch.eye(6))
+    optimizer = torch.optim.AdamW(model.parameters())
+    bound = RankSchedule().resolve(3, "alpha/r", 4)
+    bound.setting(2, 6).apply(model, optimizer)
+    A = model[0].lora_A.detach()
+    assert torch.allclose(A @ A.T, (A @ A.T).diagonal().diag(), atol=1e-5) and lora.get_rank(model) is None  # mixed
+    with lora.use_rank(model, 3):
+        assert torch.allclose(model(torch.eye(6)), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampling": "random"}, "sampling is 'random'; choose one of 'example', 'step', 'matryoshka', 'fixed'"),
+        ({"distribution": "zipf"}, "distribution is 'zipf'"),
+        ({"reduce": "max"}, "reduce is 'max'"),
+        ({"sampling": "fixed", "frozen": True}, "frozen training needs drawn ranks"),
+        ({"full_rank_share": 1.0}, "full_rank_share is 1.0"),
+        ({"full_rank_share": float("nan")}, "full_rank_share is nan"),
+        ({"sampling": "fixed", "full_rank_share": 0.5}, "full_rank_share is 0.5"),
+        ({"sampling": "fixed", "distribution": "uniform"}, "distribution has no effect"),
+        ({"sampling": "fixed", "r_min": 2}, "r_min has no effect"),
+        ({"reduce": "mean"}, "reduce has no effect"),
+        ({"gate_ranks": (1,)}, "gate_ranks has no effect"),
+        ({"distribution": "mixed", "sampling": "step"}, "goes with sampling='example'"),
+        ({"distribution": "mixed", "frozen": True}, "not frozen"),
+        ({"p": 1.0}, "p is 1.0"),
+        ({"r_min": 0}, "r_min is 0"),
+        ({"r_min": "1"}, "r_min is '1'"),
+    ],
+)
+def test_what_makes_no_sense_is_one_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
+        RankSchedule(**options)
+
+
+def test_ranks_beyond_r_max_and_unknown_steps():
+    with pytest.raises(ValueError, match="r_min is 9 and r_max 8"):
+        RankSchedule(r_min=9).resolve(8)
+    with pytest.raises(ValueError, match="no number of steps"):
+        RankSchedule().resolve(8).setting(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "title"),
+    [
+        (RankSchedule(), "DyLoRA, components ordered half-way, then rank 1 or ranks 1, 2, 4 and 8 together"),
+        (RankSchedule.paper(), "DyLoRA, a rank for each update, one component updated (frozen)"),
+        (RankSchedule("fixed"), "LoRA trained at rank 8"),
+        (RankSchedule("matryoshka", reduce="mean"), "one fixed gate, the mean over all ranks"),
+        (RankSchedule(distribution="geometric", full_rank_share=0.7),
+         "DyLoRA, components ordered after 70 % of the steps, then a rank for each example, low ones more often"),
+    ],
+)  # fmt: skip
+def test_titles_also_from_the_facts_alone(schedule, title):
+    bound = schedule.resolve(8, "alpha/r")
+    assert bound.title() == title == title_of(bound.facts(), 8)
+
+
+def test_facts_that_tell_no_training():
+    assert title_of({}, 8) == title_of({"sampling": "zipf"}, 8) == "an adapter"
+
+
+def test_a_schedule_is_a_value():
+    assert RankSchedule(seed=1) == RankSchedule(seed=1) and hash(RankSchedule()) == hash(RankSchedule())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RankSchedule().p = 0.5
