@@ -71,8 +71,8 @@ def _part(output, place: int, parts: int, size: int):
     if isinstance(output, Mapping):
         return type(output)(**{name: _part(value, place, parts, size) for name, value in output.items()})
     if isinstance(output, (tuple, list)):
-        found = [_part(value, place, parts, size) for value in output]
-        return type(output)(*found) if hasattr(output, "_fields") else type(output)(found)
+        parts_of = [_part(value, place, parts, size) for value in output]
+        return type(output)(*parts_of) if hasattr(output, "_fields") else type(output)(parts_of)
     return output
 
 

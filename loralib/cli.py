@@ -113,9 +113,9 @@ def _report(args) -> None:
     to = Path(args.to or (args.runs[0] if len(runs) == 1 else "dylora_report"))
     for results in runs:
         print_table(results)
-    found = write_report(runs, to)
+    curves = write_report(runs, to)
     if len(runs) > 1:
-        head, rows = summary_rows(found)
+        head, rows = summary_rows(curves)
         _print_table("mean over seeds, with its standard error", head, rows, left=(0, 1))
     print(f"written to {to}: rank_results.md, rank_results.csv, rank_curve.png, rank_curve.svg, report.html")
 

@@ -71,8 +71,8 @@ class LoRALayer(Merging):
         nn.Module.__init__(layer)
         # The two share the very dictionaries: a parameter that is replaced in one (a move, a merge, FSDP) is so in the other,
         # and since the layer alone is registered in its model, names and state-dict keys stay what they are.
-        for own in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
-            layer.__dict__[own] = base.__dict__[own]
+        for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+            layer.__dict__[shared] = base.__dict__[shared]
         layer.__dict__["_base"] = base
         vars(layer).update(geometry)
         layer.merge_weights = True

@@ -209,7 +209,7 @@ class BoundSchedule:
     def facts(self) -> dict:
         """The settled settings, as ``dylora.json`` and ``rank_results.json`` tell them."""
         kind = self.schedule
-        found = {
+        facts = {
             "sampling": kind.sampling,
             "distribution": kind.distribution,
             "r_min": kind.r_min,
@@ -221,7 +221,7 @@ class BoundSchedule:
             "reduce": kind.reduce == "mean",
             "gate_ranks": kind.gate_ranks is not None,
         }
-        return found | {name: getattr(kind, name) for name, tell in told_apart.items() if tell}
+        return facts | {name: getattr(kind, name) for name, tell in told_apart.items() if tell}
 
 
 FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen")

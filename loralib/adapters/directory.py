@@ -40,12 +40,12 @@ class AdapterFiles:
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
         """A layer's rank and alpha by PEFT's configuration, whose patterns are regular expressions for endings of names."""
-        found = []
+        values = []
         for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             patterns = (self.config.get(pattern) or {}).items()
             matching = (v for key, v in patterns if re.match(rf"(.*\.)?({key})$", name))
-            found.append(next(matching, self.config[default]))
-        return found[0], found[1]
+            values.append(next(matching, self.config[default]))
+        return values[0], values[1]
 
     def factors(self) -> Iterator[tuple[str, str, str, torch.Tensor]]:
         """(key, layer's name, "A" or "B", tensor) of every factor."""
@@ -139,12 +139,12 @@ def read_facts(path: str | os.PathLike | None) -> dict:
 
 def _read_json(file: Path) -> dict:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file} is no JSON ({error}); the adapter must be saved anew.") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds {found!r} where a table belongs; the adapter must be saved anew.")
-    return found
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds {content!r} where a table belongs; the adapter must be saved anew.")
+    return content
 
 
 def scaling_of_file(path: str | os.PathLike) -> str:

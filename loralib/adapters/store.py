@@ -261,19 +261,19 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
     fresh: list[str] = []
     state = model.state_dict()
     for module in modules_to_save(model):
-        own = {key: value for key, value in state.items() if is_inside(key, [module])}
-        found = {key: tensors.get(peft_format.PREFIX + key, tensors.get(key)) for key in own}
-        wrong = [key for key in own if found[key] is None or found[key].shape != own[key].shape]
+        wanted = {key: value for key, value in state.items() if is_inside(key, [module])}
+        given = {key: tensors.get(peft_format.PREFIX + key, tensors.get(key)) for key in wanted}
+        wrong = [key for key in wanted if given[key] is None or given[key].shape != wanted[key].shape]
         if not wrong:
-            plan |= found
+            plan |= given
         elif head == "fresh":
             fresh.append(module)
         else:
             what = (
-                "does not hold it" if found[wrong[0]] is None else f"has it with shape {tuple(found[wrong[0]].shape)}"
+                "does not hold it" if given[wrong[0]] is None else f"has it with shape {tuple(given[wrong[0]].shape)}"
             )
             raise ValueError(
-                f"the model needs {wrong[0]!r} of shape {tuple(own[wrong[0]].shape)}, and {path} {what}; build the model "
+                f"the model needs {wrong[0]!r} of shape {tuple(wanted[wrong[0]].shape)}, and {path} {what}; build the model "
                 f"with the adapter's number of labels, or train the head anew."
             )
     return plan, fresh

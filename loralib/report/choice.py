@@ -70,11 +70,11 @@ def bootstrap(
     ``predictions`` is (samples, ranks). All ranks see the same resample, so that their differences are paired.
     """
     draw = np.random.default_rng(seed)
-    found = np.empty((resamples, predictions.shape[1]))
+    scores = np.empty((resamples, predictions.shape[1]))
     for i in range(resamples):
         chosen = draw.integers(0, len(labels), len(labels))
-        found[i] = [score(predictions[chosen, k], labels[chosen]) for k in range(predictions.shape[1])]
-    return found
+        scores[i] = [score(predictions[chosen, k], labels[chosen]) for k in range(predictions.shape[1])]
+    return scores
 
 
 def choose(

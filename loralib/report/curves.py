@@ -54,7 +54,7 @@ def curves(runs: list[RankResults]) -> list[Curve]:
             ranks, values = results.curve(split)
             settings = tuple((name, getattr(results, name)) for name in SETTINGS)
             groups[results.task, split, label(results), results.metric, tuple(ranks), settings].append(values)
-    found = []
+    result = []
     settings_of = defaultdict(list)
     for task, split, method, *_, settings in groups:
         settings_of[task, split, method].append(dict(settings))
@@ -63,8 +63,8 @@ def curves(runs: list[RankResults]) -> list[Curve]:
         rivals = settings_of[task, split, method]
         differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({str(s[n]) for s in rivals}) > 1]
         method = ", ".join([method, *differing])
-        found.append(Curve.over_seeds(task, split, method, metric, at, 100 * np.array(of_seeds)))
-    return found
+        result.append(Curve.over_seeds(task, split, method, metric, at, 100 * np.array(of_seeds)))
+    return result
 
 
 def runs_to_csv(runs: list[RankResults]) -> str:
@@ -77,17 +77,17 @@ def runs_to_csv(runs: list[RankResults]) -> str:
     return csv_text(["run", "task", "method", "seed", "split", "rank", "metric", "score"], rows)
 
 
-def averages(found: list[Curve]) -> list[Curve]:
+def averages(curves: list[Curve]) -> list[Curve]:
     """The mean over tasks of each method's curve (a task's first split), for methods with the same tasks and ranks.
 
     Empty unless there are two tasks or more. The error is that of a mean of independent means.
     """
     first: dict[tuple[str, str], Curve] = {}
-    for curve in found:
+    for curve in curves:
         first.setdefault((curve.task, curve.method), curve)
-    tasks = {curve.task for curve in found}
+    tasks = {curve.task for curve in curves}
     result = []
-    for method in dict.fromkeys(curve.method for curve in found):
+    for method in dict.fromkeys(curve.method for curve in curves):
         of_tasks = [curve for curve in first.values() if curve.method == method]
         if len(tasks) < 2 or len(of_tasks) < len(tasks) or len({curve.ranks for curve in of_tasks}) > 1:
             continue
@@ -101,11 +101,11 @@ def averages(found: list[Curve]) -> list[Curve]:
     return result
 
 
-def summary_rows(found: list[Curve]) -> tuple[list[str], list[list[str]]]:
+def summary_rows(curves: list[Curve]) -> tuple[list[str], list[list[str]]]:
     """Head and cells of the table of several runs: mean over seeds, with its standard error."""
-    ranks = sorted({b for curve in found for b in curve.ranks})
+    ranks = sorted({b for curve in curves for b in curve.ranks})
     rows = []
-    for curve in found:
+    for curve in curves:
         errors = curve.errors or [None] * len(curve.ranks)
         shown = {
             b: f"{mean:.2f}" + (f" ± {error:.2f}" if error is not None else "")

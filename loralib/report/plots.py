@@ -22,9 +22,9 @@ def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = No
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for panel, task in zip(panels, tasks, strict=False):
-        own = [curve for curve in curves if curve.task == task]
-        several_splits, several_methods = (len({getattr(c, k) for c in own}) > 1 for k in ("split", "method"))
-        for i, curve in enumerate(own):
+        of_task = [curve for curve in curves if curve.task == task]
+        several_splits, several_methods = (len({getattr(c, k) for c in of_task}) > 1 for k in ("split", "method"))
+        for i, curve in enumerate(of_task):
             parts = [curve.method] if several_methods else []
             parts += [curve.split] if curve.split and (several_splits or not several_methods) else []
             name = ", ".join(parts) + (f" ({curve.seeds} seeds)" if curve.seeds > 1 else "")
@@ -37,14 +37,15 @@ def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = No
                 capsize=2,
                 label=name,
             )
-        ranks = sorted({b for curve in own for b in curve.ranks})
+        ranks = sorted({b for curve in of_task for b in curve.ranks})
         panel.set_xticks(ranks if len(ranks) <= 16 else ranks[:: len(ranks) // 8])
         if selected is not None:
             panel.axvline(selected, color="0.6", linestyle=":", label=f"selected rank {selected}")
         panel.set_xlabel("rank")
-        panel.set_ylabel(own[0].metric.replace("_", " "))
+        panel.set_ylabel(of_task[0].metric.replace("_", " "))
         panel.set_title(
-            task if several_methods else f"{task}: {own[0].method}" if own[0].method else task, fontsize="medium"
+            task if several_methods else f"{task}: {of_task[0].method}" if of_task[0].method else task,
+            fontsize="medium",
         )
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:

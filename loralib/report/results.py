@@ -148,13 +148,16 @@ class RankResults:
         for name, rows in content["splits"].items():
             if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
                 raise ValueError(f"its split {name!r} has no rows")
-            found = [RankRow.from_json(row) for row in rows]
-            ranks = [row.rank for row in found]
+            of_ranks = [RankRow.from_json(row) for row in rows]
+            ranks = [row.rank for row in of_ranks]
             if ranks != sorted(set(ranks)):
                 raise ValueError(f"the ranks of its split {name!r} do not rise: {ranks}")
-            if any(row.scores.keys() != found[0].scores.keys() or content["metric"] not in row.scores for row in found):
+            if any(
+                row.scores.keys() != of_ranks[0].scores.keys() or content["metric"] not in row.scores
+                for row in of_ranks
+            ):
                 raise ValueError(f"its split {name!r} lacks {content['metric']!r} at some rank")
-            splits[name] = found
+            splits[name] = of_ranks
         chosen = content.get("selected_rank")
         if chosen is not None:
             kept = {name: chosen.get(name) for name in ("rank", "rule", "standard_error", "split")}

@@ -24,20 +24,20 @@ def write_run(results: RankResults, directory: str | Path) -> None:
 def write_report(runs: list[RankResults], directory: str | Path) -> list[Curve]:
     """Write rank_results.md and .csv, rank_curve.png and .svg and report.html of some runs; returns their curves."""
     directory = Path(directory)
-    found = curves(runs)
-    found += averages(found)
+    of_all = curves(runs)
+    of_all += averages(of_all)
     markdown = "\n".join(to_markdown(results) for results in runs)
     if len(runs) == 1:
         table, selected = to_csv(runs[0]), runs[0].selected_rank
     else:
         table, selected = runs_to_csv(runs), None
-        markdown = f"# All runs\n\n{markdown_table(*summary_rows(found), align='ll')}\n\n{markdown}"
+        markdown = f"# All runs\n\n{markdown_table(*summary_rows(of_all), align='ll')}\n\n{markdown}"
     write_text(directory / "rank_results.md", markdown)
     write_text(directory / "rank_results.csv", table)
     for kind in ("png", "svg"):
         write_atomically(
             directory / f"rank_curve.{kind}",
-            lambda file, kind=kind: plot_curves(found, file, selected.rank if selected else None, kind),
+            lambda file, kind=kind: plot_curves(of_all, file, selected.rank if selected else None, kind),
         )
-    write_text(directory / "report.html", page(runs, found))
-    return found
+    write_text(directory / "report.html", page(runs, of_all))
+    return of_all

@@ -35,12 +35,12 @@ def epoch_order(lengths: list[int], global_batch: int, seed: int, epoch: int) ->
     rest, order = order[whole:], order[:whole]
     updates = whole // global_batch
     block = 1
-    found = _sorted_in_blocks(order, sizes, block * global_batch)
-    while block < updates and _padding(sizes[found]) > PADDING:
+    grouped = _sorted_in_blocks(order, sizes, block * global_batch)
+    while block < updates and _padding(sizes[grouped]) > PADDING:
         block *= 2
-        found = _sorted_in_blocks(order, sizes, block * global_batch)
-    found = found.view(updates, global_batch)[torch.randperm(updates, generator=generator)].flatten()
-    return [*found.tolist(), *rest[sizes[rest].argsort(stable=True)].tolist()]
+        grouped = _sorted_in_blocks(order, sizes, block * global_batch)
+    grouped = grouped.view(updates, global_batch)[torch.randperm(updates, generator=generator)].flatten()
+    return [*grouped.tolist(), *rest[sizes[rest].argsort(stable=True)].tolist()]
 
 
 def _sorted_in_blocks(order: torch.Tensor, sizes: torch.Tensor, block: int) -> torch.Tensor:

@@ -30,13 +30,13 @@ def rank_metrics(
         if prediction.label_ids is None:
             scores.append({"loss": float(at_rank.mean())})
             continue
-        own = EvalPrediction(at_rank, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
-        found = dict(task_metrics(own)) if task_metrics else {}
+        of_rank = EvalPrediction(at_rank, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
+        named = dict(task_metrics(of_rank)) if task_metrics else {}
         loss = mean_loss(at_rank, prediction.label_ids)
-        scores.append(found | ({} if loss is None else {"loss": loss}))
-    metrics = {f"r{b}_{name}": value for b, found in zip(ranks, scores, strict=True) for name, value in found.items()}
+        scores.append(named | ({} if loss is None else {"loss": loss}))
+    metrics = {f"r{b}_{name}": value for b, named in zip(ranks, scores, strict=True) for name, value in named.items()}
     for name in scores[0]:
-        curve = [found[name] for found in scores]
+        curve = [named[name] for named in scores]
         mean = float(np.mean(curve))
         metrics |= {"loss": mean} if name == "loss" else {f"mean_{name}": mean, f"aurac_{name}": aurac(ranks, curve)}
     return metrics
@@ -44,12 +44,12 @@ def rank_metrics(
 
 def by_rank(metrics: dict[str, Any], prefix: str) -> dict[int, dict[str, Any]]:
     """The way back: {rank: {name: value}} from the ``<prefix>_r<rank>_<name>`` among a trainer's flat metrics."""
-    found: dict[int, dict[str, Any]] = {}
+    scores: dict[int, dict[str, Any]] = {}
     for key, value in metrics.items():
         match = re.fullmatch(rf"{re.escape(prefix)}_r(\d+)_(.+)", key)
         if match:
-            found.setdefault(int(match[1]), {})[match[2]] = value
-    return found
+            scores.setdefault(int(match[1]), {})[match[2]] = value
+    return scores
 
 
 def mean_loss(logits: np.ndarray, labels) -> float | None:

@@ -56,7 +56,7 @@ def start_up(options: Options) -> Iterator[Row]:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True, env=environment)
 
-    torch_alone, with_us = "import torch", "import torch, loralib"
+    torch_alone, with_us = "import torch", "import torch, loralib; loralib.inject"
     times = alternate(
         {with_us: process("-c", with_us), torch_alone: process("-c", torch_alone)}, 3 if options.quick else 15
     )

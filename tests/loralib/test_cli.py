@@ -28,6 +28,8 @@ from loralib.report.results import RankResults
 from ..nlu.test_data import write
 from ..nlu.test_run_glue import TASKS, command, run_glue, strong_adapter
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(roberta_checkpoint, tmp_path_factory):

@@ -22,6 +22,9 @@ from loralib.report.results import RankResults
 
 from .test_data import rows, write
 
+pytestmark = pytest.mark.slow
+
+
 NLU = Path(__file__).parents[2] / "examples" / "NLU"
 SCRIPT = NLU / "examples" / "text-classification" / "run_glue.py"
 

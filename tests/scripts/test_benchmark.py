@@ -48,6 +48,7 @@ def test_saved_bytes_of_a_known_graph():
     )  # x for w's gradient, exp's own output
 
 
+@pytest.mark.slow
 def test_the_command_records_a_table_and_its_check_fails_on_a_worse_ratio(tmp_path, capsys):
     own = ["--quick", "--cases", "checkpoints", "--results", str(tmp_path)]
     assert benchmark.main(own) == 0

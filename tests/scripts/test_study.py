@@ -10,6 +10,7 @@ from transformers_dylora.tasks import TASKS
 
 import loralib as lora
 from scripts.study import __main__ as study
+from scripts.study import cells, running
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
 
@@ -28,28 +29,28 @@ def lines_of(method, *scores):
     """Held-out records of a method, ``scores`` by rate, the same for every task and seed."""
     return [
         {"method": method, "rate": rate, "task": task, "aurac": score, "split": "held_out", "seed": seed}
-        for task, seed in study.RATE_RUNS
-        for rate, score in zip(study.RATES, scores, strict=True)
+        for task, seed in cells.RATE_RUNS
+        for rate, score in zip(cells.RATES, scores, strict=True)
     ]
 
 
 def test_the_rate_is_the_best_over_tasks_and_one_for_the_sweep():
-    _, middle, high = study.RATES
+    _, middle, high = cells.RATES
     lines = lines_of("example", 1, 3, 2) + lines_of("lora-1", 5, 1, 0)
-    assert study.chosen_rates(lines) == {"example": middle}  # lora-8 is not there yet
+    assert cells.chosen_rates(lines) == {"example": middle}  # lora-8 is not there yet
     lines += lines_of("lora-8", 0, 1, 9)
-    assert study.chosen_rates(lines) == {"example": middle, **{f"lora-{r}": high for r in (1, 2, 4, 8)}}
+    assert cells.chosen_rates(lines) == {"example": middle, **{f"lora-{r}": high for r in (1, 2, 4, 8)}}
 
 
 def test_two_seeds_of_a_task_weigh_as_much_as_one_of_another():
-    low, middle, _ = study.RATES
+    low, middle, _ = cells.RATES
     lines = lines_of("example", 0, 0, 0)
     for record in lines:
         if record["task"] == "cola":
             record["aurac"] = 10.0 if record["rate"] == low else 0.0
         if record["task"] == "rte":
             record["aurac"] = 11.0 if record["rate"] == middle else 0.0
-    assert study.chosen_rates(lines) == {"example": middle}
+    assert cells.chosen_rates(lines) == {"example": middle}
 
 
 def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
@@ -72,7 +73,7 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
     lines.append({"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "scores": {"1": 0.0}})
     found = study_tables.scores(lines)
     assert set(found["rte", "sweep"]) == {0, 1}
-    row = next(text for text in study_tables.average_table(found) if "per example" in text)
+    row = next(text for text in study_tables.average_table(found)[0].splitlines() if "per example" in text)
     assert "57.0 ± 5.0" in row and row.endswith("| 1.0 ± 0.0 / 1.0 ± 0.0 / 1.0 ± 0.0 / 1.0 ± 0.0 |")
 
 
@@ -92,7 +93,7 @@ def test_the_aim_is_reached_or_not(gain, reached):
             lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r})
         lines += curve_lines(study_methods.DEFAULT, seed, {b: 50.0 + b + gain[seed] for b in range(1, 9)}, steps=111)
         lines += curve_lines("example", seed, dict.fromkeys(range(1, 9), 51.0))
-    rows = study_tables.target(study_tables.scores(lines), lines)
+    rows = "\n".join(study_tables.target(study_tables.scores(lines), lines)).splitlines()
     at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
     assert all(at[f"rank {b}"].endswith(f"| {reached} |") for b in (1, 2, 4, 8))
     assert at["mean of the ranks"].endswith(f"| {reached} |")
@@ -112,7 +113,7 @@ def test_the_reduction_by_svd_is_pefts_at_every_rank(roberta_checkpoint, tmp_pat
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)
-    found = study.svd_components(model, str(roberta_checkpoint), str(tmp_path), TASKS["rte"])
+    found = running.svd_components(model, str(roberta_checkpoint), str(tmp_path), TASKS["rte"])
     base = AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=2)
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert len(found) == 4
@@ -134,13 +135,14 @@ def tiny(tmp_path, monkeypatch, roberta_checkpoint):
             "--processes", "1"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd):
     few = ["--methods", "lora-1", "lora-8", "example"]
     study.main(["rates", *tiny, *few])
     study.main(["rates", *tiny, *few])
     assert "27 of 27 runs are there" in capfd.readouterr().out  # 3 methods x 3 rates x 3 tasks and seeds, none repeated
     study.main(["runs", *tiny, *few, "--tasks", "rte", "cola", "--seeds", "0"])
-    lines = study.read_records(tmp_path / "results" / "runs.jsonl")
+    lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
     runs = {(r["task"], r["method"]): r for r in lines if r["split"] == "validation"}
     assert {method for _, method in runs} == {"lora-1", "lora-8", "example", *study_methods.CUTS}
     for task in ("rte", "cola"):
@@ -173,9 +175,10 @@ def test_a_cell_that_is_none_says_which_there_are(given, tiny, capsys):
     assert "a task (cola, rte" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", study_methods.TRIED)
 def test_every_variant_trains(name, tiny, tmp_path, roberta_checkpoint):
-    (found,) = study.run_cell(
-        study.Cell("rte", name, 0, 1e-3, "held_out"), str(roberta_checkpoint), str(tmp_path / "glue")
+    (found,) = running.run_cell(
+        cells.Cell("rte", name, 0, 1e-3, "held_out"), str(roberta_checkpoint), str(tmp_path / "glue")
     )
     assert list(found["scores"]) == [str(b) for b in range(1, 9)] and found["steps"] > 0

@@ -293,6 +293,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_a_whole_adapter(tmp_path):
     """Killed at many moments; what is on disk always loads and holds one version throughout."""
     for kill in range(6):

@@ -106,6 +106,7 @@ t.end()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("frozen", "n"), [("free", 22), ("frozen", 17)])
 def test_two_processes_give_what_one_gives(frozen, n, roberta_config, roberta_checkpoint, tmp_path):
     """With n = 17 the last update has one example for two processes; evaluation has an odd count, 13."""

@@ -49,6 +49,8 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         say(note)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UsageError(f"Nothing to do; add {', '.join(FLAGS.values())}.")
+    if training_args.prediction_loss_only:
+        raise UsageError("--prediction_loss_only leaves no predictions to score; leave it out.")
     checkpoint = resume_point(training_args)
     if checkpoint:
         say(f"going on from {checkpoint}")
