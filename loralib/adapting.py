@@ -36,7 +36,7 @@ def around(module: Any, **adapter) -> LoRALayer | None:
     if kind is nn.Embedding:
         adapter.pop("lora_dropout", None)  # as in microsoft/LoRA, an index has no dropout
         geometry = {name: getattr(module, name) for name in nn.Embedding.__constants__}
-        return Embedding.around(module, {**geometry, "embed_scale": getattr(module, "embed_scale", 1.0)}, **adapter)
+        return Embedding.around(module, geometry, **adapter)
     rows, columns = module.weight.shape  # Conv1D stores (in, out)
     return Linear.around(module, {"in_features": rows, "out_features": columns, "fan_in_fan_out": True}, **adapter)
 

@@ -387,8 +387,6 @@ class Embedding(LoRALayer, nn.Embedding):
     an update of the weight.
     """
 
-    embed_scale: float | torch.Tensor = 1.0
-
     def __init__(
         self,
         num_embeddings: int,
@@ -413,8 +411,10 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def update(self, x, A, B, gate):
         h = F.linear(gated(F.embedding(x, A.T, self.padding_idx), gate), B)
-        scale = self.embed_scale
-        return h if isinstance(scale, float) and scale == 1.0 else h * scale
+        scale = getattr(self.base_layer, "embed_scale", None)
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(h.device, self.weight.dtype)  # as Gemma rounds it
+        return h if scale is None else h * scale
 
     def delta(self, A, B, gate):
         return ((B * gate).to(B.dtype) @ A).T

@@ -102,7 +102,6 @@ def inject(
                 f"{name} is a {type(module).__name__}, which computes in its own way and cannot be adapted; leave it out "
                 f"of target_modules."
             )
-        layer.module_name = name
         layers[name] = layer
     if not layers:
         raise ValueError(

@@ -11,14 +11,10 @@ import contextlib
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 import torch
 
-from .state import RankState, set_states
-
-if TYPE_CHECKING:
-    from .layers import LoRALayer
+from .state import HasState, RankState, set_states
 
 
 class _Pass:
@@ -29,11 +25,11 @@ class _Pass:
 
 
 # Beside the layers and not in them, since weak references can be neither copied nor pickled.
-_pending: weakref.WeakKeyDictionary[LoRALayer, weakref.WeakSet[_Pass]] = weakref.WeakKeyDictionary()
+_pending: weakref.WeakKeyDictionary[HasState, weakref.WeakSet[_Pass]] = weakref.WeakKeyDictionary()
 _put_back = 0  # how many recomputations run whose states ``states_put_back`` vouches for
 
 
-def watch(layer: LoRALayer, output: torch.Tensor) -> None:
+def watch(layer: HasState, output: torch.Tensor) -> None:
     """Note the state of a training pass by its output or, within a backward pass, compare with those noted.
 
     Raises RuntimeError where the pass that is computed again ran, or may have run, in another state.
@@ -58,7 +54,7 @@ def _done(pending: weakref.WeakSet[_Pass], this: _Pass, gradient: torch.Tensor) 
 
 
 @contextlib.contextmanager
-def states_put_back(states: list[tuple[LoRALayer, RankState]]) -> Iterator[None]:
+def states_put_back(states: list[tuple[HasState, RankState]]) -> Iterator[None]:
     """A recomputation within the body runs in these states, known to be those of its forward pass."""
     global _put_back
     before = [(layer, layer.state) for layer, _ in states]

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-
-if TYPE_CHECKING:
-    from .layers import LoRALayer
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +42,19 @@ class RankState:
         return self.gate.shape == other.gate.shape and torch.equal(self.gate, other.gate.to(self.gate.device))
 
 
-def set_states(states: Iterable[tuple[LoRALayer, RankState]]) -> None:
+class HasState(Protocol):
+    """What is needed of a layer here."""
+
+    state: RankState
+
+    def check_unmerged(self) -> None:
+        """Raise RuntimeError if the layer is merged."""
+
+    def described(self) -> str:
+        """How an error message names the layer."""
+
+
+def set_states(states: Iterable[tuple[HasState, RankState]]) -> None:
     """Set every layer's state, or, where one of them is merged, none. Raises RuntimeError that names the merged layer."""
     states = list(states)
     for layer, _ in states:

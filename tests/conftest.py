@@ -1,7 +1,5 @@
 """Shared fixtures. Nothing here needs a network or the real GLUE data."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,15 +16,11 @@ def seeded():
 @pytest.fixture(scope="session")
 def microsoft():
     """microsoft/LoRA's loralib 0.1.2 under another name; scripts/test.sh installs it beside."""
-    folder = Path(sys.prefix) / "peers" / "loralib"
-    if not folder.exists():
+    from scripts.benchmark.peers import microsoft_module
+
+    module = microsoft_module()
+    if module is None:
         pytest.skip("microsoft's loralib is not in the environment's peers folder; scripts/test.sh puts it there")
-    spec = importlib.util.spec_from_file_location(
-        "microsoft_loralib", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["microsoft_loralib"] = module
-    spec.loader.exec_module(module)
     return module
 
 
