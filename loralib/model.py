@@ -154,6 +154,9 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     their gates, which trains several ranks at once. A layer with a smaller r runs at min(rank, r). ``frozen``: see
     ``LoRALayer.set_rank``. Raises TypeError or ValueError for what is no rank, RuntimeError if a layer is merged; no
     layer is changed then.
+
+    A model has one rank at a time, for whoever calls it: two threads that need different ranks need a copy each, or one rank
+    per example.
     """
     layers = lora_layers(model)
     rank = check_rank(rank, max(layer.r for _, layer in layers))

@@ -201,6 +201,16 @@ def test_set_rank_changes_nothing_where_one_layer_is_merged():
     assert model.embed.get_rank() == 4
 
 
+@pytest.mark.parametrize("change", [lambda m: lora.set_gate(m, torch.ones(4)), lora.set_matryoshka_gate])
+def test_a_gate_changes_nothing_where_one_layer_is_merged(change):
+    model = adapted()
+    model.conv.merge()
+    states = [layer.state for _, layer in lora_layers(model)]
+    with pytest.raises(RuntimeError, match="layer 'conv' is merged"):
+        change(model)
+    assert all(layer.state is state for (_, layer), state in zip(lora_layers(model), states, strict=True))
+
+
 @pytest.mark.parametrize(
     ("bias", "also"),
     [
