@@ -19,7 +19,7 @@ from ..checks import check_int
 from ..gate import scale
 from ..layers import LoRALayer
 from ..model import has_lora, inject, is_inside, lora_layers, modules_to_save
-from . import peft_format
+from . import labels, peft_format
 from .directory import AdapterFiles, read_bin, read_directory, write_adapter
 
 
@@ -118,8 +118,11 @@ def load_adapter(
     microsoft/LoRA or the released DyLoRA code. A model without loralib layers gets them from the directory's
     configuration; a ``.bin`` needs a model that has them.
 
-    ``head``: "require" raises if an entry of a module to save is missing or has another shape; "fresh" leaves such a
-    module as it is. Raises FileNotFoundError or ValueError before anything of the model is changed.
+    ``head``: "require" raises if an entry of a module to save is missing or has another shape, and if the file's label names
+    are not those of the model's configuration; "fresh" leaves a module of another shape as it is and takes other labels for
+    a start. The same names in another order are put in the model's order.
+
+    Raises FileNotFoundError or ValueError before anything of the model is changed.
     """
     path = Path(path)
     if head not in ("require", "fresh"):
@@ -151,6 +154,8 @@ def load_adapter(
 
     plan = _adapter_plan(skeleton, tensors, files is not None, path, rank)
     head_plan, fresh = _head_plan(skeleton, tensors, path, head)
+    if files is not None:
+        _labels_in_order(skeleton, files, head_plan, head)
     if files is not None:
         heads = modules_to_save(skeleton)
         for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
@@ -277,6 +282,27 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
                 f"with the adapter's number of labels, or train the head anew."
             )
     return plan, fresh
+
+
+def _labels_in_order(model: nn.Module, files: AdapterFiles, plan: dict[str, torch.Tensor], head: str) -> None:
+    """Put the rows of the file's head in the order of the model's labels, by their names.
+
+    Raises ValueError, with ``head="require"``, if these are other labels; where either side has no names, numbers count.
+    """
+    source, wanted = labels.told(files.facts.get("labels")), labels.names_of(model)
+    if not source or not wanted or not plan:
+        return
+    order = labels.places(source, wanted)
+    if order is None:
+        if head == "require":
+            raise ValueError(
+                f"{files.path} knows the labels {', '.join(source)}, the model {', '.join(wanted)}; a head answers only for "
+                f"its own."
+            )
+        return
+    for key in labels.output_keys(model, len(order)):
+        if key in plan:
+            plan[key] = plan[key][order]
 
 
 def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) -> None:

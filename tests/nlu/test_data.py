@@ -60,10 +60,10 @@ def test_label_names_become_numbers(tmp_path):
     [
         ([{"sentence1": "a", "label": 0}], "no column 'sentence2'"),
         ([{"sentence1": "a", "sentence2": "b"}], "no column 'label'"),
-        ([{"sentence1": "a", "sentence2": "b", "label": 2}], r"label 2; rte knows 0 \(entailment\)"),
+        ([{"sentence1": "a", "sentence2": "b", "label": 2}], r"label 2 in example 0; rte knows 0 \(entailment\)"),
         ([{"sentence1": "a", "sentence2": "b", "label": -1}], "label -1"),
         ([{"sentence1": "a", "sentence2": "b", "label": "maybe"}], "label 'maybe'"),
-        ([{"sentence1": "a", "sentence2": "b", "label": None}], "label None"),
+        ([{"sentence1": "a", "sentence2": "b", "label": None}], "no label in example 0"),
     ],
 )
 def test_bad_data_is_one_sentence(content, message, tmp_path):

@@ -22,10 +22,9 @@ from transformers_dylora import results
 from transformers_dylora.arguments import parse
 from transformers_dylora.data import glue_task, load_files, load_glue, padding_share, tokenize
 from transformers_dylora.errors import UsageError
-from transformers_dylora.modeling import load_model, load_tokenizer
+from transformers_dylora.modeling import known_labels, load_model, load_tokenizer
 from transformers_dylora.output_dir import clear_run, resume_point
 
-from loralib.adapters.directory import read_facts
 from loralib.conflict import warn_of_other_loralib
 from loralib.report.results import RankResults
 from loralib.report.tables import print_table
@@ -71,8 +70,8 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         )
 
     # The model, its adapter, and the trainer.
-    model, note = load_model(model_args, task, training_args.do_train)
-    if note:
+    model, notes = load_model(model_args, task, training_args.do_train)
+    for note in notes:
         say(note)
     to_multiple = 8 if (training_args.fp16 or training_args.bf16) and not training_args.use_cpu else None
     trainer = new_trainer(
@@ -88,7 +87,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         schedule=replace(model_args.schedule(), seed=training_args.seed),
         eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,
         group_by_length=data_args.group_by_length,
-        adapter_facts={"task": task.name, "labels": list(task.labels)},
+        adapter_facts={"task": task.name, "labels": list(task.labels), "regression": task.regression},
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train")
@@ -135,7 +134,10 @@ def load_data(data_args, model_args, training_args):
         task = glue_task(data_args.task_name)
         return task, load_glue(task, data_args.dataset_dir, model_args.cache_dir)
     files = {kind: getattr(data_args, f"{kind}_file") for kind in FLAGS}
-    return load_files(files, model_args.cache_dir, () if training_args.do_train else labels_of(model_args.lora_path))
+    labels, regression = ((), None) if training_args.do_train else known_labels(model_args)
+    if data_args.regression is not None:
+        regression = data_args.regression
+    return load_files(files, model_args.cache_dir, labels, regression)
 
 
 def tokenized(kind: str, raw, task, tokenizer, data_args) -> dict:
@@ -176,11 +178,6 @@ def new_trainer(**options) -> DyLoRATrainer:
         if best.removeprefix("eval_") not in known:
             raise UsageError(f"--metric_for_best_model is {best!r}; choose one of {', '.join(known)}.")
     return trainer
-
-
-def labels_of(lora_path: str | None) -> tuple[str, ...]:
-    """The label names that an adapter's directory knows."""
-    return tuple(read_facts(lora_path).get("labels", ()))
 
 
 def metrics_of(task):

@@ -48,6 +48,13 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Your own training data, CSV or JSON lines."})
     validation_file: str | None = field(default=None, metadata={"help": "Your own validation data, CSV or JSON lines."})
     test_file: str | None = field(default=None, metadata={"help": "Your own test data, CSV or JSON lines."})
+    regression: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the labels of your own files are values and no classes. Default: as the adapter was trained; in "
+            "training, if a label has a fraction."
+        },
+    )
     max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this many tokens."})
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad all to max_seq_length. Default: to the longest of a batch."}

@@ -1,11 +1,13 @@
 """Loading a task's splits, from the hub, a local directory or one's own files, and tokenising them."""
 
+import csv
 from pathlib import Path
 
 import datasets
 import numpy as np
 
 from .errors import UsageError
+from .labels import any_fraction, as_numbers, label_names, names_in, refuse_missing
 from .tasks import Task, glue_task
 
 HUB_NAME = "nyu-mll/glue"
@@ -53,8 +55,19 @@ def _from_directory(task: Task, directory: Path, cache_dir: str | None) -> datas
 
 
 def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
+    """The rows of a file. Cells of a CSV are text, all of them: NA, None and an empty cell are no missing values, 01 is not 1."""
+    options: dict = {}
+    if not file.stat().st_size:
+        raise UsageError(f"{file} is empty; it needs at least one example.")
     try:
-        return datasets.load_dataset(ENDINGS[file.suffix], data_files=str(file), split="train", cache_dir=cache_dir)
+        if file.suffix == ".csv":
+            with open(file, newline="", encoding="utf-8-sig") as lines:
+                columns = next(csv.reader(lines), [])
+            text = datasets.Features({name: datasets.Value("string") for name in columns})
+            options = {"features": text, "keep_default_na": False, "na_filter": False}
+        return datasets.load_dataset(
+            ENDINGS[file.suffix], data_files=str(file), split="train", cache_dir=cache_dir, **options
+        )
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UsageError(
@@ -63,7 +76,10 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
 
 
 def _checked(split: datasets.Dataset, task: Task, where: str, labelled: bool) -> datasets.Dataset:
-    """Raise UsageError for a missing column or an unknown label; turn label names into numbers."""
+    """The task's columns with labels as the task numbers them. Raises UsageError for a missing column, text or label.
+
+    Other columns are left out: nothing of them may reach the model.
+    """
     missing = [c for c in (*task.columns, *(["label"] if labelled else [])) if c not in split.column_names]
     if missing:
         raise UsageError(
@@ -78,36 +94,28 @@ def _checked(split: datasets.Dataset, task: Task, where: str, labelled: bool) ->
             raise UsageError(
                 f"{where} has {split[column][bad]!r} for {column} in example {bad}; every example needs text there."
             )
-    if "label" not in split.column_names:
+    kept = [c for c in (*task.columns, "label", "idx") if c in split.column_names]
+    split = split.select_columns(kept)
+    if "label" not in kept:
         return split
-    labels = split["label"]
-    if task.regression:
-        if not all(isinstance(v, (int, float)) for v in labels):
-            raise UsageError(f"{where} has a label that is no number; {task.name} is a regression.")
-        return split.cast_column("label", datasets.Value("float32"))
-    if all(isinstance(v, str) for v in labels):
-        unknown = sorted(set(labels) - set(task.labels))
-        if not unknown:
-            numbers = {name: i for i, name in enumerate(task.labels)}
-            labels = [numbers[v] for v in labels]
-            return split.remove_columns("label").add_column("label", labels)
-    else:
-        allowed = {*range(len(task.labels)), *(() if labelled else (-1,))}
-        unknown = sorted({v for v in labels if v not in allowed}, key=str)
-    if unknown:
-        names = ", ".join(f"{i} ({name})" for i, name in enumerate(task.labels))
-        raise UsageError(f"{where} has the label {unknown[0]!r}; {task.name} knows {names}.")
-    return split
+    numbers = as_numbers(split["label"], task, where, names_in(split.features["label"]), hidden=not labelled)
+    kind = datasets.Value("float32" if task.regression else "int64")
+    return split.remove_columns("label").add_column("label", numbers, feature=kind)
 
 
 def load_files(
-    files: dict[str, str | None], cache_dir: str | None = None, labels: tuple[str, ...] = ()
+    files: dict[str, str | None],
+    cache_dir: str | None = None,
+    labels: tuple[str, ...] = (),
+    regression: bool | None = None,
 ) -> tuple[Task, datasets.DatasetDict]:
     """One's own data: the task it makes (columns, labels) and its splits. Raises UsageError.
 
-    The text columns are sentence1 and sentence2 if both are there, else the first one or two others. A label of floats
-    is a regression. ``labels`` are those of an adapter to evaluate, which its head knows in this order; else they are the
-    sorted ones of the data.
+    The text columns are sentence1 and sentence2 if both are there, else the first one or two others.
+
+    Args:
+        labels: those that a model to evaluate knows, in its order; else they are the sorted ones of the first labelled file.
+        regression: whether labels are values; None: they are if any of that file's is a number with a fraction.
     """
     splits = datasets.DatasetDict()
     for name, file in files.items():
@@ -115,38 +123,46 @@ def load_files(
             if not Path(file).exists():
                 raise UsageError(f"--{name}_file {file} does not exist; give a CSV or JSON-lines file.")
             splits[name] = _read(Path(file), cache_dir)
-    first = next(iter(splits.values()))
-    texts = [
-        c
-        for c, kind in first.features.items()
-        if c not in ("label", "idx", "index") and kind.dtype in ("string", "large_string")
-    ]
-    if {"sentence1", "sentence2"} <= set(texts):
-        texts = ["sentence1", "sentence2"]
-    if not texts:
-        raise UsageError(f"The files have no text column, only {', '.join(first.column_names)}; add one or two.")
-    labelled = [split for name, split in splits.items() if name != "test" and "label" in split.column_names]
-    if not labelled and not labels:
+            if not len(splits[name]):
+                raise UsageError(f"{file} is empty; it needs at least one example.")
+    texts = _text_columns(next(iter(splits.values())))
+    labelled = [name for name, split in splits.items() if name != "test" and "label" in split.column_names]
+    if not labelled and not labels and regression is None:
         raise UsageError(
             "The training or validation file needs a column 'label', or --lora_path an adapter that knows its labels."
         )
-    found = labelled[0]["label"] if labelled else []
-    regression = bool(found) and isinstance(found[0], float)
-    names = () if regression else labels or tuple(str(v) for v in sorted(set(found), key=lambda v: (str(type(v)), v)))
-    metrics = ("pearson", "spearmanr") if regression else ("accuracy",)
-    task = Task("custom", tuple(texts[:2]), names, metrics)
+    first = splits[labelled[0]] if labelled else None
+    values = [] if first is None else first["label"]
+    where = str(files[labelled[0]]) if labelled else ""
+    if first is not None:
+        refuse_missing(values, where)
+    if regression is None:
+        regression = not labels and any_fraction(values)
+    names = () if regression else labels or names_in(first.features["label"]) or label_names(values)
+    if labelled and not regression and len(names) < 2:
+        raise UsageError(f"{where} has the label {names[0]!r} alone; a classifier needs two labels or more.")
+    task = Task("custom", texts, names, ("pearson", "spearmanr") if regression else ("accuracy",))
     for name, split in splits.items():
-        if "label" in split.column_names and not regression:
-            # As text, so that numbers that do not start at 0 get the same treatment as names.
-            split = split.map(lambda row: {"label": str(row["label"])}, features=_with_text_label(split))
-            if name == "test" and not set(split["label"]) <= set(names):
-                split = split.remove_columns("label")
-        splits[name] = _checked(split, task, str(files[name]), name != "test")
+        if name == "test" and "label" in split.column_names:
+            split = split.remove_columns("label")  # predictions do not need it, and it may be hidden
+        is_labelled = "label" in split.column_names
+        if name == "train" and not is_labelled:
+            raise UsageError(f"{files[name]} has no column 'label', only {', '.join(split.column_names)}.")
+        splits[name] = _checked(split, task, str(files[name]), is_labelled)
     return task, splits
 
 
-def _with_text_label(split: datasets.Dataset) -> datasets.Features:
-    return datasets.Features({**split.features, "label": datasets.Value("string")})
+def _text_columns(split: datasets.Dataset) -> tuple[str, ...]:
+    texts = [
+        column
+        for column, kind in split.features.items()
+        if column not in ("label", "idx", "index") and getattr(kind, "dtype", None) in ("string", "large_string")
+    ]
+    if {"sentence1", "sentence2"} <= set(texts):
+        return "sentence1", "sentence2"
+    if not texts:
+        raise UsageError(f"The files have no text column, only {', '.join(split.column_names)}; add one or two.")
+    return tuple(texts[:2])
 
 
 def tokenize(

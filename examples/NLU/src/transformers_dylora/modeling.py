@@ -1,11 +1,14 @@
 """The model of a run: the checkpoint, its adapter, and what trains."""
 
+import re
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 import loralib as lora
+from loralib.adapters.directory import read_facts
+from loralib.adapters.labels import places, reorder_head, told
 from loralib.model import default_head, is_inside
 
 from .arguments import ModelArguments
@@ -59,8 +62,25 @@ def load_config(args: ModelArguments, task: Task):
     return config
 
 
+def known_labels(args: ModelArguments) -> tuple[tuple[str, ...], bool | None]:
+    """What a model that is only measured knows: its label names, and whether it is a regression (None: it does not say).
+
+    An adapter's ``dylora.json`` tells, else the checkpoint's configuration.
+    """
+    if args.lora_path:
+        facts = read_facts(args.lora_path)
+        one_output = facts.get("num_labels") == 1 and not facts.get("labels")
+        return tuple(facts.get("labels", ())), facts.get("regression", one_output or None)
+    config = _fetch(AutoConfig, args.config_name or args.model_name_or_path, **hub_options(args))
+    names = told([config.id2label[i] for i in sorted(config.id2label)])
+    return names, True if config.problem_type == "regression" or config.num_labels == 1 else None
+
+
 def load_model(args: ModelArguments, task: Task, training: bool):
-    """The classifier, adapted if asked, the right parameters trainable; and a note on ``--lora_path``, or None."""
+    """The classifier, adapted if asked, the right parameters trainable; and notes on where its head comes from.
+
+    Labels count by name: a head whose names stand in another order than the task's is put in the task's.
+    """
     config = load_config(args, task)
     overlay = args.apply_lora and config.model_type == "roberta" and args.lora_target_modules is None
     kind = RobertaForSequenceClassification if overlay else AutoModelForSequenceClassification
@@ -70,22 +90,28 @@ def load_model(args: ModelArguments, task: Task, training: bool):
         args.model_name_or_path,
         config=config,
         dtype="float32",
-        ignore_mismatched_sizes=training,
+        ignore_mismatched_sizes=True,  # looked at below
         output_loading_info=True,
         **hub_options(args),
     )
+    other_size = [key for key, *_ in loaded["mismatched_keys"]]
     fresh = [key for key in loaded["missing_keys"] if "lora_" not in key]
-    lost = [key for key in fresh if not is_inside(key, default_head(model))]
-    if lost:
+    _check_loaded(args, model, fresh, other_size, loaded["unexpected_keys"])
+    notes = []
+    needs_head = not training and not args.apply_lora
+    if needs_head and fresh:
         raise UsageError(
-            f"{args.model_name_or_path} lacks {lost[0]!r}; it holds no weights of a {config.model_type} model."
+            f"{args.model_name_or_path} has no trained head ({fresh[0]}); add --do_train, or give a whole classifier."
         )
+    if needs_head and other_size:
+        raise UsageError(
+            f"{args.model_name_or_path} has a head of another size ({other_size[0]}), {task.name} has {task.num_labels} "
+            f"outputs; give a classifier for {task.name}, or add --do_train."
+        )
+    if not fresh and not other_size:
+        notes += _head_by_name(args, model, task, needs_head)
     if not args.apply_lora:
-        if fresh and not training:
-            raise UsageError(
-                f"{args.model_name_or_path} has no trained head ({fresh[0]}); add --do_train, or give a whole classifier."
-            )
-        return model, None
+        return model, notes
     if not overlay:
         try:
             lora.inject(
@@ -100,10 +126,69 @@ def load_model(args: ModelArguments, task: Task, training: bool):
             raise UsageError(
                 "--do_eval or --do_predict without --do_train measures a trained adapter; give it with --lora_path."
             )
-        return model, None
+        return model, notes
     try:
-        fresh = lora.load_adapter(model, Path(args.lora_path), head="fresh" if training else "require")
+        kept = lora.load_adapter(model, Path(args.lora_path), head="fresh" if training else "require")
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"--lora_path: {error}") from error
-    head = f"; fresh, since the file has none of this shape: {', '.join(fresh)}" if fresh else ""
-    return model, f"adapter loaded from {args.lora_path}{head}"
+    head = f"; fresh, since the file has none of this shape: {', '.join(kept)}" if kept else ""
+    notes.append(f"adapter loaded from {args.lora_path}{head}")
+    notes += _other_task(args, task, bool(kept), training)
+    return model, notes
+
+
+def _check_loaded(args: ModelArguments, model, missing: list[str], other_size: list[str], unexpected) -> None:
+    """Raise UsageError if the checkpoint's weights are not the model that its configuration says.
+
+    The head may be missing or of another size; what a model lists as not its own (a pooler, another head) may be left over.
+    """
+    heads = default_head(model)
+    lost = next((key for key in missing if not is_inside(key, heads)), None)
+    if lost:
+        raise UsageError(
+            f"{args.model_name_or_path} lacks {lost!r}; it holds no weights of a {model.config.model_type} model."
+        )
+    odd = next((key for key in other_size if not is_inside(key, heads)), None)
+    if odd:
+        raise UsageError(
+            f"{args.model_name_or_path} holds {odd!r} in another shape than its configuration says; mend one of them."
+        )
+    left = next((key for key in unexpected if re.search(r"\.(layers?|h|blocks?)\.\d+\.", f".{key}")), None)
+    if left:
+        raise UsageError(
+            f"{args.model_name_or_path} holds {left!r}, for which its configuration has no layer; mend one of them."
+        )
+
+
+def _head_by_name(args: ModelArguments, model, task: Task, needed: bool) -> list[str]:
+    """Put the rows of the checkpoint's own head in the task's order; a note where it knows other labels.
+
+    Raises UsageError for other labels where this head is to answer.
+    """
+    stored = _fetch(AutoConfig, args.config_name or args.model_name_or_path, **hub_options(args)).id2label or {}
+    names = told([stored[i] for i in sorted(stored)])
+    if not names or task.regression:
+        return []
+    order = places(names, task.labels)
+    if order is not None:
+        reorder_head(model, order)
+        return []
+    if needed:
+        raise UsageError(
+            f"{args.model_name_or_path} knows the labels {', '.join(names)}, {task.name} has {', '.join(task.labels)}; give a "
+            f"classifier for these, or add --do_train."
+        )
+    return [
+        f"the head of {args.model_name_or_path} knows the labels {', '.join(names)}: here it is no more than a start"
+    ]
+
+
+def _other_task(args: ModelArguments, task: Task, fresh: bool, training: bool) -> list[str]:
+    """A note where an adapter was trained for another task or for other labels."""
+    facts = read_facts(args.lora_path)
+    name, names = facts.get("task"), told(facts.get("labels"))
+    if training and not fresh and names and task.labels and places(names, task.labels) is None:
+        return [f"the adapter's head knows the labels {', '.join(names)}: here it is no more than a start"]
+    if not training and name not in (None, "custom", task.name) and task.name != "custom":
+        return [f"the adapter was trained on {name}, whose labels have the same names: scored on {task.name}"]
+    return []

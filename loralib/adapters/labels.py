@@ -1,0 +1,55 @@
+"""Labels by name: a class number means something only with the names of its source."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..model import default_head, is_inside
+
+
+def told(names: Sequence[str] | None) -> tuple[str, ...]:
+    """``names`` if they say anything; () for none and for transformers' LABEL_0, LABEL_1, .. and bare numbers."""
+    names = tuple(map(str, names or ()))
+    return () if all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names) else names
+
+
+def places(source: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
+    """Where each of the ``wanted`` names stands in ``source``; None if they are not the same names.
+
+    Upper and lower case do not count, unless two names of one side would then coincide.
+    """
+    fold = str.lower if all(len({n.lower() for n in names}) == len(names) for names in (source, wanted)) else str
+    of = {fold(name): i for i, name in enumerate(source)}
+    if of.keys() != {fold(name) for name in wanted} or len(source) != len(wanted):
+        return None
+    return [of[fold(name)] for name in wanted]
+
+
+def names_of(model: nn.Module) -> tuple[str, ...]:
+    """The label names in a transformers classifier's configuration, as far as they say anything."""
+    config: Any = getattr(model, "config", None)
+    names = getattr(config, "id2label", None) or {}
+    return told([names[i] for i in sorted(names)])
+
+
+def output_keys(model: nn.Module, classes: int) -> list[str]:
+    """The parameters of a classifier's head with a row for each class: those of its last linear layer of that size."""
+    heads = default_head(model)
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if is_inside(name, heads) and isinstance(module, nn.Linear) and module.out_features == classes
+    ]
+    return [f"{layers[-1]}.{kind}" for kind in ("weight", "bias")] if layers else []
+
+
+@torch.no_grad()
+def reorder_head(model: nn.Module, order: list[int]) -> None:
+    """Put the rows of a classifier's output layer in another order: row i becomes what row ``order[i]`` was."""
+    parameters = dict(model.named_parameters())
+    for key in output_keys(model, len(order)):
+        if key in parameters:
+            parameters[key].copy_(parameters[key][order].clone())
