@@ -82,19 +82,22 @@ def inject(
     """
     check_int("r", r, 1, math.inf, "inject needs a maximum rank of 1 or more.")
     heads = default_head(model) if modules_to_save is None else list(modules_to_save)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for head in heads:
         if not any(_matches(name, [head]) for name in modules):
             raise ValueError(f"modules_to_save names {head!r}, which {type(model).__name__} does not have.")
     adapter = dict(
         r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, lora_dropout=lora_dropout, scaling=scaling
     )
-    layers, candidates = {}, set()
+    layers: dict[str, LoRALayer] = {}
+    candidates: set[str] = set()
     for name, module in modules.items():
         if not name or not can_adapt(module) or is_inside(name, heads):
             continue
         if not _matches(name, target_modules):
             candidates.add(name.rpartition(".")[2])
+            continue
+        if any(layer.base_layer is module for layer in layers.values()):
             continue
         layer = around(module, **adapter)
         if layer is None:
@@ -108,9 +111,11 @@ def inject(
             f"target_modules = {target_modules!r} matches no layer of {type(model).__name__} that can be adapted; "
             f"it has {', '.join(sorted(candidates)) or 'none'}."
         )
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, layer)
+    around_module = {id(layer.base_layer): layer for layer in layers.values()}
+    for name, module in modules.items():  # a module under two names is one adapted layer under both
+        if id(module) in around_module:
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, around_module[id(module)])
     setattr(model, "lora_modules_to_save", heads)  # noqa: B010  # plain data, which modules are not typed to hold
     return model
 

@@ -88,8 +88,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     config, facts = read_configs(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
-    if config.get("use_dora"):
-        raise ValueError(f"{path} is a DoRA adapter, which is no plain low-rank update; loralib cannot load it.")
+    peft_format.refuse_what_is_no_plain_lora(config, path)
     file, strength = path / WEIGHTS, {}
     if file.exists():
         try:
@@ -102,11 +101,21 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
         tensors = read_bin(path / "adapter_model.bin")
     else:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
+    _refuse_bad_numbers(tensors, path)
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
     usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b"
     return AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
+
+
+def _refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ValueError for a tensor that is no float or holds nan or inf."""
+    for key, value in tensors.items():
+        if not value.is_floating_point():
+            raise ValueError(f"{path} holds {key!r} in {value.dtype}; an adapter's numbers are floats.")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path} holds numbers that are not finite ({key!r}): its training failed; train it anew.")
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:

@@ -15,6 +15,59 @@ from ..gate import scale
 from ..layers import Embedding, LoRALayer, MergedLinear
 
 PREFIX = "base_model.model."
+# Fields of PEFT's configuration under which an adapter is a plain low-rank update of the stored base: those that are read here,
+# and those that say nothing of the numbers. Any other field must be off.
+PLAIN = {
+    *(
+        "peft_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "task_type",
+        "inference_mode",
+        "peft_version",
+    ),
+    *(
+        "r",
+        "lora_alpha",
+        "target_modules",
+        "exclude_modules",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "lora_dropout",
+    ),
+    *(
+        "fan_in_fan_out",
+        "modules_to_save",
+        "layers_to_transform",
+        "layers_pattern",
+        "megatron_core",
+        "ensure_weight_tying",
+    ),
+    *("runtime_config", "eva_config", "qalora_group_size"),
+}
+PLAIN_STARTS = (
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+    None,
+)  # others (PiSSA, OLoRA, CorDA, LoftQ) change the base too
+
+
+def refuse_what_is_no_plain_lora(config: dict, path) -> None:
+    """Raise ValueError, with the field's name, for a PEFT adapter whose numbers are no plain low-rank update of its base."""
+    checked = {"bias": config.get("bias", "none") != "none", "init_lora_weights": False}
+    checked["init_lora_weights"] = config.get("init_lora_weights", True) not in PLAIN_STARTS
+    others = {name: bool(value) for name, value in config.items() if name not in PLAIN and name not in checked}
+    for name, is_on in (checked | others).items():
+        if is_on:
+            raise ValueError(
+                f"{path} was made with {name} = {config[name]!r}, so its numbers are no plain low-rank update of the base "
+                f"model; loralib cannot load it."
+            )
 
 
 def expansion(layer: LoRALayer) -> int:

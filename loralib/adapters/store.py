@@ -44,6 +44,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     heads = modules_to_save(model)
     tensors |= {peft_format.PREFIX + key: value for key, value in model.state_dict().items() if is_inside(key, heads)}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise ValueError(f"{bad!r} holds numbers that are not finite, and nothing was saved: the training failed.")
     _, first = layers[0]
     config |= {
         "peft_type": "LORA",

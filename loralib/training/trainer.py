@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,7 @@ from transformers import Trainer
 from ..checkpointing import checkpoint_contexts
 from ..frozen import freeze_undrawn
 from ..gate import check_rank
-from ..model import has_lora, max_rank, scaling_of, set_rank
+from ..model import get_rank, has_lora, max_rank, scaling_of, set_rank
 from ..schedule import BoundSchedule, RankSchedule, Setting
 from .batching import Place
 from .evaluation import EvaluationOfRanks, batch_size
@@ -24,6 +25,7 @@ PRIVATE = (
     "_get_train_sampler",
     "_get_eval_sampler",
     "_get_dataloader",
+    "_get_grad_norm",
     "_prepare_inputs",
     "_save",
     "_load_from_checkpoint",
@@ -118,12 +120,46 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
             setting = self.training_setting(batch_size(inputs))
             setting.apply(self.model, self.optimizer)
             self.ordered |= setting.order
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._refuse_non_finite("loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer's norm of the gradient; one that is not finite stops the run, unless fp16's scaler looks after it."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and norm is not None:
+            self._refuse_non_finite("gradient's norm", norm)
+        return norm
+
+    def _refuse_non_finite(self, what: str, value) -> None:
+        """Raise FloatingPointError: what came before stays as it was saved, and nothing is built on nan."""
+        if not math.isfinite(float(value)):
+            size = (
+                ""
+                if self.place.batches is None
+                else f" of {self.place.batches.update_size(self.place.update)} examples"
+            )
+            raise FloatingPointError(
+                f"The {what} is {float(value)} in update {self.state.global_step + 1}{size}, at rank {self._rank_in_words()}; "
+                f"lower the learning rate or look at the data. What was saved before stays."
+            )
+
+    def _rank_in_words(self) -> str:
+        if self.bound is None:
+            return "0"
+        rank = get_rank(self.model)
+        if rank is None:
+            return "mixtures"
+        return str(rank) if isinstance(rank, int) else f"{min(rank)} to {max(rank)}"
 
     def training_setting(self, batch_size: int) -> Setting:
         """What the schedule says for the micro-batch that comes."""
         assert self.bound is not None
         self.bound = replace(self.bound, steps=self.state.max_steps)
+        if self.state.global_step < self.bound.full_steps:
+            self.ordered = (
+                False  # a checkpoint of a shorter training may have ordered earlier: this one orders at its own time
+            )
         return self.bound.setting(
             self.state.global_step,
             self.place.size(batch_size),

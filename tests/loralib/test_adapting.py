@@ -170,3 +170,24 @@ def test_a_tied_output_layer_stays_the_base_weight():
     lora.inject(model, ["wte"], r=2)
     assert model.lm_head.weight is model.transformer.wte.weight is model.transformer.wte.base_layer.weight
     assert set(model.state_dict()) >= {"transformer.wte.weight", "transformer.wte.lora_A"}
+
+
+def test_a_module_under_two_names_is_one_adapted_layer_under_both():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query = nn.Linear(4, 4)
+            self.other = nn.ModuleDict({"query": self.query})
+
+        def forward(self, x):
+            return self.query(x) + self.other["query"](x)
+
+    for targets in (["query"], ["other.query"], "other.query"):
+        model = lora.inject(Shared(), targets, r=2)
+        assert model.query is model.other["query"] and isinstance(model.query, lora.Linear)
+        randomise(model)
+        x = torch.randn(3, 4)
+        with lora.use_rank(model, 1):
+            assert torch.allclose(model(x), 2 * model.query(x))
+            wanted = model(x)
+        assert torch.allclose(lora.merge(model, 1)(x), wanted, atol=1e-5)

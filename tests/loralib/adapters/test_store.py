@@ -409,3 +409,85 @@ def test_a_merged_model_takes_no_adapter(roberta_config, tmp_path):
     model.roberta.encoder.layer[0].attention.self.query.merge()
     with pytest.raises(RuntimeError, match="unmerge"):
         lora.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", True, "gaussian", "orthogonal"])
+def test_an_adapter_that_is_no_plain_update_of_its_base_is_refused_by_name(start, roberta_config, tmp_path):
+    base, targets = stock("roberta", roberta_config)
+    kept = {k: v.clone() for k, v in base.state_dict().items()}
+    peft = get_peft_model(
+        base, LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=targets, init_lora_weights=start)
+    ).eval()
+    randomise(peft) if start not in ("pissa", "olora") else None
+    peft.save_pretrained(tmp_path)
+    model, _ = stock("roberta", roberta_config)
+    model.load_state_dict(kept)
+    if start in ("pissa", "olora"):
+        with pytest.raises(ValueError, match=f"init_lora_weights = '{start}'.* cannot load it"):
+            lora.load_adapter(model, tmp_path)
+        return
+    lora.load_adapter(model, tmp_path)
+    with torch.no_grad():
+        assert close(model(IDS).logits, peft(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("use_dora", True), ("bias", "all"), ("alora_invocation_tokens", [1]), ("layer_replication", [[0, 2]]), ("lora_bias", True),
+     ("target_parameters", ["w"]), ("trainable_token_indices", [3]), ("something_new", {"a": 1})],
+)  # fmt: skip
+def test_a_field_of_peft_that_changes_the_numbers_is_refused_by_name(name, value, roberta_config, tmp_path):
+    saved(roberta_config, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {name: value}))
+    with pytest.raises(ValueError, match=name):
+        lora.load_adapter(stock("roberta", roberta_config)[0], tmp_path)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded_nor_cut(bad, roberta_config, tmp_path):
+    model = saved(roberta_config, tmp_path / "good")
+    before = (tmp_path / "good" / "adapter_model.safetensors").read_bytes()
+    layer = model.roberta.encoder.layer[0].attention.self.query
+    value = layer.lora_A.data[0, 0].item()
+    layer.lora_A.data[0, 0] = bad
+    with pytest.raises(ValueError, match="not finite, and nothing was saved"):
+        lora.save_adapter(model, tmp_path / "good")
+    assert (tmp_path / "good" / "adapter_model.safetensors").read_bytes() == before
+    layer.lora_A.data[0, 0] = value
+    from safetensors.torch import save_file
+
+    tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = bad
+    save_file(tensors, tmp_path / "good" / "adapter_model.safetensors")
+    for use in (
+        lambda: lora.load_adapter(model, tmp_path / "good"),
+        lambda: cut_adapter(tmp_path / "good", tmp_path / "x", 1),
+    ):
+        with pytest.raises(ValueError, match=r"not finite .* train it anew"):
+            use()
+    tensors = {key: tensor.to(torch.int8) for key, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "good" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"in torch\.int8; an adapter's numbers are floats"):
+        lora.load_adapter(model, tmp_path / "good")
+
+
+def test_a_head_is_put_in_the_models_order_by_its_label_names(roberta_config, tmp_path):
+    names = ["no", "maybe", "yes"]
+    model, targets = stock("roberta", roberta_config)
+    model.config.id2label = dict(enumerate(names))
+    lora.inject(model, targets, r=2)
+    randomise(model)
+    lora.save_adapter(model, tmp_path)
+    with torch.no_grad():
+        wanted = model(IDS).logits
+    other, _ = stock("roberta", roberta_config)
+    other.config.id2label = dict(enumerate(["YES", "no", "maybe"]))
+    lora.load_adapter(other, tmp_path)
+    with torch.no_grad():
+        assert close(other(IDS).logits, wanted[:, [2, 0, 1]])
+    third, _ = stock("roberta", roberta_config)
+    third.config.id2label = dict(enumerate(["a", "b", "c"]))
+    with pytest.raises(ValueError, match="knows the labels no, maybe, yes, the model a, b, c"):
+        lora.load_adapter(third, tmp_path)
+    assert not any(isinstance(m, lora.LoRALayer) for m in third.modules())

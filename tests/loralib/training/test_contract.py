@@ -19,6 +19,7 @@ SIGNATURES = {
     "_get_eval_sampler": "(self, eval_dataset)",
     "_get_dataloader": "(self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None)",
     "_prepare_inputs": "(self, inputs)",
+    "_get_grad_norm": "(self, model, grad_norm=None)",
     "_save": "(self, output_dir=None, state_dict=None)",
     "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
     "_load_best_model": "(self)",

@@ -11,6 +11,7 @@ The recipes two folders up (roberta_base_rte.sh, ...) hold the settings of each 
 import os
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers fork
 
@@ -22,7 +23,8 @@ from transformers_dylora import results
 from transformers_dylora.arguments import parse
 from transformers_dylora.data import glue_task, load_files, load_glue, padding_share, tokenize
 from transformers_dylora.errors import UsageError
-from transformers_dylora.modeling import known_labels, load_model, load_tokenizer
+from transformers_dylora.identity import check_continuation, settings_of, store
+from transformers_dylora.modeling import known_labels, load_model, load_tokenizer, longest_input
 from transformers_dylora.output_dir import clear_run, resume_point
 
 from loralib.conflict import warn_of_other_loralib
@@ -50,9 +52,9 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         raise UsageError(f"Nothing to do; add {', '.join(FLAGS.values())}.")
     if training_args.prediction_loss_only:
         raise UsageError("--prediction_loss_only leaves no predictions to score; leave it out.")
-    checkpoint = resume_point(training_args)
-    if checkpoint:
-        say(f"going on from {checkpoint}")
+    checkpoint, notes = resume_point(training_args)
+    for note in [*notes, *([f"going on from {checkpoint}"] if checkpoint else [])]:
+        say(note)
     torch.use_deterministic_algorithms(training_args.full_determinism or model_args.use_deterministic_algorithms)
     set_seed(training_args.seed)
 
@@ -60,8 +62,11 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
     with training_args.main_process_first(desc="loading and tokenising the data"):
         task, raw = load_data(data_args, model_args, training_args)
         tokenizer = load_tokenizer(model_args)
+        length = longest_input(model_args, tokenizer, len(task.columns) == 2, data_args.max_seq_length)
         data = {
-            kind: tokenized(kind, raw, task, tokenizer, data_args) if getattr(training_args, flag.strip("-")) else {}
+            kind: tokenized(kind, raw, task, tokenizer, length, data_args)
+            if getattr(training_args, flag.strip("-"))
+            else {}
             for kind, flag in FLAGS.items()
         }
     for name, split in [*data["train"].items(), *data["validation"].items()]:
@@ -70,7 +75,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         )
 
     # The model, its adapter, and the trainer.
-    model, notes = load_model(model_args, task, training_args.do_train)
+    model, notes = load_model(model_args, task, training_args.do_train, tokenizer.pad_token_id)
     for note in notes:
         say(note)
     to_multiple = 8 if (training_args.fp16 or training_args.bf16) and not training_args.use_cpu else None
@@ -93,9 +98,18 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
     say(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train")
 
     if training_args.do_train:
-        if training_args.overwrite_output_dir and not checkpoint and training_args.should_save:
-            clear_run(training_args)
-        trained = trainer.train(resume_from_checkpoint=checkpoint)
+        settings = settings_of(model_args, data_args, training_args, task, data["train"]["train"])
+        if checkpoint:
+            for note in check_continuation(Path(checkpoint).parent, settings, training_args.resume_anyway):
+                say(note)
+        if training_args.should_save:
+            if training_args.overwrite_output_dir and not checkpoint:
+                clear_run(training_args)
+            store(training_args.output_dir, settings)
+        try:
+            trained = trainer.train(resume_from_checkpoint=checkpoint)
+        except FloatingPointError as error:
+            raise UsageError(str(error)) from error
         trainer.save_model()
         trainer.save_state()
         trainer.log_metrics("train", trained.metrics)
@@ -140,7 +154,7 @@ def load_data(data_args, model_args, training_args):
     return load_files(files, model_args.cache_dir, labels, regression)
 
 
-def tokenized(kind: str, raw, task, tokenizer, data_args) -> dict:
+def tokenized(kind: str, raw, task, tokenizer, length: int, data_args) -> dict:
     """The splits of a kind, cut to --max_..._samples and tokenised; a test split without its hidden labels."""
     names = [name for name in task.splits(kind) if name in raw]
     if not names:
@@ -157,7 +171,7 @@ def tokenized(kind: str, raw, task, tokenizer, data_args) -> dict:
             split,
             task,
             tokenizer,
-            min(data_args.max_seq_length, tokenizer.model_max_length),
+            length,
             data_args.pad_to_max_length,
             data_args.overwrite_cache,
         )

@@ -242,6 +242,9 @@ class GlueTrainingArguments(TrainingArguments):
         metadata={"help": "Examples per update over all processes; the accumulation steps follow from it."},
     )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start anew in a directory that is not empty."})
+    resume_anyway: bool = field(
+        default=False, metadata={"help": "Go on with a run although settings that decide its numbers differ."}
+    )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Earlier name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
     logging_dir: str | None = field(default=None, metadata={"help": "Where TensorBoard's log goes."})

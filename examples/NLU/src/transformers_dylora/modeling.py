@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
@@ -17,6 +18,16 @@ from .models.roberta import RobertaForSequenceClassification
 from .tasks import Task
 
 DEFAULT_TARGETS = ["query", "value"]
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*", "special_tokens_map.json")
+FROM_PADDING = (
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "roberta-prelayernorm",
+    "longformer",
+    "data2vec-text",
+)
 
 
 def _fetch(what, name: str, **options):
@@ -33,6 +44,9 @@ def _fetch(what, name: str, **options):
             f"The model {name!r} is no directory with a checkpoint and cannot be fetched from the hub; give a local "
             f"directory with --model_name_or_path, or try the project without any: bash scripts/quickstart.sh"
         ) from error
+    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{name} is no whole checkpoint ({reason}); fetch or save it anew.") from error
     finally:
         logging.set_verbosity(verbosity)
 
@@ -42,16 +56,48 @@ def hub_options(args: ModelArguments) -> dict:
 
 
 def load_tokenizer(args: ModelArguments):
+    """The tokenizer, with a padding token. Raises UsageError where there is none to be had."""
     name = args.tokenizer_name or args.model_name_or_path
-    return _fetch(AutoTokenizer, name, **hub_options(args))
+    directory = Path(name)
+    if directory.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)):
+        raise UsageError(f"{name} holds no tokenizer; give one with --tokenizer_name.")
+    tokenizer = _fetch(AutoTokenizer, name, **hub_options(args))
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UsageError(
+                f"The tokenizer of {name} has neither a padding nor an end token; give another, --tokenizer_name."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def load_config(args: ModelArguments, task: Task):
+def longest_input(args: ModelArguments, tokenizer, pair: bool, wanted: int) -> int:
+    """How many tokens an input may have: ``wanted``, or less if the tokenizer or the model's positions allow less.
+
+    Raises UsageError where only the special tokens would fit.
+    """
+    config = _fetch(AutoConfig, args.config_name or args.model_name_or_path, **hub_options(args))
+    limits = [wanted, tokenizer.model_max_length]
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        # RoBERTa's kin number positions from the padding id + 1 on.
+        limits.append(positions - config.pad_token_id - 1 if config.model_type in FROM_PADDING else positions)
+    special = tokenizer.num_special_tokens_to_add(pair=pair)
+    if min(limits) <= special:
+        raise UsageError(
+            f"--max_seq_length is {wanted}, and {special} special tokens leave no room for text; give {special + 1} or more."
+        )
+    return min(limits)
+
+
+def load_config(args: ModelArguments, task: Task, pad_token_id: int | None = None):
     config = _fetch(AutoConfig, args.config_name or args.model_name_or_path, **hub_options(args))
     config.num_labels = task.num_labels
     if task.labels:
         config.id2label = dict(enumerate(task.labels))
         config.label2id = {name: i for i, name in enumerate(task.labels)}
+    if config.pad_token_id is None and pad_token_id is not None:
+        config.pad_token_id = pad_token_id  # a decoder finds the last token of a text by it
     config.problem_type = "regression" if task.regression else "single_label_classification"
     config.finetuning_task = task.name
     if args.cls_dropout is not None:
@@ -76,12 +122,12 @@ def known_labels(args: ModelArguments) -> tuple[tuple[str, ...], bool | None]:
     return names, True if config.problem_type == "regression" or config.num_labels == 1 else None
 
 
-def load_model(args: ModelArguments, task: Task, training: bool):
+def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: int | None = None):
     """The classifier, adapted if asked, the right parameters trainable; and notes on where its head comes from.
 
     Labels count by name: a head whose names stand in another order than the task's is put in the task's.
     """
-    config = load_config(args, task)
+    config = load_config(args, task, pad_token_id)
     overlay = args.apply_lora and config.model_type == "roberta" and args.lora_target_modules is None
     kind = RobertaForSequenceClassification if overlay else AutoModelForSequenceClassification
     # Training begins in fp32 whatever the checkpoint was stored in; --bf16 is autocast.

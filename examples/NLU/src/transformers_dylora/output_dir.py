@@ -1,42 +1,95 @@
 """What to do with an output directory that is not empty."""
 
+import json
 import shutil
+import zipfile
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from .errors import UsageError
+from .identity import FILE
 
 
-def resume_point(args) -> str | None:
-    """The checkpoint to go on from: --resume_from_checkpoint (a path, or true: the last one of --output_dir), or the
-    last one that an interrupted run left there. None: start anew.
+def resume_point(args) -> tuple[str | None, list[str]]:
+    """The checkpoint to go on from, and notes: --resume_from_checkpoint (a path, or true: the last whole one of --output_dir),
+    or the last whole one that an interrupted run left there. None: start anew.
 
-    Raises UsageError if there is no such checkpoint, or if the directory holds other files and --overwrite_output_dir
-    was not given.
+    Raises UsageError if there is no such checkpoint, if one that was named is damaged, or if the directory holds other files than
+    a run's and --overwrite_output_dir was not given.
     """
     directory = Path(args.output_dir)
-    last = last_checkpoint(directory)
     asked = args.resume_from_checkpoint
-    if asked and str(asked).lower() != "false":
-        found = last if str(asked).lower() == "true" else asked
-        if found is None or not Path(found).is_dir():
-            raise UsageError(
-                f"--resume_from_checkpoint {asked}: there is no checkpoint {found or f'in {directory}'} to go on from."
-            )
-        return str(found)
-    if not args.do_train or args.overwrite_output_dir:
-        return None
-    if last is None and directory.is_dir() and any(directory.iterdir()):
+    by_path = asked and str(asked).lower() not in ("false", "true")
+    if by_path:
+        if not Path(asked).is_dir():
+            raise UsageError(f"--resume_from_checkpoint {asked}: there is no checkpoint {asked} to go on from.")
+        damage = damage_of(Path(asked))
+        if damage:
+            raise UsageError(f"--resume_from_checkpoint {asked} is damaged ({damage}); give another checkpoint.")
+        return str(asked), []
+    wanted = asked and str(asked).lower() == "true"
+    if not wanted and (not args.do_train or args.overwrite_output_dir):
+        return None, []
+    last, notes = last_whole_checkpoint(directory)
+    if last is None and wanted:
+        raise UsageError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {directory} to go on from.")
+    unfinished = (directory / FILE).exists() and not (directory / "train_results.json").exists()
+    if last is None and directory.is_dir() and any(directory.iterdir()) and not unfinished:
         raise UsageError(
             f"--output_dir {directory} is not empty and holds no run to go on with; choose another or add --overwrite_output_dir."
         )
-    return last
+    return last, notes
 
 
-def last_checkpoint(directory: Path) -> str | None:
-    """The newest whole checkpoint of a run: the trainer's state is written last."""
-    whole = [state.parent for state in directory.glob("checkpoint-*/trainer_state.json")]
-    numbered = [path for path in whole if path.name.partition("-")[2].isdigit()]
-    return str(max(numbered, key=lambda path: int(path.name.partition("-")[2]))) if numbered else None
+def checkpoints(directory: Path) -> list[Path]:
+    """A run's checkpoints, the newest first."""
+    numbered = [path for path in directory.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    return sorted(numbered, key=lambda path: -int(path.name.partition("-")[2]))
+
+
+def last_whole_checkpoint(directory: Path) -> tuple[str | None, list[str]]:
+    """The newest checkpoint that is whole, and a note for each newer one that is not."""
+    notes = []
+    for path in checkpoints(directory):
+        damage = damage_of(path)
+        if damage is None:
+            return str(path), notes
+        notes.append(f"{path} is damaged ({damage}) and passed over")
+    return None, notes
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint: a file that is missing, empty or cut off; None if it is whole.
+
+    Weights are read through safetensors' header, torch's files through their archive's checksums.
+    """
+    weights = [name for name in ("adapter_model.safetensors", "model.safetensors") if (checkpoint / name).exists()]
+    if not weights and not (checkpoint / "model.safetensors.index.json").exists():
+        return "it holds no weights"
+    needed = ["trainer_state.json", "optimizer.pt", "scheduler.pt", "training_args.bin", *weights]
+    if (checkpoint / "adapter_model.safetensors").exists():
+        needed += ["adapter_config.json", "dylora.json"]
+    states = sorted(path.name for path in checkpoint.glob("rng_state*.pth"))
+    if not states:
+        return "rng_state.pth is missing"
+    for name in [*needed, *states]:
+        file = checkpoint / name
+        if not file.exists():
+            return f"{name} is missing"
+        try:
+            if file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt") as opened:
+                    opened.keys()
+            else:
+                with zipfile.ZipFile(file) as archive:
+                    if archive.testzip() is not None:
+                        return f"{name} is cut off"
+        except (ValueError, OSError, zipfile.BadZipFile, SafetensorError):
+            return f"{name} cannot be read"
+    return None
 
 
 def clear_run(args) -> None:
@@ -44,6 +97,13 @@ def clear_run(args) -> None:
     directory = Path(args.output_dir)
     for checkpoint in directory.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for pattern in ("eval_*r*_results.json", "test_results_*_r*.txt", "predictions_*.npz", "rank_results.*"):
+    results = (
+        "eval_*r*_results.json",
+        "test_results_*_r*.txt",
+        "predictions_*.npz",
+        "rank_results.*",
+        "train_results.json",
+    )
+    for pattern in (*results, FILE):
         for file in directory.glob(pattern):
             file.unlink()

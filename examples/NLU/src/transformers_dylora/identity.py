@@ -1,0 +1,97 @@
+"""What makes a run the run it is: the settings that decide its numbers, stored with it, so that it goes on only as itself."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from loralib.files import write_text
+
+from .errors import UsageError
+
+FILE = "run_settings.json"
+LENGTHS = ("num_train_epochs", "max_steps")  # a longer or shorter training of the same run
+
+
+def settings_of(model_args, data_args, training_args, task, train) -> dict:
+    """The settings that decide the numbers. The batch counts as the examples of an update, however it is split."""
+    args = training_args
+    found = {
+        "task": task.name,
+        "labels": list(task.labels),
+        "data": fingerprint(train, task),
+        "model_name_or_path": model_args.model_name_or_path,
+        "lora_path": model_args.lora_path,
+        "cls_dropout": model_args.cls_dropout,
+        "seed": args.seed,
+        "data_seed": args.data_seed,
+        "learning_rate": args.learning_rate,
+        "lr_scheduler_type": str(args.lr_scheduler_type),
+        "warmup_steps": args.warmup_steps,
+        "weight_decay": args.weight_decay,
+        "optim": str(args.optim),
+        "max_grad_norm": args.max_grad_norm,
+        "examples per update": args.per_device_train_batch_size
+        * args.gradient_accumulation_steps
+        * max(1, args.world_size),
+        "bf16": args.bf16,
+        "fp16": args.fp16,
+        "max_seq_length": data_args.max_seq_length,
+        "group_by_length": data_args.group_by_length,
+        **{name: getattr(args, name) for name in LENGTHS},
+    }
+    if model_args.apply_lora:
+        found |= {
+            name: getattr(model_args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        }
+        found |= {"lora_scaling": model_args.scaling(), "schedule": repr(model_args.schedule())}
+    return json.loads(json.dumps(found, default=str))
+
+
+def fingerprint(split, task) -> str:
+    """A hash of the training examples: their texts and labels, in order."""
+    digest = hashlib.sha256()
+    for column in (*task.columns, "label"):
+        for chunk in split.with_format("arrow").select_columns([column]).iter(10_000):
+            digest.update("\n".join(map(str, chunk[column].to_pylist())).encode())
+    return f"{len(split)} examples, {digest.hexdigest()[:16]}"
+
+
+def stored(directory: str | Path) -> dict | None:
+    """The settings of the run in a directory; None where none are kept (no run, or one of an earlier release)."""
+    file = Path(directory) / FILE
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(
+            f"{file} is no JSON ({error}); remove it, or start anew with --overwrite_output_dir."
+        ) from None
+    return found if isinstance(found, dict) else None
+
+
+def store(directory: str | Path, settings: dict) -> None:
+    write_text(Path(directory) / FILE, json.dumps(settings, indent=2) + "\n")
+
+
+def check_continuation(directory: str | Path, settings: dict, anyway: bool) -> list[str]:
+    """Raise UsageError if the run in ``directory`` was another than ``settings``; notes on what differs all the same.
+
+    A longer or shorter training is the one change that needs no word.
+    """
+    before = stored(directory)
+    if before is None:
+        return []
+    apart = {
+        name: (before[name], value) for name, value in settings.items() if name in before and before[name] != value
+    }
+    longer = [f"{name} {old} is now {new}" for name, (old, new) in apart.items() if name in LENGTHS]
+    others = [f"{name} was {old}, now {new}" for name, (old, new) in apart.items() if name not in LENGTHS]
+    if others and not anyway:
+        raise UsageError(
+            f"The run in {directory} cannot go on as another: {'; '.join(others)}. Give its own settings, another --output_dir, "
+            f"--overwrite_output_dir to start anew, or --resume_anyway."
+        )
+    return [f"going on with other settings than before: {'; '.join(others)}"] * bool(others) + [
+        f"going on longer or shorter than before: {'; '.join(longer)}"
+    ] * bool(longer)

@@ -1,0 +1,127 @@
+"""A run goes on only as itself, from a checkpoint that is whole."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from transformers_dylora.errors import UsageError
+from transformers_dylora.output_dir import damage_of, last_whole_checkpoint
+
+from .test_run_glue import cache, command, glue, run_glue
+
+__all__ = ["cache", "glue"]  # fixtures
+EACH = ["--save_strategy", "steps", "--save_steps", "1", "--num_train_epochs", "4"]
+
+
+@pytest.fixture(scope="module")
+def finished(roberta_checkpoint, glue, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished") / "out"
+    run_glue().main(command(roberta_checkpoint, glue, out, "rte", *EACH))
+    return out
+
+
+@pytest.fixture
+def out(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "out")
+
+
+CHANGES = {
+    "another seed": (["--seed", "7"], "seed was 42, now 7"),
+    "another task": (None, "task was rte, now wnli"),
+    "another rate": (["--learning_rate", "1e-5"], "learning_rate was"),
+    "another schedule": (["--rank_sampling", "step"], "schedule was"),
+    "another rank": (["--lora_r", "2"], "lora_r was 3, now 2"),
+    "fewer examples": (["--max_train_samples", "4"], "data was 6 examples"),
+    "a larger batch": (["--gradient_accumulation_steps", "2"], "examples per update was"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", CHANGES)
+def test_another_run_is_refused_and_nothing_is_rewritten(what, out, roberta_checkpoint, glue):
+    more, message = CHANGES[what]
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    argv = command(roberta_checkpoint, glue, out, "wnli" if more is None else "rte", *EACH, *(more or []))
+    with pytest.raises(UsageError, match=message) as caught:
+        run_glue().main(argv)
+    assert "--resume_anyway" in str(caught.value)
+    assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.slow
+def test_a_longer_training_goes_on_and_orders_at_its_own_time(out, roberta_checkpoint, glue, tmp_path, capsys):
+    steps = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+    facts = json.loads((out / f"checkpoint-{steps}" / "dylora.json").read_text())
+    assert facts["ordered"]
+    longer = [*EACH[:-1], str(3 * int(EACH[-1]))]
+    run_glue().main(command(roberta_checkpoint, glue, out, "rte", *longer))
+    assert f"num_train_epochs {EACH[-1]}.0 is now" in capsys.readouterr().out
+    first = json.loads((out / f"checkpoint-{steps + 1}" / "dylora.json").read_text())
+    last = json.loads((out / f"checkpoint-{3 * steps}" / "dylora.json").read_text())
+    assert not first["ordered"] and last["ordered"]  # a third of the new length: all components together, for now
+
+
+@pytest.mark.slow
+def test_a_run_that_differs_goes_on_when_told_to(out, roberta_checkpoint, glue, capsys):
+    argv = command(roberta_checkpoint, glue, out, "rte", *EACH, "--learning_rate", "1e-5", "--resume_anyway")
+    run_glue().main(argv)
+    assert "going on with other settings than before: learning_rate was" in capsys.readouterr().out
+
+
+NAMES = ["adapter_model.safetensors", "adapter_config.json", "dylora.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+         "trainer_state.json", "training_args.bin"]  # fmt: skip
+DAMAGE = {
+    "half": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "missing": lambda file: file.unlink(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_checkpoint_is_noticed(name, how, out):
+    newest = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert damage_of(newest) is None
+    DAMAGE[how](newest / name)
+    damage = damage_of(newest)
+    assert damage is not None
+    found, notes = last_whole_checkpoint(out)
+    assert found != str(newest) and notes == [f"{newest} is damaged ({damage}) and passed over"]
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_the_last_whole_one_and_a_named_damaged_one_is_refused(
+    out, finished, roberta_checkpoint, glue, capsys
+):
+    newest = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    DAMAGE["half"](newest / "optimizer.pt")
+    argv = command(roberta_checkpoint, glue, out, "rte", *EACH)
+    with pytest.raises(UsageError, match="is damaged"):
+        run_glue().main([*argv, "--resume_from_checkpoint", str(newest)])
+    run_glue().main(argv)
+    assert "is damaged (optimizer.pt cannot be read) and passed over" in capsys.readouterr().out
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (out, finished))
+    assert all((ours[key] == theirs[key]).all() for key in theirs)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_anew(out, roberta_checkpoint, glue):
+    for path in out.iterdir():
+        if path.name != "run_settings.json":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (out / "checkpoint-1").mkdir()  # begun, and not whole
+    run_glue().main(command(roberta_checkpoint, glue, out, "rte", *EACH))
+    assert (out / "rank_results.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [["--learning_rate", "1e30"], ["--learning_rate", "1e30", "--bf16"]])
+def test_numbers_that_are_not_finite_stop_the_run(more, roberta_checkpoint, glue, tmp_path):
+    argv = command(roberta_checkpoint, glue, tmp_path / "out", "rte", *EACH, *more)
+    with pytest.raises(
+        UsageError, match=r"The (loss|gradient's norm) is (nan|inf) in update \d+ of \d examples, at rank"
+    ):
+        run_glue().main(argv)
+    assert not (tmp_path / "out" / "rank_results.json").exists()
