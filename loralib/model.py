@@ -80,6 +80,8 @@ def inject(
     Raises ValueError if r < 1, if nothing matches (naming what could have), if a layer that matches computes in its own way,
     or if a module to save does not exist; the model is unchanged then.
     """
+    if not isinstance(target_modules, (str, list, tuple, set)):
+        raise ValueError(f"target_modules is {target_modules!r}; give names of layers, or a regular expression.")
     check_int("r", r, 1, math.inf, "inject needs a maximum rank of 1 or more.")
     heads = default_head(model) if modules_to_save is None else list(modules_to_save)
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -1,8 +1,11 @@
 """How training draws its ranks (the paper's p_B), as a pure function of the step."""
 
+import math
 import random
 
 import torch
+
+from .checks import check_int
 
 DISTRIBUTIONS = ("uniform", "geometric", "mixed")
 LOWEST_SHARE = 1 / 3
@@ -34,6 +37,8 @@ class RankSampler:
         per: str = "example",
         seed: int = 0,
     ):
+        check_int("r_max", r_max, 1, math.inf, "the highest rank is an int of 1 or more.")
+        check_int("r_min", r_min, 1, math.inf, "the lowest rank is an int of 1 or more.")
         if not 1 <= r_min <= r_max:
             raise ValueError(f"r_min is {r_min} and r_max {r_max}; they need 1 <= r_min <= r_max.")
         if distribution not in DISTRIBUTIONS:

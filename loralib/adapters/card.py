@@ -1,5 +1,7 @@
 """The model card of an exported adapter: what it is, how good it is at each rank, how to load it."""
 
+import json
+
 from ..report.results import RankResults
 from ..report.tables import columns, markdown_table, table_rows
 
@@ -24,6 +26,11 @@ def num_labels(facts: dict) -> int:
     return facts.get("num_labels") or max(1, len(facts.get("labels", [])))
 
 
+def _one_line(text) -> str:
+    """Text from outside, which must not begin a new line of the card."""
+    return " ".join(str(text).split())
+
+
 def model_card(config: dict, facts: dict, results: RankResults | None, name: str, merged: bool = False) -> str:
     """Markdown with the hub's metadata.
 
@@ -33,17 +40,17 @@ def model_card(config: dict, facts: dict, results: RankResults | None, name: str
         name: where the reader finds the files: a directory or a repository on the hub.
         merged: the files are a whole model with the adapter merged in, not an adapter.
     """
-    base, rank = config.get("base_model_name_or_path") or "the base model", facts["rank"]
+    base, rank = _one_line(config.get("base_model_name_or_path") or "the base model"), facts["rank"]
     auto = AUTO.get(config.get("task_type") or "", "AutoModel")
     head = [
         "---",
-        f"base_model: {base}",
+        f"base_model: {json.dumps(base)}",
         f"library_name: {'transformers' if merged else 'peft'}",
         "tags: [dylora, lora]",
         "---",
         "",
     ]
-    title = f"# {facts.get('task', 'DyLoRA')} at rank {rank}, on {base}"
+    title = f"# {_one_line(facts.get('task', 'DyLoRA'))} at rank {rank}, on {base}"
     what = "A model with a LoRA adapter merged in" if merged else "A LoRA adapter"
     lines = [
         *head,
@@ -54,16 +61,16 @@ def model_card(config: dict, facts: dict, results: RankResults | None, name: str
         "",
     ]
     if facts.get("labels"):
-        lines += ["Labels: " + ", ".join(f"{i} {text}" for i, text in enumerate(facts["labels"])) + ".", ""]
+        lines += ["Labels: " + ", ".join(f"{i} {_one_line(text)}" for i, text in enumerate(facts["labels"])) + ".", ""]
     lines += ["## Loading", "", "```python"]
     if merged:
-        lines += [f"from transformers import {auto}", f'model = {auto}.from_pretrained("{name}")']
+        lines += [f"from transformers import {auto}", f"model = {auto}.from_pretrained({json.dumps(name)})"]
     else:
         lines += [
             "from peft import PeftModel",
             f"from transformers import {auto}",
-            f'model = {auto}.from_pretrained("{base}"{base_options(config, facts)})',
-            f'model = PeftModel.from_pretrained(model, "{name}")',
+            f"model = {auto}.from_pretrained({json.dumps(base)}{base_options(config, facts)})",
+            f"model = PeftModel.from_pretrained(model, {json.dumps(name)})",
         ]
     lines += ["```", ""]
     if results is not None:

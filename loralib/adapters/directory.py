@@ -5,6 +5,7 @@ has no word for (r_max, the scaling rule, label names, whatever the caller adds)
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -102,11 +103,25 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     else:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
     _refuse_bad_numbers(tensors, path)
+    _refuse_half_pairs(tensors, config, path)
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
     usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b"
     return AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
+
+
+def _refuse_half_pairs(tensors: dict[str, torch.Tensor], config: dict, path: Path) -> None:
+    """Raise ValueError for a configuration without rank or alpha, and for a factor without its other half."""
+    for name in ("r", "lora_alpha"):
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f"{path} has {name} = {value!r} in its {CONFIG}; give a number above 0.")
+    for key in tensors:
+        other = key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
+        other = other if other != key else key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A")
+        if other not in tensors:
+            raise ValueError(f"{path} holds {key!r} without {other!r}; the adapter is incomplete.")
 
 
 def _refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -31,6 +31,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     were set to train (``mark_only_lora_as_trainable(model, bias=...)``), which the format has no place for. The files are
     written beside their places and renamed together: a process killed while saving leaves a whole adapter.
     """
+    if not str(path):
+        raise ValueError("path is empty; give the directory that the adapter is written to.")
     layers = lora_layers(model)
     r_max = max(layer.r for _, layer in layers)
     rank = r_max if rank is None else rank

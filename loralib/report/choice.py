@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,12 +41,13 @@ def select_rank(
         within: "1se" accepts a rank whose score is at most one standard error of its paired difference to the best
             below the best; a number is a margin in points of the 0-100 scale.
 
-    The choice's standard error is that of the difference between the chosen and the best rank (None with a margin).
+    The choice's standard error is that of the difference between the chosen and the best rank (None with a margin). Raises
+    ValueError where no rank has a score.
     """
     clean = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
     best = int(clean.argmax())
     if not np.isfinite(clean[best]):
-        return Choice(ranks[-1], "no rank has a score; r_max")
+        raise ValueError("No rank has a score to choose by; evaluate on data whose labels differ.")
     if within == "1se":
         if resampled is None:
             raise ValueError("The rule '1se' needs the evaluation's predictions; give a margin such as within=0.5.")
@@ -86,6 +88,8 @@ def choose(
     FileNotFoundError if "1se" needs predictions that are not there.
     """
     split = results.split(split)
+    if results.selected_rank_reason and split == results.split():
+        raise ValueError(f"No rank can be chosen: {results.selected_rank_reason}.")
     ranks, values = results.curve(split)
     sizes = [row.adapter_parameters for row in results.splits[split]]
     fits = [k for k, size in enumerate(sizes) if max_parameters is None or size <= max_parameters]
@@ -96,6 +100,25 @@ def choose(
     return Choice(chosen.rank, chosen.rule, chosen.score, chosen.standard_error, split)
 
 
+def read_predictions(file: Path, results: RankResults, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (samples, ranks, classes) and labels (samples,) of a run. Raises ValueError if they are not those of its table."""
+    try:
+        with np.load(file) as arrays:
+            logits, labels = np.asarray(arrays["logits"]), np.asarray(arrays["labels"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read as a run's predictions ({error}); run the evaluation again.") from None
+    rows = results.splits[split]
+    wanted = (rows[0].samples, len(rows))
+    if logits.ndim != 3 or logits.shape[:2] != wanted or labels.shape != wanted[:1]:
+        raise ValueError(
+            f"{file} holds logits {logits.shape} and labels {labels.shape}, the table {wanted[0]} samples at {wanted[1]} ranks; "
+            f"they are of different runs, run the evaluation again."
+        )
+    if not (np.issubdtype(logits.dtype, np.floating) and np.isfinite(logits).all() and np.isfinite(labels).all()):
+        raise ValueError(f"{file} holds logits or labels that are no finite numbers; run the evaluation again.")
+    return logits, labels
+
+
 def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray:
     """The scores of the ranks at these places on resamples of the run's predictions."""
     from .scores import decide, score  # scikit-learn and scipy, which a margin does not need
@@ -103,6 +126,6 @@ def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray
     file = Path(results.directory or "", f"predictions_{split}.npz")
     if not file.exists():
         raise FileNotFoundError(f"{file} is not there, and 1se resamples it; give a margin such as --within 0.5.")
-    with np.load(file) as arrays:
-        predictions, labels = decide(arrays["logits"]), arrays["labels"]
+    logits, labels = read_predictions(file, results, split)
+    predictions = decide(logits)
     return bootstrap(predictions[:, ranks], labels, lambda p, y: score(results.metric, p, y, results.metrics))

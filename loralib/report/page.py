@@ -23,8 +23,8 @@ def page(runs: list[RankResults], curves: list[Curve]) -> str:
             )
             heading = html.escape(f"{title(results, split)}, seed {results.seed}")
             tables.append(f"<h2>{heading}</h2><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
-    # A closing tag within the data would end the script that holds it.
-    data = json.dumps([asdict(curve) for curve in curves]).replace("NaN", "null").replace("</", "<\\/")
+    # A tag or a comment within the data would end, or swallow, the script that holds it.
+    data = json.dumps([asdict(curve) for curve in curves]).replace("NaN", "null").replace("<", "\\u003c")
     return Template(files(__package__).joinpath("page.html").read_text(encoding="utf-8")).substitute(
         data=data, tables="\n".join(tables)
     )

@@ -1,5 +1,6 @@
 """Rank-quality curves as images."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -10,11 +11,17 @@ from .curves import Curve
 MARKERS = "osD^vPX*"
 
 
+def _plain(text: str) -> str:
+    """Text as it is: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = None, kind: str | None = None) -> None:
     """Draw one line per curve, with error bars where it is over seeds; one panel per task.
 
     ``kind`` is "png", "svg" or "pdf" (default: the ending of ``path``).
     """
+    curves = [replace(c, task=_plain(c.task), split=_plain(c.split), method=_plain(c.method)) for c in curves]
     tasks = list(dict.fromkeys(curve.task for curve in curves))
     columns = min(len(tasks), 3)
     rows = -(-len(tasks) // columns)

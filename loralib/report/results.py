@@ -81,6 +81,7 @@ class RankResults:
     splits: dict[str, list[RankRow]]
     aurac: dict[str, float] = field(default_factory=dict)
     selected_rank: Choice | None = None
+    selected_rank_reason: str | None = None  # why there is none
     metrics: tuple[str, ...] = ()
     model_name_or_path: str | None = None
     seed: int | None = None
@@ -132,6 +133,7 @@ class RankResults:
             "splits": {name: [row.to_json() for row in rows] for name, rows in self.splits.items()},
             "aurac": {name: _null(value) for name, value in self.aurac.items()},
             "selected_rank": None if self.selected_rank is None else self.selected_rank.to_json(),
+            **({"selected_rank_reason": self.selected_rank_reason} if self.selected_rank_reason else {}),
         }
 
     @classmethod

@@ -45,6 +45,8 @@ def summary(results: RankResults, split: str) -> str:
     selected = results.selected_rank
     if selected and selected.split == split:
         line += f"; selected rank {selected.rank}: {selected.rule}"
+    elif results.selected_rank_reason and split == results.split():
+        line += f"; no rank is selected: {results.selected_rank_reason}"
     return line
 
 

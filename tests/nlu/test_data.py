@@ -149,3 +149,26 @@ def test_the_metric_needs_no_download_and_gives_the_tasks_scores(name):
     if name in ("mrpc", "qqp"):
         assert found["f1"] == pytest.approx(f1_score(labels, predictions))
         assert found["combined_score"] == pytest.approx((found["f1"] + found["accuracy"]) / 2)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--per_device_train_batch_size", "0"], ["--per_device_eval_batch_size", "0"], ["--gradient_accumulation_steps", "0"],
+        ["--num_train_epochs", "nan"], ["--num_train_epochs", "-1"], ["--num_train_epochs", "inf"], ["--learning_rate", "nan"],
+        ["--learning_rate", "inf"], ["--learning_rate", "-1"], ["--weight_decay", "nan"], ["--max_grad_norm", "nan"],
+        ["--adam_beta1", "2"], ["--seed", "-1"], ["--seed", "99999999999"], ["--dataloader_num_workers", "-1"],
+        ["--warmup_ratio", "nan"], ["--warmup_ratio", "1.5"], ["--lora_alpha", "inf"], ["--lora_alpha", "nan"], ["--lora_alpha", "0"],
+        ["--lora_dropout", "2"], ["--lora_dropout", "nan"], ["--cls_dropout", "2"], ["--lora_r", "0"], ["--lora_r_min", "9"],
+        ["--full_rank_share", "nan"], ["--max_seq_length", "0"], ["--max_train_samples", "0"], ["--eval_ranks", "a"],
+        ["--global_batch_size", "7"],
+    ],
+)  # fmt: skip
+def test_a_number_that_is_not_allowed_is_one_sentence(flags, tmp_path):
+    from transformers_dylora.arguments import parse
+
+    base = ["--model_name_or_path", "m", "--task_name", "rte", "--output_dir", str(tmp_path / "out"), "--apply_lora"]
+    with pytest.raises(UsageError) as caught:
+        parse([*base, *flags])
+    assert "\n" not in str(caught.value) and flags[0].strip("-") in str(caught.value)
+    parse(base)

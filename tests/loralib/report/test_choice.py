@@ -1,12 +1,15 @@
 """The area under a curve and the choice of a rank."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from loralib.report import choice
+from loralib.report.results import RankResults, RankRow
 from loralib.report.scores import score
+from loralib.report.tables import summary
 
 
 def test_aurac_is_the_mean_height_of_the_curve():
@@ -21,7 +24,8 @@ def test_selection_by_a_margin():
     assert choose([0.5, 0.8, 0.81, 0.82], 1) == 4
     assert choose([0.5, 0.8, 0.81, 0.82], 2.0) == 2
     assert choose([0.5, 0.8, math.nan, 0.8], 0) == 2
-    assert choose([math.nan] * 4, 1) == 8
+    with pytest.raises(ValueError, match="No rank has a score"):
+        choose([math.nan] * 4, 1)
     with pytest.raises(ValueError, match="within"):
         choose([0.5] * 4, -1)
 
@@ -50,3 +54,53 @@ def test_the_mean_and_its_standard_error():
     mean, error = choice.mean_and_error([[1.0, 2.0], [3.0, 2.0]])
     assert mean.tolist() == [2.0, 2.0] and error.tolist() == [1.0, 0.0]
     assert choice.mean_and_error([[1.0, 2.0]])[1] is None
+
+
+def a_run(directory, **changes):
+    """A table of 4 samples at ranks 1 and 2, and its predictions."""
+    rows = [RankRow(b, {"accuracy": 0.5}, None, 4, b) for b in (1, 2)]
+    results = RankResults("rte", "m", "accuracy", {"validation": rows}, directory=str(directory))
+    arrays = {"logits": np.random.default_rng(0).normal(size=(4, 2, 2)), "labels": np.array([0, 1, 0, 1])} | changes
+    np.savez(
+        directory / "predictions_validation.npz", **{name: value for name, value in arrays.items() if value is not None}
+    )
+    return results
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": np.zeros((4, 3, 2))}, "the table 4 samples at 2 ranks; they are of different runs"),
+        ({"logits": np.zeros((5, 2, 2))}, "of different runs"),
+        ({"labels": np.zeros(3)}, "of different runs"),
+        ({"logits": np.zeros((4, 2))}, "of different runs"),
+        ({"logits": np.full((4, 2, 2), math.nan)}, "no finite numbers"),
+        ({"logits": np.array([[["a", "b"]] * 2] * 4)}, "no finite numbers"),
+        ({"logits": None}, "cannot be read as a run's predictions"),
+        ({"logits": np.array([None])}, "cannot be read"),
+    ],
+)
+def test_predictions_that_do_not_belong_to_the_table(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        choice.choose(a_run(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no archive"])
+def test_a_file_that_is_no_archive(content, tmp_path):
+    results = a_run(tmp_path)
+    assert choice.choose(results).rank in (1, 2)
+    (tmp_path / "predictions_validation.npz").write_bytes(content)
+    with pytest.raises(ValueError, match="cannot be read as a run's predictions"):
+        choice.choose(results)
+
+
+def test_a_run_that_learnt_nothing_offers_no_rank(tmp_path):
+    results = replace(
+        a_run(tmp_path), selected_rank_reason="every rank predicts 'no' for every example, so nothing was learnt"
+    )
+    with pytest.raises(ValueError, match="No rank can be chosen: every rank predicts 'no'"):
+        choice.choose(results, within=1)
+    assert "no rank is selected: every rank predicts" in summary(
+        replace(results, aurac={"validation": 0.5}), "validation"
+    )
+    assert RankResults.from_json(results.to_json()).selected_rank_reason == results.selected_rank_reason

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from loralib.adapters.card import model_card
 from loralib.report.results import RankResults
 from loralib.report.scores import decide, score
 from loralib.report.tables import print_table
-from loralib.report.writing import write_run
+from loralib.report.writing import write_report, write_run
 
 
 def results(**changes):
@@ -72,3 +73,28 @@ def test_decisions_and_scores():
     assert decide(np.array([[[0.3], [2.5]]])).tolist() == [[0.3, 2.5]]
     assert score("combined_score", np.array([1, 1, 0]), np.array([1, 0, 0]), ("accuracy", "f1")) == pytest.approx(2 / 3)
     assert math.isnan(score("pearson", np.zeros(3), np.arange(3)))
+
+
+HOSTILE = "a</script><!--<script> $x$ \n- injected: yes"
+
+
+def test_text_from_outside_stays_text(tmp_path):
+    results = as_results(task=HOSTILE, method="m $5 & $6")
+    write_report([results], tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    script = page[page.index('<script id="data"') :]
+    data = script[script.index(">") + 1 : script.index("</script>")]
+    assert "<" not in data and json.loads(data)[0]["task"] == HOSTILE
+    assert (tmp_path / "rank_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_card_takes_no_lines_from_names():
+    import yaml
+
+    config = {"base_model_name_or_path": 'b"ase\nlicense: mine', "task_type": "SEQ_CLS", "lora_alpha": 1}
+    facts = {"rank": 1, "r_max": 2, "scaling": "alpha/r", "task": HOSTILE, "labels": ["yes\n## no", "b"]}
+    card = model_card(config, facts, None, 'di"r')
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["base_model"] == 'b"ase license: mine' and "license" not in head
+    compile(card.split("```python")[1].split("```")[0], "card", "exec")
+    assert "\n## no" not in card and "\n- injected" not in card

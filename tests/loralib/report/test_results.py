@@ -33,7 +33,7 @@ def results(draw):
         st.none() | st.builds(Choice, st.sampled_from(ranks), st.text(), NUMBER, st.none() | st.floats(0, 1), st.text())
     )
     return RankResults(
-        "a task", draw(st.text()), names[0], splits, {name: draw(NUMBER) for name in splits}, chosen, tuple(names),
+        "a task", draw(st.text()), names[0], splits, {name: draw(NUMBER) for name in splits}, chosen, metrics=tuple(names),
         seed=draw(st.none() | st.integers()), frozen=draw(st.none() | st.booleans()), lora_alpha=draw(st.none() | st.floats(1, 9)),
     )  # fmt: skip
 

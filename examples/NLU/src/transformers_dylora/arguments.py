@@ -1,5 +1,6 @@
 """The command line of run_glue.py: the installed TrainingArguments, the released code's flags, and DyLoRA's own."""
 
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -14,6 +15,25 @@ from loralib.schedule import RankSchedule
 
 from .errors import UsageError
 
+LARGEST = 1.7e308
+# What numbers of TrainingArguments may be; a nan lies in no range.
+RANGES = {
+    "per_device_train_batch_size": (1, 10**6),
+    "per_device_eval_batch_size": (1, 10**6),
+    "gradient_accumulation_steps": (1, 10**9),
+    "num_train_epochs": (0, 10**9),
+    "learning_rate": (0, LARGEST),
+    "weight_decay": (0, LARGEST),
+    "max_grad_norm": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, LARGEST),
+    "warmup_steps": (0, LARGEST),
+    "seed": (0, 2**32 - 1),
+    "dataloader_num_workers": (0, 10**4),
+    "save_steps": (0, LARGEST),
+    "logging_steps": (0, LARGEST),
+}
 # RankSchedule's words, and the flags that give them.
 SCHEDULE_FLAGS = {
     "sampling": "rank_sampling",
@@ -171,9 +191,11 @@ class ModelArguments:
             self.lora_target_modules = [n for given in self.lora_target_modules for n in given.split(",") if n]
         if not self.apply_lora:
             return
+        if self.cls_dropout is not None and not 0 <= self.cls_dropout < 1:
+            raise UsageError(f"--cls_dropout is {self.cls_dropout}; give a number from 0 to below 1.")
         if self.lora_r < 1:
             raise UsageError(f"--lora_r is {self.lora_r}; give 1 or more.")
-        if not self.lora_alpha > 0:
+        if not 0 < self.lora_alpha < math.inf:
             raise UsageError(f"--lora_alpha is {self.lora_alpha}; give a number above 0.")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"--lora_dropout is {self.lora_dropout}; give a number from 0 to below 1.")
@@ -253,6 +275,11 @@ class GlueTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         self.notes = []
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                above = f"{low} or more" if high == math.inf or high == LARGEST else f"a number from {low} to {high}"
+                raise UsageError(f"--{name} is {value}; give {above}.")
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
         if self.warmup_ratio is not None:

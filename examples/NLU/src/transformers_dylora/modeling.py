@@ -128,6 +128,11 @@ def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: i
     Labels count by name: a head whose names stand in another order than the task's is put in the task's.
     """
     config = load_config(args, task, pad_token_id)
+    width = getattr(config, "hidden_size", None)
+    if args.apply_lora and isinstance(width, int) and args.lora_r > width:
+        raise UsageError(
+            f"--lora_r is {args.lora_r}; {args.model_name_or_path} is {width} wide, give no more than that."
+        )
     overlay = args.apply_lora and config.model_type == "roberta" and args.lora_target_modules is None
     kind = RobertaForSequenceClassification if overlay else AutoModelForSequenceClassification
     # Training begins in fp32 whatever the checkpoint was stored in; --bf16 is autocast.

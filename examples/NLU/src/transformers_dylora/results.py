@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import shlex
 from dataclasses import replace
@@ -59,6 +60,16 @@ def how_trained(model_args, training_args, trainer) -> dict:
     return {name: told[name] for name in (*FACTS, "p", "reduce", "gate_ranks") if name in told}
 
 
+def nothing_learnt(predictions: np.ndarray, labels: np.ndarray, curve: list[float], task: Task) -> str | None:
+    """Why no rank can be chosen, or None: no score at any rank, or one class, of several, predicted for every example."""
+    if all(math.isnan(value) for value in curve):
+        return f"{task.main_metric} is not defined at any rank"
+    several = not task.regression and len(set(labels.tolist())) > 1
+    if several and (predictions == predictions[0, 0]).all():
+        return f"every rank predicts {task.labels[int(predictions[0, 0])]!r} for every example, so nothing was learnt"
+    return None
+
+
 def assemble(
     model_args, training_args, task: Task, trainer, splits: dict[str, dict], scaling: str | None, argv: list[str]
 ) -> RankResults:
@@ -72,7 +83,11 @@ def assemble(
     curves = {name: [row.scores[metric] for row in split["rows"]] for name, split in splits.items()}
     first = next(iter(splits))
     predictions, labels = decide(splits[first]["logits"]), splits[first]["labels"]
-    resampled = bootstrap(predictions, labels, lambda p, y: score(metric, p, y, task.metrics))
+    reason = nothing_learnt(predictions, labels, curves[first], task)
+    selected = None
+    if reason is None:
+        resampled = bootstrap(predictions, labels, lambda p, y: score(metric, p, y, task.metrics))
+        selected = replace(select_rank(ranks, curves[first], resampled), split=first)
     return RankResults(
         task=task.name,
         model_name_or_path=model_args.model_name_or_path,
@@ -88,7 +103,8 @@ def assemble(
         metrics=task.metrics,
         splits={name: split["rows"] for name, split in splits.items()},
         aurac={name: aurac(ranks, curve) for name, curve in curves.items()},
-        selected_rank=replace(select_rank(ranks, curves[first], resampled), split=first),
+        selected_rank=selected,
+        selected_rank_reason=reason,
     )
 
 
