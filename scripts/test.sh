@@ -6,4 +6,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 "$python" -m mypy
-exec "$python" -m pytest "$@"
+# Two processes of one thread each: the models are tiny, and threads of one would only wait for each other.
+export OMP_NUM_THREADS=1
+exec "$python" -m pytest -n 2 --dist loadfile "$@"

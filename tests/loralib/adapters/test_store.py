@@ -473,21 +473,21 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded_nor_cut(bad, r
 
 
 def test_a_head_is_put_in_the_models_order_by_its_label_names(roberta_config, tmp_path):
-    names = ["no", "maybe", "yes"]
-    model, targets = stock("roberta", roberta_config)
-    model.config.id2label = dict(enumerate(names))
+    def classifier(*names):
+        config = type(roberta_config).from_dict(roberta_config.to_dict() | {"id2label": dict(enumerate(names))})
+        return stock("roberta", config)
+
+    model, targets = classifier("no", "maybe", "yes")
     lora.inject(model, targets, r=2)
     randomise(model)
     lora.save_adapter(model, tmp_path)
     with torch.no_grad():
         wanted = model(IDS).logits
-    other, _ = stock("roberta", roberta_config)
-    other.config.id2label = dict(enumerate(["YES", "no", "maybe"]))
+    other, _ = classifier("YES", "no", "maybe")
     lora.load_adapter(other, tmp_path)
     with torch.no_grad():
         assert close(other(IDS).logits, wanted[:, [2, 0, 1]])
-    third, _ = stock("roberta", roberta_config)
-    third.config.id2label = dict(enumerate(["a", "b", "c"]))
+    third, _ = classifier("a", "b", "c")
     with pytest.raises(ValueError, match="knows the labels no, maybe, yes, the model a, b, c"):
         lora.load_adapter(third, tmp_path)
     assert not any(isinstance(m, lora.LoRALayer) for m in third.modules())
