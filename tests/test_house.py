@@ -100,7 +100,8 @@ def test_the_lazy_names_are_those_that_type_checkers_see():
     [
         ("import loralib", {"torch", "numpy"}),
         ("import loralib.cli; loralib.cli._parser()", {"torch", "numpy", "rich"}),
-        ("import loralib.report.writing", {"torch", "transformers"}),
+        ("import loralib.report.writing, loralib.report.plots", {"torch", "transformers"}),
+        ("import loralib.report.writing", {"matplotlib", "rich"}),
         ("import loralib.report.results, loralib.report.tables", {"torch", "numpy", "scipy", "rich", "matplotlib"}),
         ("import loralib.adapters.export", {"transformers", "scipy", "sklearn", "rich", "matplotlib", "peft"}),
         ("import loralib.schedule, loralib.all_ranks", {"transformers", "numpy.testing", "safetensors", "scipy"}),

@@ -6,13 +6,14 @@ from pathlib import Path
 from ..files import write_atomically, write_text
 from .curves import Curve, averages, curves, runs_to_csv, summary_rows
 from .page import page
-from .plots import plot_curves
 from .results import FILE, RankResults
 from .tables import markdown_table, to_csv, to_markdown
 
 
 def write_run(results: RankResults, directory: str | Path) -> None:
     """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``."""
+    from .plots import plot_curves  # matplotlib takes a while to import: only where something is drawn
+
     directory = Path(directory)
     write_text(directory / FILE, json.dumps(results.to_json(), indent=2) + "\n")
     write_text(directory / "rank_results.csv", to_csv(results))
@@ -23,6 +24,8 @@ def write_run(results: RankResults, directory: str | Path) -> None:
 
 def write_report(runs: list[RankResults], directory: str | Path) -> list[Curve]:
     """Write rank_results.md and .csv, rank_curve.png and .svg and report.html of some runs; returns their curves."""
+    from .plots import plot_curves
+
     directory = Path(directory)
     of_all = curves(runs)
     of_all += averages(of_all)

@@ -61,7 +61,7 @@ def test_a_report_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr("loralib.report.writing.plot_curves", broken)
+    monkeypatch.setattr("loralib.report.plots.plot_curves", broken)
     with pytest.raises(OSError, match="disk full"):
         write_run(as_results(), tmp_path)
     assert (tmp_path / "rank_curve.png").read_bytes() == before
