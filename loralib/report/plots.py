@@ -1,5 +1,6 @@
 """Rank-quality curves as images."""
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = No
     rows = -(-len(tasks) // columns)
     figure = Figure(figsize=(6 if columns == 1 else 4.2 * columns, 3.8 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, task in zip(panels, tasks, strict=False):
         of_task = [curve for curve in curves if curve.task == task]
         several_splits, several_methods = (len({getattr(c, k) for c in of_task}) > 1 for k in ("split", "method"))
@@ -42,7 +43,7 @@ def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = No
                 marker=MARKERS[i % len(MARKERS)],
                 markersize=4,
                 capsize=2,
-                label=name,
+                label=textwrap.fill(name, 40),
             )
         ranks = sorted({b for curve in of_task for b in curve.ranks})
         panel.set_xticks(ranks if len(ranks) <= 16 else ranks[:: len(ranks) // 8])
@@ -50,14 +51,18 @@ def plot_curves(curves: list[Curve], path: str | Path, selected: int | None = No
             panel.axvline(selected, color="0.6", linestyle=":", label=f"selected rank {selected}")
         panel.set_xlabel("rank")
         panel.set_ylabel(of_task[0].metric.replace("_", " "))
-        panel.set_title(
-            task if several_methods else f"{task}: {of_task[0].method}" if of_task[0].method else task,
-            fontsize="medium",
-        )
+        method = of_task[0].method
+        title = task if several_methods or not method else f"{task}: {method}"
+        panel.set_title(textwrap.fill(title, 62 if columns == 1 else 42), fontsize="medium")
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[1]:
-            panel.legend(fontsize="small")
-    for panel in list(panels):
+            below = {
+                "loc": "upper center",
+                "bbox_to_anchor": (0.5, 0),
+                "borderaxespad": 4,
+            }  # many long names would cover the curves
+            panel.legend(fontsize="small", **(below if several_methods else {}))
+    for panel in panels[len(tasks) :]:
         panel.set_visible(False)
     # Text stays text in an SVG, and neither format carries the date: the same runs give the same file.
     from matplotlib import rc_context

@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from loralib.adapters.card import model_card
+from loralib.report.curves import curves
+from loralib.report.plots import plot_curves
 from loralib.report.results import RankResults
 from loralib.report.scores import decide, score
 from loralib.report.tables import print_table
@@ -98,3 +100,12 @@ def test_a_card_takes_no_lines_from_names():
     assert head["base_model"] == 'b"ase license: mine' and "license" not in head
     compile(card.split("```python")[1].split("```")[0], "card", "exec")
     assert "\n## no" not in card and "\n- injected" not in card
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_there_is_a_panel_for_each_task_and_no_empty_one(count, tmp_path):
+    runs = [as_results(task=f"task {i}") for i in range(count)]
+    plot_curves(curves(runs), tmp_path / "c.svg")
+    svg = (tmp_path / "c.svg").read_text()
+    assert svg.count(">rank<") == count  # one axis label a panel
+    assert svg.count('id="axes_') == count
