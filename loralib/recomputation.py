@@ -36,7 +36,9 @@ def watch(layer: HasState, output: torch.Tensor) -> None:
     """
     if torch.compiler.is_compiling():  # a compiled graph recomputes from its own inputs, the gates among them
         return
-    pending = _pending.setdefault(layer, weakref.WeakSet())
+    pending = _pending.get(layer)
+    if pending is None:
+        pending = _pending[layer] = weakref.WeakSet()
     if torch._C._current_graph_task_id() == -1:
         this = _Pass(layer.state)
         pending.add(this)
