@@ -48,6 +48,8 @@ def at_ranks(
     Raises TypeError or ValueError for what is no rank.
     """
     r_max = max_rank(model)
+    if any(isinstance(b, torch.Tensor) for b in ranks):
+        raise TypeError("ranks holds a tensor; give ints: the whole batch runs at each of them.")
     ranks = [check_rank(b, r_max) for b in ranks]
     run = run or (lambda batch: model(**batch))
     stack = not any("label" in name for name in inputs) if stack is None else stack

@@ -280,14 +280,21 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         if isinstance(rank, torch.Tensor):
             raise TypeError("rank is a tensor; a merged model has one rank, give an int.")
         set_rank(model, rank)
+    stored: list[torch.Tensor] = []
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
         layer.module_name = name
         parent, _, child = name.rpartition(".")
         plain = layer.to_plain()
+        stored += layer._base_weight or []
         if not name:
             return plain
         setattr(model.get_submodule(parent), child, plain)
     config: Any = getattr(model, "config", None)
     if getattr(config, "apply_lora", False):
         config.apply_lora = False
+    others = {id(parameter) for parameter in model.parameters()}
+    if getattr(config, "tie_word_embeddings", False) and any(id(weight) in others for weight in stored):
+        config.tie_word_embeddings = (
+            False  # the output layer keeps W0; tied again on loading, one of the two would be lost
+        )
     return model

@@ -191,3 +191,19 @@ def test_a_module_under_two_names_is_one_adapted_layer_under_both():
             assert torch.allclose(model(x), 2 * model.query(x))
             wanted = model(x)
         assert torch.allclose(lora.merge(model, 1)(x), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [["wte"], ["lm_head"]])
+def test_merging_one_of_two_tied_weights_is_told_in_the_configuration(targets, tmp_path):
+    config = GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = lora.inject(GPT2LMHeadModel(config).eval(), targets, r=2)
+    randomise(model)
+    ids = torch.arange(6)[None]
+    with torch.no_grad():
+        wanted = model(ids).logits
+        plain = lora.merge(model)
+        assert model.config.tie_word_embeddings and not plain.config.tie_word_embeddings
+        plain.save_pretrained(tmp_path)
+        assert torch.allclose(GPT2LMHeadModel.from_pretrained(tmp_path).eval()(ids).logits, wanted, atol=1e-4)
+    untied = lora.inject(GPT2LMHeadModel(config), ["c_attn"], r=2)
+    assert lora.merge(untied).config.tie_word_embeddings

@@ -210,6 +210,8 @@ def test_an_own_pass_a_close_and_an_error_leave_the_model_as_it_was():
             list(lora.at_ranks(model, {"x": x}, [1, 2], run=broken))
         with pytest.raises(ValueError, match="rank is 5"):
             list(lora.at_ranks(model, {"x": x}, [5]))
+        with pytest.raises(TypeError, match="give ints"):
+            list(lora.at_ranks(model, {"x": x}, [torch.tensor([1, 2, 3])]))
     assert model.query.state is state and not {"forward", "base"} & set(vars(model.query))
 
 
