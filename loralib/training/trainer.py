@@ -214,7 +214,11 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
         The model's own context in which its last block computes what the classifier reads, if it has one; and frozen
         weights in autocast's precision (see ``frozen_weights_in``), unless something else looks after the weights.
         """
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(str(self.accelerator.mixed_precision))
+        device = self.args.device.type
+        with (
+            self.accelerator.autocast()
+        ):  # asked, since not every precision that is named is one that autocast uses here
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         others = (
             self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.bf16_full_eval or self.args.fp16_full_eval
         )

@@ -161,7 +161,7 @@ def test_the_metric_needs_no_download_and_gives_the_tasks_scores(name):
         ["--warmup_ratio", "nan"], ["--warmup_ratio", "1.5"], ["--lora_alpha", "inf"], ["--lora_alpha", "nan"], ["--lora_alpha", "0"],
         ["--lora_dropout", "2"], ["--lora_dropout", "nan"], ["--cls_dropout", "2"], ["--lora_r", "0"], ["--lora_r_min", "9"],
         ["--full_rank_share", "nan"], ["--max_seq_length", "0"], ["--max_train_samples", "0"], ["--eval_ranks", "a"],
-        ["--global_batch_size", "7"],
+        ["--global_batch_size", "7"], ["--fp16", "--use_cpu"],
     ],
 )  # fmt: skip
 def test_a_number_that_is_not_allowed_is_one_sentence(flags, tmp_path):

@@ -633,3 +633,13 @@ def test_reentrant_checkpointing_is_refused(roberta_config, roberta_checkpoint, 
     with pytest.raises(ValueError, match="leave out use_reentrant"):
         t.train()
     assert "activation_checkpointing_enable" not in vars(t.model)
+
+
+def test_a_precision_that_autocast_does_not_use_rounds_nothing(roberta_config, roberta_checkpoint, tmp_path):
+    """fp16 on a CPU: accelerate turns autocast off there, so the frozen weights must stay as they are."""
+    named = trainer(roberta_config, roberta_checkpoint, tmp_path, fp16=True)
+    plain = trainer(roberta_config, roberta_checkpoint, tmp_path)
+    seen = set()
+    weight_of = lambda: named.model.roberta.encoder.layer[0].intermediate.dense.weight.dtype  # noqa: E731
+    named.model.register_forward_pre_hook(lambda *_: seen.add(weight_of()))
+    assert np.allclose(log(named), log(plain), rtol=1e-3) and seen == {torch.float32}

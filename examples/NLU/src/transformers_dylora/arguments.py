@@ -289,6 +289,8 @@ class GlueTrainingArguments(TrainingArguments):
                 self.warmup_steps = self.warmup_ratio
         if self.no_cuda or not torch.accelerator.is_available():
             self.use_cpu = True  # --bf16 and the gloo backend ask for this word where there is no accelerator
+        if self.fp16 and self.use_cpu:
+            raise UsageError("--fp16 needs a GPU: without one nothing would compute in it; use --bf16, or neither.")
         if not self.save_safetensors:
             self.notes.append("--save_safetensors false has no effect any more: checkpoints are always safetensors.")
         if self.logging_dir is not None:
