@@ -61,7 +61,7 @@ def at_ranks(
             with use_rank(model, rank):
                 output = run(batch)
             for place, b in enumerate(group):
-                yield b, output if len(group) == 1 else _part(output, place, len(group), _batch_size(inputs))
+                yield b, output if len(group) == 1 else _part(output, place, len(group), batch_size(inputs))
 
 
 def _part(output, place: int, parts: int, size: int):
@@ -78,8 +78,8 @@ def _part(output, place: int, parts: int, size: int):
     return output
 
 
-def _batch_size(inputs: dict[str, Any]) -> int:
-    """The first dimension of the first tensor."""
+def batch_size(inputs: dict[str, Any]) -> int:
+    """Examples in a batch: the first dimension of its first tensor."""
     return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
 
 
@@ -94,7 +94,7 @@ def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list
     A pass holds no more tokens than that or than the batch itself, however many ranks there are. Inputs of which one is
     neither a tensor with a row for each example nor a plain value go through rank by rank.
     """
-    size = _batch_size(inputs)
+    size = batch_size(inputs)
     tokens = next(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
     plain = (bool, int, float, str, type(None))
     stack = stack and all(

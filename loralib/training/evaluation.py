@@ -7,7 +7,7 @@ from transformers import EvalPrediction
 from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import denumpify_detensorize
 
-from ..all_ranks import at_ranks, share_between_ranks
+from ..all_ranks import at_ranks, batch_size, share_between_ranks
 from ..schedule import BoundSchedule
 from .batching import order_within
 from .metrics import Gathered, in_order, rank_metrics
@@ -79,8 +79,3 @@ class EvaluationOfRanks(TrainerPart):
 
 def _first(logits):
     return logits[0] if isinstance(logits, (tuple, list)) else logits
-
-
-def batch_size(inputs) -> int:
-    """Examples in a batch: the first dimension of its first tensor."""
-    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)

@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from transformers import Trainer
 
+from ..all_ranks import batch_size
 from ..checkpointing import checkpoint_contexts
 from ..frozen import freeze_undrawn
 from ..gate import check_rank
 from ..model import get_rank, has_lora, max_rank, scaling_of, set_rank
 from ..schedule import BoundSchedule, RankSchedule, Setting
 from .batching import Place
-from .evaluation import EvaluationOfRanks, batch_size
+from .evaluation import EvaluationOfRanks
 from .loading import ExactBatches
 from .precision import frozen_weights_in
 from .saving import AdapterCheckpoints
