@@ -19,6 +19,7 @@ Sampling = Literal["example", "step", "matryoshka", "fixed"]
 Distribution = Literal["uniform", "geometric", "mixed"]
 Reduce = Literal["sum", "mean"]
 FULL_RANK_SHARE = 0.5
+FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen")  # what files always tell of a schedule
 
 
 @dataclass(frozen=True)
@@ -209,22 +210,13 @@ class BoundSchedule:
     def facts(self) -> dict:
         """The settled settings, as ``dylora.json`` and ``rank_results.json`` tell them."""
         kind = self.schedule
-        facts = {
-            "sampling": kind.sampling,
-            "distribution": kind.distribution,
-            "r_min": kind.r_min,
-            "full_rank_share": kind.full_rank_share,
-            "frozen": kind.frozen,
-        }
+        facts = {name: getattr(kind, name) for name in FACTS}
         told_apart = {
             "p": kind.distribution == "geometric" and kind.p != RankSchedule.p,
             "reduce": kind.reduce == "mean",
             "gate_ranks": kind.gate_ranks is not None,
         }
         return facts | {name: getattr(kind, name) for name, tell in told_apart.items() if tell}
-
-
-FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen")
 
 
 def title_of(facts: dict, r_max: int) -> str:

@@ -32,10 +32,9 @@ class ExactBatches(TrainerPart):
         return self.place.batches
 
     def _get_train_sampler(self, train_dataset=None):
+        """A stand-in that draws nothing: ``get_train_dataloader`` puts our batches in its place."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return (
-            SequentialSampler(dataset) if has_length(dataset) else None
-        )  # get_train_dataloader puts batches in its place
+        return SequentialSampler(dataset) if has_length(dataset) else None
 
     def _get_eval_sampler(self, eval_dataset):
         if eval_dataset is None or not has_length(eval_dataset):
