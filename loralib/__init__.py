@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .frozen import freeze_undrawn
     from .gate import matryoshka_gate
     from .layers import Embedding, Linear, LoRALayer, MergedLinear
+    from .learning import declare_layout, learn_layout
     from .model import (
         get_rank,
         inject,
@@ -42,6 +43,7 @@ _MODULES = {
     "frozen": ("freeze_undrawn",),
     "gate": ("matryoshka_gate",),
     "layers": ("Embedding", "Linear", "LoRALayer", "MergedLinear"),
+    "learning": ("declare_layout", "learn_layout"),
     "model": (
         *("get_rank", "inject", "lora_state_dict", "mark_only_lora_as_trainable", "max_rank", "merge"),
         *("set_gate", "set_matryoshka_gate", "set_rank", "use_rank"),
@@ -65,9 +67,11 @@ __all__ = [
     "__version__",
     "at_ranks",
     "checkpoint_contexts",
+    "declare_layout",
     "freeze_undrawn",
     "get_rank",
     "inject",
+    "learn_layout",
     "load_adapter",
     "lora_state_dict",
     "mark_only_lora_as_trainable",

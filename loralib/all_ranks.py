@@ -3,20 +3,26 @@
 import contextlib
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .gate import check_rank
 from .layers import LoRALayer
+from .layout import LayoutError, same
 from .model import lora_layers, max_rank, use_rank
 
 # A small batch leaves a machine idle between its products: ranks are stacked into one pass while it stays within this many
 # tokens. Measured on a CPU (results/benchmark, "All ranks"): at 192 tokens all together take 0.64 to 0.78 of the time of one
 # after the other, at 2,048 0.99 to 1.15 times as long.
 STACKED_TOKENS = 2048
+_one_by_one: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose ranks cannot share a pass
+_cuts: weakref.WeakKeyDictionary[nn.Module, dict] = (
+    weakref.WeakKeyDictionary()
+)  # where a model's outputs hold the batch
 _sharing: weakref.WeakKeyDictionary[nn.Module, Callable[..., None]] = weakref.WeakKeyDictionary()
 
 
@@ -41,9 +47,10 @@ def at_ranks(
         inputs: what a pass takes, a batch's tensors (batch, ...) by name.
         ranks: ints in 0..r_max.
         run: makes a pass from such inputs; default ``model(**inputs)``. Of what it returns (a tensor, or a tuple, list or
-            mapping of them) the tensors with a row for each input row are cut to their rank.
+            mapping of them) each tensor is cut to its rank, in the dimension in which it holds the batch.
         stack: whether several ranks may share a pass. Default: unless the inputs hold labels, since a loss would be the mean
-            over the ranks of a pass; of a shared pass numbers without a batch dimension are None.
+            over the ranks of a pass; of a shared pass tensors without a batch dimension are None. A model that cannot
+            take one rank per example, or whose outputs put examples together, goes rank by rank.
 
     Raises TypeError or ValueError for what is no rank.
     """
@@ -53,29 +60,64 @@ def at_ranks(
     ranks = [check_rank(b, r_max) for b in ranks]
     run = run or (lambda batch: model(**batch))
     stack = not any("label" in name for name in inputs) if stack is None else stack
-    plan = passes(inputs, ranks, stack)
+    plan = passes(inputs, ranks, stack and model not in _one_by_one)
     shared = not model.training and not torch.is_grad_enabled()
     with share_between_ranks(model) if shared else contextlib.nullcontext(lambda *batches: None) as new_batch:
         new_batch(*(batch for _, _, batch in plan))
-        for group, rank, batch in plan:
+
+        def at(rank, batch):
             with use_rank(model, rank):
-                output = run(batch)
+                return run(batch)
+
+        for group, rank, batch in plan:
+            parts = _together(model, at, group, rank, batch, inputs) if len(group) > 1 else None
             for place, b in enumerate(group):
-                yield b, output if len(group) == 1 else _part(output, place, len(group), batch_size(inputs))
+                yield b, at(b, inputs) if parts is None else parts[place]
 
 
-def _part(output, place: int, parts: int, size: int):
-    """The rows of part number ``place`` of a pass that ran ``parts`` ranks of ``size`` examples each."""
-    if isinstance(output, torch.Tensor):
-        if not output.ndim:
+def _together(model: nn.Module, at, group: list[int], rank, batch, inputs) -> list[Any] | None:
+    """The outputs of several ranks, cut from those of a pass that they share; None if they cannot share one."""
+    try:
+        whole = at(rank, batch)
+    except LayoutError:
+        _one_by_one.add(model)
+        return None
+    leaves, spec = tree_flatten(whole)
+    kind = tuple(leaf.ndim if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
+    known = _cuts.setdefault(model, {})
+    if kind not in known:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            alone = tree_leaves(at(group[0], inputs))
+        dims = [_batch_dim(x, y, len(group), model.training) for x, y in zip(leaves, alone, strict=True)]
+        if "none" in dims:
+            _one_by_one.add(model)
             return None
-        return output[place * size : (place + 1) * size] if len(output) == parts * size else output
-    if isinstance(output, Mapping):
-        return type(output)(**{name: _part(value, place, parts, size) for name, value in output.items()})
-    if isinstance(output, (tuple, list)):
-        parts_of = [_part(value, place, parts, size) for value in output]
-        return type(output)(*parts_of) if hasattr(output, "_fields") else type(output)(parts_of)
-    return output
+        known[kind] = dims
+    return [
+        tree_unflatten([_part(leaf, d, p, len(group)) for leaf, d in zip(leaves, known[kind], strict=True)], spec)
+        for p in range(len(group))
+    ]
+
+
+def _batch_dim(whole: Any, alone: Any, parts: int, training: bool) -> int | str | None:
+    """The dimension in which an output holds several ranks' examples, seen beside that of the first rank alone.
+
+    None: no tensor, or one without examples. "none": what cannot be cut, since it puts examples together.
+    """
+    if not isinstance(whole, torch.Tensor) or whole.shape == alone.shape:
+        return None
+    grown = [d for d in range(whole.ndim) if whole.shape[d] != alone.shape[d]]
+    if len(grown) != 1 or whole.shape[grown[0]] != parts * alone.shape[grown[0]]:
+        return "none"
+    first = _part(whole, grown[0], 0, parts).detach()
+    equal = same(first.float(), alone.float(), rounded=True)
+    return grown[0] if training or equal else "none"  # dropout makes any two passes differ
+
+
+def _part(output: Any, dim: Any, place: int, parts: int) -> Any:
+    if not isinstance(output, torch.Tensor):
+        return output
+    return None if dim is None else output.narrow(dim, place * (size := output.shape[dim] // parts), size)
 
 
 def batch_size(inputs: dict[str, Any]) -> int:

@@ -50,6 +50,9 @@ class Convolution(LoRALayer):
         blocks = math.prod(self.kernel_size) // k
         return (self.r * k, self.in_channels * k), (self.out_channels // self.groups * blocks, self.r * k)
 
+    def example_dims(self, x):
+        return 1
+
     def own_base(self, x):
         return self._conv_forward(x, self.weight, self.bias)
 

@@ -25,6 +25,7 @@ from torch import nn
 
 from .checks import check_int
 from .gate import check_rank, check_scaling, rank_gate, scale
+from .layout import FIRST, Layout, LayoutError, layout_of
 from .merging import Merging
 from .recomputation import watch
 from .state import RankState, set_states
@@ -88,6 +89,7 @@ class LoRALayer(Merging):
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, scaling
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.state = RankState(r)
+        self.layout: Layout | str | None = None  # where a batch's examples stand in the input; or why they do not
         self._drawn: torch.Tensor | None = (
             None  # components of the training passes; kept while freeze_undrawn asks for it
         )
@@ -167,7 +169,7 @@ class LoRALayer(Merging):
         """Multiply the components by ``gate``, a float tensor (r,) or (batch, r), scaling included."""
         set_states([(self, self.gate_state(gate))])
 
-    def gate_state(self, gate: torch.Tensor) -> RankState:
+    def gate_state(self, gate: torch.Tensor, learn: bool = False) -> RankState:
         """The state in which ``gate`` multiplies the components. Raises TypeError or ValueError for what is no gate."""
         if not isinstance(gate, torch.Tensor) or not gate.is_floating_point():
             raise TypeError(
@@ -175,7 +177,7 @@ class LoRALayer(Merging):
             )
         if gate.ndim not in (1, 2) or gate.shape[-1] != self.r or not len(gate):
             raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({self.r},) or (batch, {self.r}).")
-        return RankState(None, gate.to(self.weight.device, self.gate_dtype()))
+        return RankState(None, gate.to(self.weight.device, self.gate_dtype()), learn=learn)
 
     def gate_dtype(self) -> torch.dtype:
         """A gate is never rounded below fp32: its values are strengths, which an int rank applies exactly."""
@@ -208,18 +210,30 @@ class LoRALayer(Merging):
         x = self.lora_dropout(x)
         if state.gate is None:
             return self.add_update(h, x, *self.first_components(state.rank, state.frozen), self.strength())
-        gate = state.gate.to(device=h.device)
-        if gate.ndim == 2 and x.shape[0] not in (1, len(gate)):
-            raise ValueError(
-                f"{self.described()} got an input whose first dimension is {x.shape[0]}, but {len(gate)} ranks "
-                f"are set; set one rank per example of the batch."
-            )
+        gate = self.placed(state.gate.to(device=h.device), x)
         if not state.frozen:
             return self.add_update(h, x, self.lora_A, self.lora_B, gate)
         # The value and the gradient to x come from all components 1..b, the factors' gradient from component b alone.
         value = self.update(x, self.lora_A.detach(), self.lora_B.detach(), gate)
         drawn = torch.arange(1, self.r + 1, device=gate.device) == state.rank.to(gate.device)[:, None]
-        return h + value + only_gradient(self.update(x.detach(), self.lora_A, self.lora_B, gate * drawn))
+        gate = self.placed(state.gate.to(device=h.device) * drawn, x)
+        return h + value + only_gradient(self.update(x.detach(), self.lora_A, self.lora_B, gate))
+
+    def placed(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The gate in use, (components,) or (batch, components), for the rows of x: see ``Layout.spread``."""
+        if gate.ndim == 1:
+            return gate
+        layout = layout_of(self, x.shape, len(gate)) if self.state.learn else FIRST
+        if not layout.fits(x.shape, len(gate), None):
+            raise LayoutError(
+                f"{self.described()} got an input whose first dimension is {x.shape[0]}, but {len(gate)} ranks "
+                f"are set; set one rank per example of the batch."
+            )
+        return layout.spread(gate, x.shape)
+
+    def example_dims(self, x: torch.Tensor) -> int:
+        """How many of the first dimensions of an input can hold the examples of a batch."""
+        return x.ndim - 1
 
     def strength(self) -> float:
         """scale(b) at the int rank in use."""
@@ -257,12 +271,18 @@ class LoRALayer(Merging):
 
 
 def gated(z: torch.Tensor, gate) -> torch.Tensor:
-    """z (batch, ..., components) times a float, (components,) or (batch, components)."""
+    """z (batch, ..., components) times a float, (components,), (batch, components) or, for z (.., batch, ..., components),
+    (1, batch, components)."""
     if not isinstance(gate, torch.Tensor):
         return z * gate
-    if gate.ndim == 2:
-        gate = gate.view(gate.shape[0], *[1] * (z.ndim - 2), gate.shape[1])
+    if gate.ndim >= 2:
+        gate = gate.view(*gate.shape[:-1], *[1] * (z.ndim - gate.ndim), gate.shape[-1])
     return (z * gate).to(z.dtype)
+
+
+def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
+    """The layers of a model that have an adapter, with their names, in the model's order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer) and module.r]
 
 
 class Linear(LoRALayer, nn.Linear):
@@ -404,6 +424,9 @@ class Embedding(LoRALayer, nn.Embedding):
 
     def factor_shapes(self):
         return (self.r, self.num_embeddings), (self.embedding_dim, self.r)
+
+    def example_dims(self, x):
+        return x.ndim
 
     def reset_adapter(self):
         nn.init.zeros_(self.lora_A)

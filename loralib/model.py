@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from .acting import keep_off_fast_path, look_again
 from .adapting import around, can_adapt
+from .attending import attend, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
-from .layers import LoRALayer
+from .layers import LoRALayer, adapted_layers
 from .state import RankState, set_states
 
 # Classifier classes of transformers: their head is new, trained in full and saved with the adapter.
@@ -25,7 +27,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
     Raises ValueError if there are none.
     """
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALayer) and m.r]
+    layers = adapted_layers(model)
     for name, layer in layers:
         layer.module_name = name
     if not layers:
@@ -36,7 +38,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 
 def has_lora(model: nn.Module) -> bool:
-    return any(isinstance(m, LoRALayer) and m.r for m in model.modules())
+    return bool(adapted_layers(model))
 
 
 # --- putting layers in --------------------------------------------------------------------------------
@@ -119,6 +121,9 @@ def inject(
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, around_module[id(module)])
     setattr(model, "lora_modules_to_save", heads)  # noqa: B010  # plain data, which modules are not typed to hold
+    attend(model)
+    keep_off_fast_path(model)
+    look_again(model)
     return model
 
 
@@ -179,7 +184,8 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
             ranks = (rank if weighted else rank.clamp(max=layer.r)).to(layer.weight.device)
             gates[key] = None if weighted else ranks, rank_gate(ranks, *key[:4])
         kept, gate = gates[key]
-        states.append((layer, RankState(kept, gate, bool(frozen))))
+        states.append((layer, RankState(kept, gate, bool(frozen), learn=layer is not model)))
+    attend(model, [layer for layer, state in states if state.learn])
     set_states(states)
 
 
@@ -193,7 +199,13 @@ def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
     if isinstance(gate, torch.Tensor) and gate.ndim in (1, 2) and gate.shape[-1] != r_max:
         raise ValueError(f"gate has shape {tuple(gate.shape)}; give ({r_max},) or (batch, {r_max}).")
     columns = isinstance(gate, torch.Tensor) and gate.ndim in (1, 2)
-    set_states([(layer, layer.gate_state(gate[..., : layer.r] if columns else gate)) for _, layer in layers])
+    attend(model, [layer for _, layer in layers] if columns and gate.ndim == 2 else None)
+    set_states(
+        [
+            (layer, layer.gate_state(gate[..., : layer.r] if columns else gate, learn=layer is not model))
+            for _, layer in layers
+        ]
+    )
 
 
 def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> None:
@@ -235,6 +247,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """
     _check_bias(bias)
     setattr(model, "lora_bias", bias)  # noqa: B010
+    attend(model)
     heads = modules_to_save(model)
     adapted = {f"{name}.bias" for name, _ in lora_layers(model)}
     for name, parameter in model.named_parameters():
@@ -289,6 +302,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         if not name:
             return plain
         setattr(model.get_submodule(parent), child, plain)
+    attend_no_more(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "apply_lora", False):
         config.apply_lora = False

@@ -17,6 +17,7 @@ class RankState:
         rank: an int, a LongTensor (batch,) with one rank per example, or None where the gate came from no rank.
         gate: None for an int rank; else the factors of the components, (r,) or (batch, r), scaling included.
         frozen: component b alone gets a gradient (paper, eq. 10).
+        learn: where the examples of a batch stand is learnt (``loralib.probing``), not taken to be the first dimension.
 
     Raises ValueError for a frozen state without a rank.
     """
@@ -24,6 +25,7 @@ class RankState:
     rank: Any
     gate: torch.Tensor | None = None
     frozen: bool = False
+    learn: bool = False
 
     def __post_init__(self):
         if self.frozen and self.rank is None:

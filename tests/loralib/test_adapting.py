@@ -110,6 +110,7 @@ def test_an_injected_layer_compiles_into_one_graph():
     model = lora.inject(nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)), ["0", "2"], r=2)
     randomise(model)
     compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(4, 6)
+    lora.learn_layout(model, x)
     for step in range(3):
         lora.set_rank(model, lora.RankSampler(2, seed=step)(step, 4))
         torch.testing.assert_close(compiled(x), model(x))

@@ -181,8 +181,11 @@ def test_a_rank_out_of_range_is_a_value_error_and_changes_nothing(rank):
 def test_ranks_for_another_batch_size_are_refused_by_name():
     model = torch.nn.Sequential(lora.Linear(6, 6, r=2))
     lora.set_rank(model, torch.tensor([1, 2, 2]))
-    with pytest.raises(ValueError, match=r"layer '0' .* 5, but 3 ranks"):
+    with pytest.raises(ValueError, match=r"3 ranks are set, and Sequential got inputs of shape \(5, 6\)"):
         model(torch.randn(5, 6))
+    with pytest.raises(ValueError, match=r"layer .0. got an input of shape .* outside a call of the model"):
+        lora.declare_layout(model, 0)
+        model[0](torch.randn(5, 6))
 
 
 def test_an_input_of_one_row_serves_all_ranks():

@@ -127,6 +127,7 @@ def test_weights_of_ranks_are_the_weighted_updates_also_of_a_smaller_layer():
     model = adapted(("query",), r=4)
     lora.inject(model, ["key"], r=2, lora_alpha=8, scaling="alpha/b")
     nn.init.normal_(model.key.lora_B)
+    lora.declare_layout(model, 0)  # its layers are called here without it
     weights, x = torch.tensor([[0.5, 0.25, 0.0, 0.25], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), torch.randn(3, 6)
     lora.set_rank(model, weights)
     assert lora.get_rank(model) is None

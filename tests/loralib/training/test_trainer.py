@@ -599,6 +599,7 @@ def test_the_model_is_asked_whether_its_loss_divides_by_the_items(
         torch.manual_seed(0)
         model = lora.inject(Loss(divides), ["query"], r=2)
         torch.nn.init.normal_(model.query.lora_B)
+        lora.declare_layout(model, 0)  # or it would be asked for that
         u = DyLoRATrainer(model=model, args=t.args, train_dataset=t.train_dataset, data_collator=t.data_collator)
         runs.append(log(u))
         assert u.model_accepts_loss_kwargs == divides and model.asked == 2  # one batch, with 1 item and with 2

@@ -1,0 +1,87 @@
+"""Two questions that a call of a model answers, asked by hooks on the model: does every adapter act, and where do the
+examples of a batch stand. The first is looked at in a model's first call, the second when a layer needs to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import learning
+from .acting import Watch, first_call, keep_off_fast_path, look_again
+from .layers import LoRALayer, adapted_layers
+from .layout import Call, calls
+
+_UNKNOWN = "lora_layout_unknown"  # an attribute of the model, so that a compiled one need not search its layers
+_watches: dict[int, Watch] = {}  # by the call that they watch
+
+
+def attend(model: nn.Module, layers: list[LoRALayer] | None = None) -> None:
+    """Watch the calls of ``model`` from here on; ``layers``: those that run with one rank per example from here on."""
+    if isinstance(model, LoRALayer):
+        return
+    if _enter not in model._forward_pre_hooks.values():
+        keep_off_fast_path(model)
+        model.register_forward_pre_hook(_enter, with_kwargs=True)
+        model.register_forward_hook(_judge)
+        model.register_forward_hook(_leave, always_call=True)
+        look_again(model)
+    if any(layer.layout is None for layer in layers or []):
+        setattr(model, _UNKNOWN, True)
+
+
+def _enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if getattr(model, _UNKNOWN, False) and not learning.passes_run():
+        _learn(model, args, kwargs)
+    if torch.compiler.is_compiling() or learning.passes_run():
+        return
+    call = Call(model, args, kwargs, learning.learn)
+    calls().append(call)
+    watch = first_call(model)
+    if watch is not None:
+        _watches[id(call)] = watch
+
+
+@torch.compiler.disable
+def _learn(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    if any(layer.layout is None for _, layer in adapted_layers(model)):  # else it was declared since
+        learning.learn_layout(model, *args, **kwargs)
+    setattr(
+        model, _UNKNOWN, any(layer.layout is None for _, layer in adapted_layers(model))
+    )  # a single example tells nothing
+
+
+def _running(model: nn.Module) -> Call | None:
+    """The innermost call, if it is one of this model; the hooks may have been put on within a call, whose end they then see."""
+    if torch.compiler.is_compiling() or learning.passes_run() or not calls() or calls()[-1].model is not model:
+        return None
+    return calls()[-1]
+
+
+def _judge(model: nn.Module, args: tuple, output: Any) -> None:
+    call = _running(model)
+    if call is not None and id(call) in _watches:
+        _watches[id(call)].judge()
+
+
+def _leave(model: nn.Module, args: tuple, output: Any) -> None:
+    call = _running(model)
+    if call is not None:
+        calls().pop()
+        watch = _watches.pop(id(call), None)
+        if watch is not None:
+            watch.close()
+
+
+def attend_no_more(model: nn.Module) -> None:
+    """Take the hooks off: of a model that is plain again."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if hook in (_enter, _judge, _leave)]:
+            del hooks[key]
+            for marks in (
+                model._forward_pre_hooks_with_kwargs,
+                model._forward_hooks_with_kwargs,
+                model._forward_hooks_always_called,
+            ):
+                marks.pop(key, None)

@@ -1,0 +1,122 @@
+"""An adapter acts, or is said not to."""
+
+import warnings
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+import loralib as lora
+from loralib.model import lora_layers
+
+from .zoo import TINY, ids
+
+
+def ready(model: nn.Module, targets, r: int = 4) -> nn.Module:
+    lora.inject(model, targets, r=r).eval()
+    for _, layer in lora_layers(model):
+        nn.init.normal_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+    return model
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torchs_encoder_layer_runs_its_adapters_in_evaluation_too(nested, masked):
+    """Its fast path reads the weights of layers that it does not call; merged weights are what the adapters must amount to."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0.0)
+    model = ready(nn.TransformerEncoder(layer, 2, enable_nested_tensor=nested), ["linear1", "linear2"])
+    x = torch.randn(3, 5, 16)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2, [False] * 4 + [True]]) if masked else None
+    keep = ~mask if masked else torch.ones(3, 5, dtype=torch.bool)
+    with torch.no_grad():
+        for rank in (0, 2, 4):
+            lora.set_rank(model, rank)
+            merged = lora.merge(model, rank)
+            expected = merged.train()(x, src_key_padding_mask=mask)
+            found = model(x, src_key_padding_mask=mask)
+            assert torch.allclose(found[keep], expected[keep], atol=1e-4)
+
+
+def test_the_same_for_a_layer_that_was_built_in():
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True, dropout=0.0)
+    layer.linear1 = lora.Linear(16, 24, r=4)
+    nn.init.normal_(layer.linear1.lora_B)
+    lora.mark_only_lora_as_trainable(layer)
+    x = torch.randn(3, 5, 16)
+    with torch.no_grad():
+        assert torch.allclose(layer.eval()(x), layer.train()(x), atol=1e-5)
+
+
+READERS = {
+    "Mamba": (
+        lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)),
+        "dt_proj", lambda: {"input_ids": torch.randint(5, 50, (2, 6))},
+    ),
+    "WavLM": (
+        lambda: tf.WavLMModel(tf.WavLMConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, conv_dim=(8, 8), conv_stride=(5, 2),
+            conv_kernel=(10, 3), num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)),
+        "q_proj", lambda: {"input_values": torch.randn(2, 800)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("ranks", [2, torch.tensor([1, 2])], ids=["int", "each"])
+def test_a_layer_that_is_read_and_not_called_is_refused(name, ranks):
+    build, target, batch = READERS[name]
+    model = ready(build(), [target])
+    lora.set_rank(model, ranks)
+    for _ in range(2):  # and so it stays
+        with pytest.raises(ValueError, match=rf"{target}.*: {name}\w* reads the weight and does not call the layer"):
+            model(**batch())
+    assert "__getattr__" not in vars(lora.LoRALayer)
+
+
+def test_a_layer_whose_double_runs_is_refused():
+    config = tf.T5Config(
+        vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    inputs = ids(2, 4) | {"decoder_input_ids": torch.randint(5, 50, (2, 3))}
+    model = ready(tf.T5ForConditionalGeneration(config), ["shared"])
+    with pytest.raises(ValueError, match=r"shared is not called, since encoder.embed_tokens has the same weight"):
+        model(**inputs)
+
+
+def test_layers_that_sit_out_are_named_once():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.left(x)
+
+    model = ready(Two(), ["left", "right"])
+    with pytest.warns(UserWarning, match="^right: adapted, and not called in the first pass of Two"):
+        model(torch.randn(2, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 4))
+        lora.set_rank(model, 1)
+        model(torch.randn(2, 4))
+
+
+def test_a_pass_that_fails_leaves_nothing_behind():
+    model = ready(nn.Sequential(nn.Linear(4, 4)), ["0"])
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            model(torch.randn(2, 5))
+    assert "__getattr__" not in vars(lora.LoRALayer) and not model[0]._forward_pre_hooks
+    assert model(torch.randn(2, 4)).shape == (2, 4)
+
+
+def test_a_merged_model_has_no_hooks_left():
+    model = ready(tf.RobertaModel(tf.RobertaConfig(**TINY)), ["query"])
+    lora.set_rank(model, torch.tensor([1, 2]))
+    plain = lora.merge(model, 2)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
+    assert not any(m._forward_hooks_always_called or m._forward_pre_hooks_with_kwargs for m in plain.modules())
+    assert model._forward_hooks and model._forward_pre_hooks
