@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import inspect
 import math
 import re
 from collections.abc import Iterator
@@ -77,7 +78,7 @@ def inject(
         lora_dropout: dropout probability on the adapter's input.
         scaling: strength at rank b: "alpha/r" (one strength for all ranks), "alpha/b" (the paper's) or "alpha/sqrt(b)".
         modules_to_save: names of modules that train in full and are saved with the adapter. Default: the head of a
-            transformers classifier, nothing otherwise. They are never adapted.
+            transformers classifier, nothing otherwise. They are never adapted. Weights that they are tied to stay frozen.
 
     Raises ValueError if r < 1, if nothing matches (naming what could have), if a layer that matches computes in its own way,
     or if a module to save does not exist; the model is unchanged then.
@@ -115,16 +116,42 @@ def inject(
             f"target_modules = {target_modules!r} matches no layer of {type(model).__name__} that can be adapted; "
             f"it has {', '.join(sorted(candidates)) or 'none'}."
         )
+    tied = _tied(model, heads)
     around_module = {id(layer.base_layer): layer for layer in layers.values()}
     for name, module in modules.items():  # a module under two names is one adapted layer under both
         if id(module) in around_module:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, around_module[id(module)])
     setattr(model, "lora_modules_to_save", heads)  # noqa: B010  # plain data, which modules are not typed to hold
+    for module, name in tied:
+        shared = module.get_parameter(name)
+        setattr(module, name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
+        setattr(model, "lora_untied", True)  # noqa: B010
     attend(model)
     keep_off_fast_path(model)
     look_again(model)
     return model
+
+
+def _tied(model: nn.Module, heads: list[str]) -> list[tuple[nn.Module, str]]:
+    """The parameters, as (module, name), of modules to save that a module which stays frozen has too (a tied ``lm_head``).
+
+    They get a copy to train, as in PEFT. Raises ValueError for a model that computes otherwise when they are not tied.
+    """
+    parameters = [
+        (module, name, parameter, is_inside(f"{where}.{name}", heads))
+        for where, module in model.named_modules(remove_duplicate=False)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    ]
+    frozen = {id(parameter) for _, _, parameter, trains in parameters if not trains}
+    tied = [(module, name) for module, name, parameter, trains in parameters if trains and id(parameter) in frozen]
+    if tied and "tie_word_embeddings" in inspect.unwrap(type(model).forward).__code__.co_names:
+        raise ValueError(
+            f"modules_to_save names a module with tied weights, and {type(model).__name__} computes otherwise without the "
+            f"tie; leave it out of modules_to_save and adapt the layer instead."
+        )
+    return tied
 
 
 def default_head(model: nn.Module) -> list[str]:
@@ -307,8 +334,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     if getattr(config, "apply_lora", False):
         config.apply_lora = False
     others = {id(parameter) for parameter in model.parameters()}
-    if getattr(config, "tie_word_embeddings", False) and any(id(weight) in others for weight in stored):
-        config.tie_word_embeddings = (
-            False  # the output layer keeps W0; tied again on loading, one of the two would be lost
-        )
+    untied = getattr(model, "lora_untied", False) or any(id(weight) in others for weight in stored)
+    if untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False  # tied again on loading, one of the two weights would be lost
     return model

@@ -1,5 +1,6 @@
 """Adapters on disk: stock PEFT gives the same logits at every rank; damage is one clear error and changes nothing."""
 
+import copy
 import json
 import math
 import os
@@ -19,6 +20,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     RobertaForSequenceClassification,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 
 import loralib as lora
@@ -491,3 +494,38 @@ def test_a_head_is_put_in_the_models_order_by_its_label_names(roberta_config, tm
     with pytest.raises(ValueError, match="knows the labels no, maybe, yes, the model a, b, c"):
         lora.load_adapter(third, tmp_path)
     assert not any(isinstance(m, lora.LoRALayer) for m in third.modules())
+
+
+@pytest.mark.parametrize("heads", [["lm_head"], ["wte"], ["lm_head", "wte"]], ids=str)
+def test_a_tied_module_to_save_trains_and_its_export_is_exact(heads, roberta_config, tmp_path):
+    model, targets = stock("gpt2", roberta_config)
+    lora.inject(model, targets, r=2, modules_to_save=heads)
+    lora.mark_only_lora_as_trainable(model)
+    randomise(model)
+    ids, before = torch.randint(0, 40, (2, 7)), copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    for name in ("lm_head", "transformer.wte"):
+        moved = not torch.equal(model.state_dict()[f"{name}.weight"], before[f"{name}.weight"])
+        assert moved == (name.rpartition(".")[2] in heads)
+    lora.save_adapter(model, tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = model(ids).logits
+        peer = PeftModel.from_pretrained(stock("gpt2", roberta_config)[0], tmp_path / "adapter").eval()
+        assert close(peer(ids).logits, wanted)
+        again, _ = stock("gpt2", roberta_config)
+        lora.load_adapter(again, tmp_path / "adapter")
+        assert close(again(ids).logits, wanted)
+        lora.merge(model).save_pretrained(tmp_path / "whole")
+        assert close(GPT2LMHeadModel.from_pretrained(tmp_path / "whole").eval()(ids).logits, wanted)
+
+
+def test_a_tied_module_to_save_is_refused_where_the_tie_is_computed_with():
+    config = UMT5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, tie_word_embeddings=True)
+    model = UMT5ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="computes otherwise without the tie; leave it out"):
+        lora.inject(model, ["q"], modules_to_save=["lm_head"])
+    assert not lora.model.has_lora(model)
