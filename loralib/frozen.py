@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .layers import LoRALayer
 from .model import lora_layers
 
 
@@ -12,16 +13,13 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     A zero gradient is not enough: momentum and weight decay move a parameter all the same. From this call on, the
     components that no example, micro-batch or process drew keep their values bit for bit, and the optimizer's state
     for them (momenta) stays as it was. Drawn are, with ``set_rank(..., frozen=True)``, the ranks themselves; without,
-    components 1..b of every drawn b.
+    components 1..b of every drawn b. They are known by their gradient at the step, which is 0 for all others: so what
+    accumulates or is averaged over processes is counted, and a step that a GradScaler skips is not.
 
         model = lora.inject(...); optimizer = torch.optim.AdamW(...)
         lora.freeze_undrawn(optimizer, model)
-
-    In a distributed run all processes must call it, and step together; they exchange one small tensor a step.
     """
     layers = [layer for _, layer in lora_layers(model)]
-    for layer in layers:
-        layer._drawn = torch.zeros(layer.r, dtype=torch.bool, device=layer.lora_A.device)
     undrawn: list[torch.Tensor] = []
     kept: dict[tuple, torch.Tensor] = {}
 
@@ -37,11 +35,7 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
     @torch.no_grad()
     def before(*_):
-        drawn = torch.cat([layer._drawn for layer in layers]).to(torch.uint8)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(drawn, torch.distributed.ReduceOp.MAX)
-        masks = drawn.bool().split([layer.r for layer in layers])
-        undrawn[:] = [(~mask).nonzero().squeeze(1) for mask in masks]
+        undrawn[:] = [(~_has_gradient(layer)).nonzero().squeeze(1) for layer in layers]
         kept.update((key, view[:, undrawn[i]].clone()) for key, i, view in tensors())
 
     @torch.no_grad()
@@ -50,8 +44,15 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             # A momentum that this step created starts at zero for what was not drawn, as if the step had not been.
             view[:, undrawn[i]] = kept.get(key, torch.zeros((), dtype=view.dtype, device=view.device))
         kept.clear()
-        for layer in layers:
-            layer._drawn.zero_()
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)
+
+
+def _has_gradient(layer: LoRALayer) -> torch.Tensor:
+    """Which components have a gradient: bool (r,)."""
+    found = torch.zeros(layer.r, dtype=torch.bool, device=layer.lora_A.device)
+    for factor, by_component in ((layer.lora_A, layer.split_A), (layer.lora_B, layer.split_B)):
+        if factor.grad is not None:
+            found |= (by_component(factor.grad) != 0).transpose(0, 1).flatten(1).any(1)
+    return found

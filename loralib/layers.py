@@ -90,9 +90,6 @@ class LoRALayer(Merging):
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.state = RankState(r)
         self.layout: Layout | str | None = None  # where a batch's examples stand in the input; or why they do not
-        self._drawn: torch.Tensor | None = (
-            None  # components of the training passes; kept while freeze_undrawn asks for it
-        )
         if r:
             weight = self.weight
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
@@ -205,8 +202,6 @@ class LoRALayer(Merging):
 
     def _updated(self, h: torch.Tensor, x: torch.Tensor, state: RankState) -> torch.Tensor:
         """h plus the update of x at ``state``."""
-        if self._drawn is not None and self.training and torch.is_grad_enabled():
-            self._drawn |= self.drawn_components()
         x = self.lora_dropout(x)
         if state.gate is None:
             return self.add_update(h, x, *self.first_components(state.rank, state.frozen), self.strength())
@@ -256,15 +251,6 @@ class LoRALayer(Merging):
             A = torch.cat([A[:, : b - 1].detach(), A[:, b - 1 :]], dim=1)
             B = torch.cat([B[:, : b - 1].detach(), B[:, b - 1 :]], dim=1)
         return A.flatten(0, 2), B.flatten(1, 2)
-
-    def drawn_components(self) -> torch.Tensor:
-        """Which components the state in use trains, over all examples: bool (r,)."""
-        component = torch.arange(1, self.r + 1, device=self.lora_A.device)
-        state = self.state
-        if state.rank is None:
-            return torch.as_tensor(state.gate != 0).reshape(-1, self.r).any(0).to(component.device)
-        rank = torch.as_tensor(state.rank, device=component.device).reshape(-1, 1)
-        return (component == rank if state.frozen else component <= rank).any(0)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling!r}"

@@ -87,6 +87,7 @@ def test_evaluation_between_steps_draws_nothing():
     model, optimizer = setup("AdamW")
     step(model, optimizer, 4, frozen=False)
     before = components(model)
+    optimizer.zero_grad()
     lora.set_rank(model, 1, frozen=True)
     model(torch.randn(3, 6)).square().mean().backward()
     with torch.no_grad(), lora.use_rank(model, 3):
@@ -106,3 +107,18 @@ def test_a_zero_gradient_alone_is_not_enough():
     before = components(model)
     step(model, plain, 1)
     assert moved(model, before)[0] == [True] * 4
+
+
+def test_a_step_that_the_scaler_skips_does_not_count():
+    """What was drawn for it is as little drawn in the next step as if it had not been."""
+    model, optimizer = setup("AdamW")
+    step(model, optimizer, 4, frozen=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for scale, rank in ((float("inf"), 2), (1.0, 3)):
+        before = components(model)
+        optimizer.zero_grad()
+        lora.set_rank(model, rank, frozen=True)
+        scaler.scale(model(torch.randn(3, 6)).square().mean() * scale).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert moved(model, before) == [[b == 3 == rank for b in (1, 2, 3, 4)]] * 3
