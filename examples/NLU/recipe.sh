@@ -37,7 +37,7 @@ if [ -z "$(chosen --per_device_train_batch_size "")" ]; then
 fi
 
 launch=("$python")
-[ "$NPROC" -eq 1 ] || launch=("$python" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+[ "$NPROC" -eq 1 ] || launch=("$python" -m transformers_dylora.launch --nproc_per_node "$NPROC")
 
 # MRPC, RTE and STS-B start from the MNLI adapter, as in the released recipes.
 start=()

@@ -64,8 +64,6 @@ class AdapterFiles:
 def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, facts: dict) -> None:
     """Write the three files. The weights carry rank and strength too: should a kill leave them beside another
     configuration, ``read_directory`` goes by theirs."""
-    from safetensors.torch import save_file
-
     strength = {key: config[key] for key in STRENGTH} | {"scaling": facts["scaling"], "rank": facts["rank"]}
     metadata = {"format": "pt", "dylora": json.dumps(strength)}
     write_together(
@@ -73,9 +71,23 @@ def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor]
         {
             EXTRA: text_writer(json.dumps(facts, indent=2) + "\n"),
             CONFIG: text_writer(json.dumps(config, indent=2) + "\n"),
-            WEIGHTS: lambda file: save_file(tensors, file, metadata=metadata),
+            WEIGHTS: lambda file: file.write_bytes(safetensors_bytes(tensors, metadata)),
         },
     )
+
+
+def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file; equal contents give equal bytes, which safetensors' own writer, whose metadata has no order, does
+    not."""
+    from safetensors.torch import save
+
+    raw = save(tensors, metadata)
+    size = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # numbers begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + raw[8 + size :]
 
 
 def read_directory(path: str | os.PathLike) -> AdapterFiles:

@@ -31,6 +31,16 @@ class ExactBatches(TrainerPart):
         """The micro-batches (lists of indices) that training used last."""
         return self.place.batches
 
+    def _check_enough(self) -> None:
+        """Raise ValueError if --dataloader_drop_last leaves nothing to train on."""
+        args, data = self.args, self.train_dataset
+        update = args.train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+        if args.dataloader_drop_last and data is not None and has_length(data) and len(data) < update:
+            raise ValueError(
+                f"The training set has {len(data)} examples, fewer than one update of {update}; leave out "
+                f"--dataloader_drop_last or use a smaller batch."
+            )
+
     def _get_train_sampler(self, train_dataset=None):
         """A stand-in that draws nothing: ``get_train_dataloader`` puts our batches in its place."""
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -69,11 +79,6 @@ class ExactBatches(TrainerPart):
             shuffle=strategy != "sequential",
             drop_last=args.dataloader_drop_last,
         )
-        if not len(batches):
-            raise ValueError(
-                f"The training set has {size} examples, fewer than one update of {batches.global_batch}; "
-                f"leave out --dataloader_drop_last or use a smaller batch."
-            )
         self.place.batches = batches
         settings = {name: getattr(loader, name) for name in LOADER_SETTINGS}
         loader = DataLoader(loader.dataset, batch_sampler=batches, **settings)

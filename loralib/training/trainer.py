@@ -85,11 +85,16 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
                 f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
                 f"GPU: torchrun --nproc_per_node={self.args.n_gpu} ..."
             )
+        if self.is_fsdp_enabled and self.args.device.type == "cpu":
+            raise ValueError(
+                "FSDP needs GPUs: accelerate has none for CPUs; leave it out, several processes share a batch."
+            )
         if self.args.train_sampling_strategy == "batch_rebalance" or self.args.batch_eval_metrics:
             raise ValueError(
                 "DyLoRATrainer orders its batches itself and measures all ranks at the end: leave out "
                 "--train_sampling_strategy batch_rebalance and --batch_eval_metrics."
             )
+        self._check_enough()
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
         self.loss_is_scaled_for_ga: bool | None = True  # compute_loss below weighs every micro-batch
         self.place = Place()
@@ -151,7 +156,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
         rank = get_rank(self.model)
         if rank is None:
             return "mixtures"
-        return str(rank) if isinstance(rank, int) else f"{min(rank)} to {max(rank)}"
+        low, high = (rank, rank) if isinstance(rank, int) else (int(rank.min()), int(rank.max()))
+        return str(low) if low == high else f"{low} to {high}"
 
     def training_setting(self, batch_size: int) -> Setting:
         """What the schedule says for the micro-batch that comes."""

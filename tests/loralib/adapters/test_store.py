@@ -12,6 +12,7 @@ import time
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -529,3 +530,18 @@ def test_a_tied_module_to_save_is_refused_where_the_tie_is_computed_with():
     with pytest.raises(ValueError, match="computes otherwise without the tie; leave it out"):
         lora.inject(model, ["q"], modules_to_save=["lm_head"])
     assert not lora.model.has_lora(model)
+
+
+def test_equal_adapters_are_equal_files(roberta_config, tmp_path):
+    model, targets = stock("roberta", roberta_config)
+    lora.inject(model, targets, r=2)
+    seen = set()
+    for _ in range(12):  # safetensors' own metadata comes in any order
+        lora.save_adapter(model, tmp_path)
+        seen.add(tuple(file.read_bytes() for file in sorted(tmp_path.iterdir())))
+    assert len(seen) == 1
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as opened:
+        assert opened.metadata()["format"] == "pt"
+        assert all(
+            torch.equal(opened.get_tensor(k), v) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()
+        )

@@ -18,14 +18,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data loader workers 
 import numpy as np
 import torch
 import transformers
-from transformers import DataCollatorWithPadding, default_data_collator, set_seed
+from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator, set_seed
 from transformers_dylora import results
 from transformers_dylora.arguments import parse
 from transformers_dylora.data import glue_task, load_files, load_glue, padding_share, tokenize
 from transformers_dylora.errors import UsageError
 from transformers_dylora.identity import check_continuation, settings_of, store
 from transformers_dylora.modeling import known_labels, load_model, load_tokenizer, longest_input
-from transformers_dylora.output_dir import clear_run, resume_point
+from transformers_dylora.output_dir import check_output_dir, clear_run, resume_point
+from transformers_dylora.stopping import exit_code, one_sentence
 
 from loralib.conflict import warn_of_other_loralib
 from loralib.report.results import RankResults
@@ -38,7 +39,9 @@ FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict
 def main(argv: list[str] | None = None) -> RankResults | None:
     """Run one command line; returns what rank_results.json holds (None without --do_eval)."""
     argv = sys.argv[1:] if argv is None else argv
-    return run(*parse(argv), argv)
+    model_args, data_args, training_args = parse(argv)
+    with one_sentence(training_args):
+        return run(model_args, data_args, training_args, argv)
 
 
 def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | None:
@@ -52,6 +55,8 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         raise UsageError(f"Nothing to do; add {', '.join(FLAGS.values())}.")
     if training_args.prediction_loss_only:
         raise UsageError("--prediction_loss_only leaves no predictions to score; leave it out.")
+    if training_args.should_save:
+        check_output_dir(training_args, model_args.lora_path)
     checkpoint, notes = resume_point(training_args)
     for note in [*notes, *([f"going on from {checkpoint}"] if checkpoint else [])]:
         say(note)
@@ -102,10 +107,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         if checkpoint:
             for note in check_continuation(Path(checkpoint).parent, settings, training_args.resume_anyway):
                 say(note)
-        if training_args.should_save:
-            if training_args.overwrite_output_dir and not checkpoint:
-                clear_run(training_args)
-            store(training_args.output_dir, settings)
+        trainer.add_callback(Begin(settings, anew=training_args.overwrite_output_dir and not checkpoint))
         try:
             trained = trainer.train(resume_from_checkpoint=checkpoint)
         except FloatingPointError as error:
@@ -140,6 +142,19 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         trainer.push_to_hub()
     trainer.end()
     return found
+
+
+class Begin(TrainerCallback):
+    """After all checks, just before the first step: what an earlier run left makes way, and this one's settings are kept."""
+
+    def __init__(self, settings: dict, anew: bool):
+        self.settings, self.anew = settings, anew
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.should_save:
+            if self.anew:
+                clear_run(Path(args.output_dir))
+            store(args.output_dir, self.settings)
 
 
 def load_data(data_args, model_args, training_args):
@@ -218,7 +233,4 @@ def measure(trainer, name: str, split, task) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UsageError as error:
-        sys.exit(f"run_glue.py: {error}")
+    sys.exit(exit_code(main, "run_glue.py"))

@@ -291,6 +291,10 @@ class GlueTrainingArguments(TrainingArguments):
             self.use_cpu = True  # --bf16 and the gloo backend ask for this word where there is no accelerator
         if self.fp16 and self.use_cpu:
             raise UsageError("--fp16 needs a GPU: without one nothing would compute in it; use --bf16, or neither.")
+        if self.use_cpu and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")):
+            raise UsageError(
+                "--fsdp needs GPUs: accelerate has no FSDP for CPUs; leave it out, processes share a batch."
+            )
         if not self.save_safetensors:
             self.notes.append("--save_safetensors false has no effect any more: checkpoints are always safetensors.")
         if self.logging_dir is not None:

@@ -1,7 +1,9 @@
 """What to do with an output directory that is not empty."""
 
 import json
+import os
 import shutil
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -92,18 +94,37 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-def clear_run(args) -> None:
-    """Remove what an earlier run left, so that no later run goes on from its checkpoints and no table mixes both."""
-    directory = Path(args.output_dir)
-    for checkpoint in directory.glob("checkpoint-*"):
+# What a run leaves in its output directory, beside its checkpoints.
+LEFT = (
+    *("adapter_config.json", "adapter_model.safetensors", "dylora.json", "model.safetensors", "README.md", FILE),
+    *("trainer_state.json", "training_args.bin", "train_results.json", "rank_results.*", "rank_curve.png"),
+    *("eval_*r*_results.json", "test_results_*_r*.txt", "predictions_*.npz"),
+)
+
+
+def clear_run(directory: Path) -> None:
+    """Remove what an earlier run left, so that no later run goes on from its checkpoints and nothing mixes both."""
+    for checkpoint in checkpoints(directory):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    results = (
-        "eval_*r*_results.json",
-        "test_results_*_r*.txt",
-        "predictions_*.npz",
-        "rank_results.*",
-        "train_results.json",
-    )
-    for pattern in (*results, FILE):
-        for file in directory.glob(pattern):
-            file.unlink()
+    for file in (file for pattern in LEFT for file in directory.glob(pattern)):
+        file.unlink()
+
+
+def check_output_dir(args, lora_path: str | None) -> None:
+    """Raise UsageError if nothing can be written to --output_dir, or if an adapter to start from would be removed from it."""
+    directory = Path(args.output_dir)
+    if lora_path and args.do_train and args.overwrite_output_dir and directory.resolve() == Path(lora_path).resolve():
+        raise UsageError(f"--overwrite_output_dir would remove --lora_path {lora_path}; give another --output_dir.")
+    made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--output_dir {directory} cannot be written ({error.strerror}); give another, or make it writable."
+        ) from None
+    finally:
+        for path in made:  # it is made again when there is something to write
+            if os.path.isdir(path):
+                path.rmdir()
