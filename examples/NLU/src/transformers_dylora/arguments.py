@@ -4,6 +4,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Literal
 
@@ -89,7 +90,7 @@ class DataArguments:
 
     def __post_init__(self):
         own = [path for path in (self.train_file, self.validation_file, self.test_file) if path]
-        if (self.task_name is None) == (not own):
+        if bool(self.task_name) == bool(own):
             raise UsageError(
                 "Give either --task_name (a GLUE task) or your own --train_file, --validation_file, --test_file."
             )
@@ -295,6 +296,13 @@ class GlueTrainingArguments(TrainingArguments):
             raise UsageError(
                 "--fsdp needs GPUs: accelerate has no FSDP for CPUs; leave it out, processes share a batch."
             )
+        if self.batch_eval_metrics:
+            raise UsageError("--batch_eval_metrics: the scores of all ranks are computed at the end; leave it out.")
+        if not self.remove_unused_columns:
+            self.remove_unused_columns = True
+            self.notes.append(
+                "--remove_unused_columns false has no effect: no column but the model's inputs reaches it."
+            )
         if not self.save_safetensors:
             self.notes.append("--save_safetensors false has no effect any more: checkpoints are always safetensors.")
         if self.logging_dir is not None:
@@ -329,7 +337,15 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingA
     try:
         if len(argv) == 1 and argv[0].endswith(".json"):
             return parser.parse_json_file(argv[0])
-        return parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            argv, look_for_args_file=False, return_remaining_strings=True
+        )
+        if unknown:
+            near = get_close_matches(unknown[0], parser._option_string_actions, n=1)
+            raise UsageError(
+                f"{unknown[0]} is no flag; {f'did you mean {near[0]}? ' if near else ''}--help lists them all."
+            )
+        return parsed[0], parsed[1], parsed[2]
     except UsageError:
         raise
     except ValueError as error:

@@ -18,6 +18,8 @@ def load_glue(task: Task, dataset_dir: str | None, cache_dir: str | None = None)
     """The splits of a GLUE task that are there, checked. Raises UsageError."""
     splits = _from_directory(task, Path(dataset_dir), cache_dir) if dataset_dir else _from_hub(task, cache_dir)
     for name, split in splits.items():
+        if "test" in name and "label" in split.column_names:
+            split = split.remove_columns("label")  # predictions do not need it, and it may be hidden
         splits[name] = _checked(split, task, f"{dataset_dir or HUB_NAME} ({task.name}, {name})", "test" not in name)
     return splits
 
@@ -36,16 +38,14 @@ def _from_directory(task: Task, directory: Path, cache_dir: str | None) -> datas
     if not directory.is_dir():
         raise UsageError(f"--dataset_dir {directory} is no directory; give the one that holds {task.name}'s splits.")
     own = directory / task.name if (directory / task.name).is_dir() else directory
-    if (own / "dataset_dict.json").exists():
-        return datasets.load_from_disk(str(own))
     wanted = [name for kind in ("train", "validation", "test") for name in task.splits(kind)]
     found = {}
     for name in wanted:
         file = next((own / (name + ending) for ending in ENDINGS if (own / (name + ending)).exists()), None)
         if file is not None:
             found[name] = _read(file, cache_dir)
-        elif (own / name).is_dir():
-            found[name] = datasets.load_from_disk(str(own / name))
+        elif list((own / name).glob("*.arrow")):
+            found[name] = _read(own / name, cache_dir)
     if not found:
         raise UsageError(
             f"{own} holds none of {', '.join(wanted)} as .jsonl, .parquet, .csv or what save_to_disk writes; "
@@ -55,24 +55,41 @@ def _from_directory(task: Task, directory: Path, cache_dir: str | None) -> datas
 
 
 def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
-    """The rows of a file. Cells of a CSV are text, all of them: NA, None and an empty cell are no missing values, 01 is not 1."""
+    """The rows of a file, or of a split's directory from save_to_disk. What is made of them goes to the cache, not beside."""
     options: dict = {}
-    if not file.stat().st_size:
+    kind = "arrow" if file.is_dir() else ENDINGS[file.suffix]
+    if kind != "arrow" and not file.stat().st_size:
         raise UsageError(f"{file} is empty; it needs at least one example.")
     try:
-        if file.suffix == ".csv":
-            with open(file, newline="", encoding="utf-8-sig") as lines:
-                columns = next(csv.reader(lines), [])
-            text = datasets.Features({name: datasets.Value("string") for name in columns})
-            options = {"features": text, "keep_default_na": False, "na_filter": False}
-        return datasets.load_dataset(
-            ENDINGS[file.suffix], data_files=str(file), split="train", cache_dir=cache_dir, **options
-        )
+        if kind == "csv":
+            options = _csv_as_text(file)
+        files = sorted(map(str, file.glob("*.arrow"))) if kind == "arrow" else str(file)
+        return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UsageError(
-            f"{file} cannot be read as {file.suffix[1:]} ({reason[0] if reason else 'empty'}); mend the file."
+            f"{file} cannot be read as {file.suffix[1:] or kind} ({reason[0] if reason else 'empty'}); mend the file."
         ) from error
+
+
+def _csv_as_text(file: Path) -> dict:
+    """Options for reading a CSV, of which all cells are text: NA, None and an empty cell are no missing values, 01 is not 1.
+
+    Raises UsageError for a file without rows, and for a row with more or fewer cells than there are columns.
+    """
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        rows = csv.reader(lines)
+        columns, empty = next(rows, []), True
+        for row in rows:
+            empty = empty and not row
+            if row and len(row) != len(columns):
+                raise UsageError(
+                    f"{file} has {len(row)} cells in line {rows.line_num}, and {len(columns)} columns; quote cells with commas."
+                )
+    if empty:
+        raise UsageError(f"{file} is empty; it needs at least one example.")
+    text = datasets.Features({name: datasets.Value("string") for name in columns})
+    return {"features": text, "keep_default_na": False, "na_filter": False}
 
 
 def _checked(split: datasets.Dataset, task: Task, where: str, labelled: bool) -> datasets.Dataset:
@@ -98,7 +115,7 @@ def _checked(split: datasets.Dataset, task: Task, where: str, labelled: bool) ->
     split = split.select_columns(kept)
     if "label" not in kept:
         return split
-    numbers = as_numbers(split["label"], task, where, names_in(split.features["label"]), hidden=not labelled)
+    numbers = as_numbers(split["label"], task, where, names_in(split.features["label"]))
     kind = datasets.Value("float32" if task.regression else "int64")
     return split.remove_columns("label").add_column("label", numbers, feature=kind)
 
@@ -144,7 +161,7 @@ def load_files(
     task = Task("custom", texts, names, ("pearson", "spearmanr") if regression else ("accuracy",))
     for name, split in splits.items():
         if name == "test" and "label" in split.column_names:
-            split = split.remove_columns("label")  # predictions do not need it, and it may be hidden
+            split = split.remove_columns("label")
         is_labelled = "label" in split.column_names
         if name == "train" and not is_labelled:
             raise UsageError(f"{files[name]} has no column 'label', only {', '.join(split.column_names)}.")

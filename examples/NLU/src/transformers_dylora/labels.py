@@ -52,19 +52,15 @@ def _number(name: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def as_numbers(
-    values: Sequence[Any], task: Task, where: str, source: tuple[str, ...] = (), hidden: bool = False
-) -> list[float] | list[int]:
+def as_numbers(values: Sequence[Any], task: Task, where: str, source: tuple[str, ...] = ()) -> list[float] | list[int]:
     """The labels as the task numbers them.
 
     Args:
         source: the names behind numbers, where the column brings them; else a number is the task's own.
-        hidden: -1 is allowed, GLUE's word for a label that is not told.
 
     Raises UsageError for a label that is missing or that the task does not know, and for a source with other names.
     """
-    if not hidden:
-        refuse_missing(values, where)
+    refuse_missing(values, where)
     if task.regression:
         return [_value(value, i, where, task) for i, value in enumerate(values)]
     order = list(range(len(task.labels)))
@@ -75,9 +71,7 @@ def as_numbers(
         order = found
     fold = str.lower if len({name.lower() for name in task.labels}) == len(task.labels) else str
     numbers = {fold(name): i for i, name in enumerate(task.labels)}
-    return [
-        _class(value, i, where, task, numbers.get(fold(text(value))), order, hidden) for i, value in enumerate(values)
-    ]
+    return [_class(value, i, where, task, numbers.get(fold(text(value))), order) for i, value in enumerate(values)]
 
 
 def _value(value: Any, i: int, where: str, task: Task) -> float:
@@ -89,9 +83,7 @@ def _value(value: Any, i: int, where: str, task: Task) -> float:
     return number
 
 
-def _class(value: Any, i: int, where: str, task: Task, by_name: int | None, order: list[int], hidden: bool) -> int:
-    if value is None or (hidden and value in (-1, "-1")):
-        return -1
+def _class(value: Any, i: int, where: str, task: Task, by_name: int | None, order: list[int]) -> int:
     if by_name is not None:
         return by_name
     number = _number(str(int(value)) if isinstance(value, bool) else text(value))
