@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"dylora: {missing(error)}", file=sys.stderr)
     except OSError as error:
-        print(f"dylora: {error if error.filename is None else f'{error.filename}: {error.strerror}'}", file=sys.stderr)
+        print(f"dylora: {error if error.filename is None else f'{error.filename}: {error.strerror}.'}", file=sys.stderr)
     except ValueError as error:
         print(f"dylora: {error}", file=sys.stderr)
     return 2

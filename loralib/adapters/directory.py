@@ -7,7 +7,6 @@ has no word for (r_max, the scaling rule, label names, whatever the caller adds)
 import json
 import math
 import os
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -149,11 +148,10 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     """A state dict through torch.load(weights_only=True), names without DistributedDataParallel's ``module.``."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path} is no plain state dict, is damaged or holds code, and was not loaded ({reason})."
-        ) from None
+    except OSError:
+        raise
+    except Exception as error:  # pickles of other content fail in any way
+        raise ValueError(f"{path} is no plain state dict, is damaged or holds code, and was not loaded.") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(
@@ -201,7 +199,7 @@ def cut_adapter(
     tensors = {key: value for key, value in files.tensors.items() if ".lora_" not in key}
     sizes: dict[str, tuple[int, float]] = {}
     ranks: dict[str, int] = {}
-    for key, name, factor, value in files.factors():  # a layer's A comes before its B
+    for key, name, factor, value in sorted(files.factors(), key=lambda found: found[2]):  # all A come before all B
         projections = files.facts.get("projections", {}).get(name, 1)
         dim = "AB".index(factor)
         R, alpha = files.rank_and_alpha(name)

@@ -30,7 +30,7 @@ CHANGES = {
     "another seed": (["--seed", "7"], "seed was 42, now 7"),
     "another task": (None, "task was rte, now wnli"),
     "another rate": (["--learning_rate", "1e-5"], "learning_rate was"),
-    "another schedule": (["--rank_sampling", "step"], "schedule was"),
+    "another schedule": (["--rank_sampling", "step"], "rank_sampling was example, now step"),
     "another rank": (["--lora_r", "2"], "lora_r was 3, now 2"),
     "fewer examples": (["--max_train_samples", "4"], "data was 6 examples"),
     "a larger batch": (["--gradient_accumulation_steps", "2"], "examples per update was"),

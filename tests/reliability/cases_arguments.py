@@ -86,8 +86,8 @@ CASES = [
     Case("nothing to do", without("--do_train", "--do_eval"), refused="Nothing to do; add --do_train", quick=True),
     Case("no task and no files", without("--task_name"), refused="Give either --task_name"),
     Case("a task and files", flags("--train_file", "a.csv"), refused="Give either --task_name"),
-    Case("an adapter that is not applied", without("--apply_lora"), refused=None, right=lambda folder, found: None),
-    Case("evaluation without a trained head", without("--do_train"), refused="--lora_path"),
+    Case("an adapter that is not applied", without("--apply_lora"), refused="--lora_path loads an adapter; add --apply_lora"),
+    Case("evaluation without an adapter", without("--do_train", "--lora_path"), refused="give it with --lora_path"),
     Case(
         "a number that is no rank for the adapter", flags("--lora_r", "2", start=evaluate),
         refused=r"--lora_r|r = 3|rank 3",

@@ -88,7 +88,11 @@ def judge(case: Case, folder: Path) -> str:
     last = sentence.strip().splitlines()[-1]
     assert sentence.strip() == last, f"several lines: {sentence}"
     assert re.search(case.refused, last), last
-    assert len(last) < LONGEST and "Traceback" not in last and "Error(" not in last, last
+    assert (
+        len(last.replace(str(folder), "")) < LONGEST + 300 * ("x" * 300 in last)
+        and "Traceback" not in last
+        and "Error(" not in last
+    ), last
     assert last.endswith((".", ")", ".sh")) or "error:" in last, last
     assert not (folder / "out" / "rank_results.json").exists(), "a table was written"
     return "refused"

@@ -5,10 +5,17 @@ import shutil
 
 import pytest
 
-from . import cases_arguments, cases_data, world
+from . import cases_adapters, cases_arguments, cases_checkpoints, cases_commands, cases_data, cases_models, world
 from .judge import Case, judge
 
-TABLES = {"arguments": cases_arguments.CASES, "data": cases_data.CASES}
+TABLES = {
+    "arguments": cases_arguments.CASES,
+    "data": cases_data.CASES,
+    "models": cases_models.CASES,
+    "adapters": cases_adapters.CASES,
+    "checkpoints": cases_checkpoints.CASES,
+    "commands": cases_commands.CASES,
+}
 ALL = [(table, case) for table, cases in TABLES.items() for case in cases]
 CHOSEN = [pair for pair in ALL if pair[1].quick or os.environ.get("DYLORA_ALL_CASES")]
 
@@ -17,14 +24,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def built(roberta_checkpoint, tmp_path_factory):
-    return world.build(tmp_path_factory.mktemp("world"), roberta_checkpoint)
+    return world.build(tmp_path_factory.mktemp("cases") / "world", roberta_checkpoint)
 
 
 @pytest.fixture
-def folder(built, tmp_path, monkeypatch):
+def folder(built, monkeypatch):
+    folder = built.with_name("world")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "world" / "cache")
-    return shutil.copytree(built, tmp_path / "world")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    shutil.rmtree(folder, ignore_errors=True)
+    return shutil.copytree(built, folder)
 
 
 def test_there_are_enough():

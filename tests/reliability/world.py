@@ -42,7 +42,8 @@ def read_rows(file: Path) -> list[dict]:
 
 
 def build(folder: Path, encoder: Path) -> Path:
-    """folder/base, /rte (data), /adapter (strong), /whole (a classifier), /run (a finished training with checkpoints)."""
+    """folder/base, /rte (data), /adapter (strong), /whole (a classifier), /run (a training with checkpoints that started from
+    the adapter); moved to a template, of which each case gets a copy at the same place."""
     shutil.copytree(encoder, folder / "base")
     torch.manual_seed(1)
     config = RobertaConfig.from_pretrained(encoder, num_labels=2)
@@ -76,7 +77,7 @@ def build(folder: Path, encoder: Path) -> Path:
     plain.save_pretrained(folder / "whole")
     tokenizer.save_pretrained(folder / "whole")
     run_glue().main([*train(folder, folder / "run"), "--save_strategy", "steps", "--save_steps", "2"])
-    return folder
+    return folder.rename(folder.with_name("template"))
 
 
 def common(folder: Path, out: Path, data: Path | None = None, model: str = "base") -> list[str]:
@@ -102,7 +103,7 @@ ADAPTER = ["--apply_lora", "--lora_r", str(R), "--lora_alpha", "16"]
 def train(folder: Path, out: Path, data: Path | None = None, model: str = "base") -> list[str]:
     return [
         *common(folder, out, data, model), *ADAPTER, "--do_train", "--do_eval", "--per_device_train_batch_size", "8",
-        "--max_steps", "4", "--save_strategy", "no", "--seed", "3",
+        "--max_steps", "4", "--save_strategy", "no", "--seed", "3", "--lora_path", str(folder / "adapter"),
     ]  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from loralib.files import write_text
 
+from .arguments import SCHEDULE_FLAGS
 from .errors import UsageError
 
 FILE = "run_settings.json"
@@ -43,7 +45,8 @@ def settings_of(model_args, data_args, training_args, task, train) -> dict:
         found |= {
             name: getattr(model_args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         }
-        found |= {"lora_scaling": model_args.scaling(), "schedule": repr(model_args.schedule())}
+        schedule = {SCHEDULE_FLAGS.get(name, name): value for name, value in asdict(model_args.schedule()).items()}
+        found |= {"lora_scaling": model_args.scaling(), **schedule, "seed": args.seed}
     return json.loads(json.dumps(found, default=str))
 
 

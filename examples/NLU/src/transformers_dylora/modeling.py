@@ -40,15 +40,20 @@ def _fetch(what, name: str, **options):
     try:
         return what.from_pretrained(name, **options)
     except OSError as error:
+        if Path(name).is_dir():
+            raise UsageError(f"{name} is no whole checkpoint ({_first_line(error)}); fetch or save it anew.") from error
         raise UsageError(
             f"The model {name!r} is no directory with a checkpoint and cannot be fetched from the hub; give a local "
             f"directory with --model_name_or_path, or try the project without any: bash scripts/quickstart.sh"
         ) from error
     except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{name} is no whole checkpoint ({reason}); fetch or save it anew.") from error
+        raise UsageError(f"{name} is no whole checkpoint ({_first_line(error)}); fetch or save it anew.") from error
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def hub_options(args: ModelArguments) -> dict:
