@@ -28,6 +28,11 @@ def write_together(directory: str | os.PathLike, writers: dict) -> None:
             beside.unlink(missing_ok=True)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether a file is what a killed process left of ``write_together``."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def write_atomically(path: str | os.PathLike, write) -> None:
     """Call ``write(temporary path)`` and rename the result to ``path``: a reader sees the old file or the whole new one."""
     write_together(Path(path).parent, {Path(path).name: write})

@@ -24,7 +24,7 @@ from .layout import ALIKE, CHANGING, UNREACHED, Call, Layout, LayoutError, Seen,
 from .state import RankState
 
 SINGLES = 4  # examples of a batch that run one by one
-ROUNDS = 2  # batches that are compared: the one at hand, and one of mixed-up values
+ROUNDS = 2  # batches that are compared: the one at hand, and one of its tokens mixed up
 MORE = 8  # more of these, where a layer gets rows that are not simply all tokens
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 _learning = False
@@ -38,8 +38,8 @@ def passes_run() -> bool:
 def learn_layout(model: nn.Module, *args, **kwargs) -> None:
     """Learn from one batch where its examples stand in every adapted layer; ``model(*args, **kwargs)`` is how it would run.
 
-    A model called with one rank per example does this by itself, in its first call. Under ``torch.compile`` it cannot: there
-    call this before. Passes run in evaluation mode and without gradient; generators and states are put back.
+    A model called with one rank per example does this by itself, in its first call; under ``torch.compile(fullgraph=True)``
+    it cannot, and this comes before. Passes run in evaluation mode and without gradient; generators and states are put back.
 
     Raises LayoutError if the model cannot run examples one by one.
     """
@@ -79,27 +79,26 @@ class Batch:
         return replace(self, leaves=cut)
 
     def mixed_up(self, seed: int) -> Batch:
-        """The same shapes with other values: float values in another order, integers drawn from their range."""
+        """The same shapes with other examples: each token (or row) is drawn from those of the batch.
+
+        No value is new, so that none is out of range, and what belongs to one token in several inputs stays together.
+        """
         generator = torch.Generator().manual_seed(seed)
-        leaves = [
-            leaf if dim is None else _mixed(leaf, generator) for leaf, dim in zip(self.leaves, self.dims, strict=True)
-        ]
+        drawn: dict[torch.Size, torch.Tensor] = {}
+        leaves = []
+        for leaf, dim in zip(self.leaves, self.dims, strict=True):
+            if dim is not None:
+                rows = leaf.shape[:2]
+                if rows not in drawn:
+                    drawn[rows] = torch.randint(rows.numel(), (rows.numel(),), generator=generator)
+                leaf = leaf.flatten(0, len(rows) - 1)[drawn[rows].to(leaf.device)].view(leaf.shape)
+            leaves.append(leaf)
         return replace(self, leaves=leaves)
 
     def inputs(self) -> tuple[tuple, dict[str, Any]]:
         """(args, kwargs) for a pass; objects that a pass may change (caches) are copies."""
         leaves = [x if isinstance(x, (torch.Tensor, *PLAIN)) else copy.deepcopy(x) for x in self.leaves]
         return tree_unflatten(leaves, self.spec)
-
-
-def _mixed(leaf: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if leaf.dtype == torch.bool or not leaf.numel():
-        return leaf
-    if leaf.is_floating_point() or leaf.is_complex() or int(leaf.min()) < 0:  # below 0 stand marks: -100 for no label
-        order = torch.randperm(leaf.numel(), generator=generator).to(leaf.device)
-        return leaf.reshape(-1)[order].view(leaf.shape)
-    top = max(1, int(leaf.max()))
-    return torch.randint(0, top + 1, leaf.shape, generator=generator, dtype=leaf.dtype).to(leaf.device)
 
 
 def batches(call: Call, n: int) -> list[Batch]:
@@ -130,13 +129,16 @@ def learn(call: Call, n: int) -> None:
         for batch in batches(call, n):
             try:
                 results.append(_compared(call, batch, n))
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # whatever a model raises for inputs that are no batch of its own
                 failures.append(error)
     if not results:
         if failures:
+            reason = (str(failures[0]).strip() or type(failures[0]).__name__).splitlines()[0]
             raise LayoutError(
                 f"{type(call.model).__name__} cannot run the examples of a batch one by one, which tells where they stand "
-                f"in its layers ({type(failures[0]).__name__}: {failures[0]}); say it with loralib.declare_layout(model, 0)."
+                f"in its layers ({reason}); say it with loralib.declare_layout(model, 0)."
             )
         return
     refused = [sum(isinstance(layout, str) for layout in result.values()) for result in results]

@@ -5,7 +5,6 @@ has no word for (r_max, the scaling rule, label names, whatever the caller adds)
 """
 
 import json
-import math
 import os
 import re
 from collections import defaultdict
@@ -18,7 +17,7 @@ import torch
 
 from ..checks import check_int
 from ..files import text_writer, write_together
-from . import peft_format
+from . import fields, peft_format
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -107,14 +106,15 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
             with safe_open(file, "pt") as opened:
                 strength = json.loads((opened.metadata() or {}).get("dylora", "{}"))
             tensors = load_file(file)
-        except SafetensorError as error:
+        except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"{file} is damaged ({error}); save the adapter anew or fetch it again.") from None
     elif (path / "adapter_model.bin").exists():
         tensors = read_bin(path / "adapter_model.bin")
     else:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
     _refuse_bad_numbers(tensors, path)
-    _refuse_half_pairs(tensors, config, path)
+    _refuse_half_pairs(tensors, path)
+    fields.check(strength, fields.CONFIG | fields.FACTS, file)
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
@@ -122,17 +122,20 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     return AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
 
 
-def _refuse_half_pairs(tensors: dict[str, torch.Tensor], config: dict, path: Path) -> None:
-    """Raise ValueError for a configuration without rank or alpha, and for a factor without its other half."""
-    for name in ("r", "lora_alpha"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f"{path} has {name} = {value!r} in its {CONFIG}; give a number above 0.")
-    for key in tensors:
+def _refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ValueError for a factor without its other half, and for halves of different ranks."""
+    for key, value in tensors.items():
+        if ".lora_" not in key:
+            continue
         other = key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
         other = other if other != key else key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A")
-        if other not in tensors:
+        if other == key or other not in tensors:
             raise ValueError(f"{path} holds {key!r} without {other!r}; the adapter is incomplete.")
+        if value.ndim < 2 or (key < other and value.shape[0] != tensors[other].shape[1:2].numel()):
+            raise ValueError(
+                f"{path} holds {key!r} and {other!r} of shape {tuple(value.shape)} and {tuple(tensors[other].shape)}, which are "
+                f"no pair of factors; save the adapter anew."
+            )
 
 
 def _refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -162,13 +165,17 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
     """The contents of adapter_config.json and, where it is there, dylora.json. Raises ValueError for what is no JSON."""
-    return _read_json(Path(path, CONFIG)), read_facts(path)
+    config = _read_json(Path(path, CONFIG))
+    fields.check(config, fields.CONFIG, Path(path, CONFIG), needed=("r", "lora_alpha"))
+    return config, read_facts(path)
 
 
 def read_facts(path: str | os.PathLike | None) -> dict:
     """What dylora.json in an adapter's directory tells; nothing for a ``.bin``, a directory without it, or None."""
     file = Path(path or "", EXTRA)
-    return _read_json(file) if path and file.is_file() else {}
+    facts = _read_json(file) if path and file.is_file() else {}
+    fields.check(facts, fields.FACTS, file)
+    return facts
 
 
 def _read_json(file: Path) -> dict:

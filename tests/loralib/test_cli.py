@@ -186,32 +186,6 @@ def test_inspect_shows_the_ordering(capsys):
     assert [float(v) for v in re.findall(r"│\s+\d │ +([\d.]+) │", out)] == pytest.approx(wanted, abs=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["report", "nowhere"], "nowhere holds no rank_results.json"),
-        (["select", "mnli", "--split", "test"], "choose one of validation_matched, validation_mismatched"),
-        (["select", "mnli", "--within", "two"], "--within is 'two'"),
-        (["select", "mnli", "--max-parameters", "5"], "No rank has 5 parameters or fewer; the smallest has 128"),
-        (["export", "mnli", "--rank", "9", "--to", "x"], "can be cut to 1..3"),
-        (["export", "mnli", "--rank", "big", "--to", "x"], "--rank is 'big'"),
-        (["export", "glue", "--rank", "1", "--to", "x"], "holds no adapter_config.json"),
-        (["export", "glue", "--rank", "auto", "--to", "x"], "no rank_results.json to choose"),
-        (["export", "mnli", "--rank", "1", "--to", "glue"], "holds other files"),
-        (["export", "mnli", "--rank", "1", "--to", "mnli"], "holds other files"),
-        (["export", "mnli", "--rank", "1", "--to", "rte0"], "holds other files"),
-        (["merge", "mnli", "--rank", "1", "--to", "encoder"], "holds other files"),
-        (["merge", "mnli", "--rank", "1", "--to", "x", "--base", "/nowhere"], "name it with --base"),
-        (["inspect", "glue"], "holds no adapter_config.json"),
-    ],
-)
-def test_a_mistake_is_one_sentence_and_writes_nothing(argv, message, capsys, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    code, _, err = dylora(capsys, *argv)
-    assert code == 2 and message in err and err.startswith("dylora: ") and err.count("\n") == 1
-    assert not Path("x").exists() and not Path(".x.adapter").exists()
-
-
 def test_runs_of_different_models_are_no_seeds_of_one(capsys):
     one = RankResults.read("rte0")
     other = replace(one, model_name_or_path="roberta-large", directory="elsewhere")

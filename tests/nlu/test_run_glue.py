@@ -455,56 +455,6 @@ def test_overwriting_leaves_no_table_of_the_earlier_run(roberta_checkpoint, glue
     assert {p.name for p in (tmp_path / "out").glob("eval_r*")} == {"eval_r1_results.json", "eval_r2_results.json"}
 
 
-MISTAKES = {
-    "a metric that is none": (
-        [
-            *("--metric_for_best_model", "r9_accuracy", "--load_best_model_at_end"),
-            *("--eval_strategy", "epoch", "--save_strategy", "epoch"),
-        ],
-        "--metric_for_best_model is 'r9_accuracy'; choose one of loss, r1_loss",
-    ),
-    "an unknown task": (["--task_name", "boolq"], "'boolq'; choose one of cola"),
-    "a rank of 0": (["--lora_r", "0"], "--lora_r is 0"),
-    "a negative alpha": (["--lora_alpha", "-1"], "--lora_alpha is -1"),
-    "r_min above r": (["--lora_r_min", "9"], "--lora_r_min is 9"),
-    "frozen without draws": (["--lora_frozen", "--rank_sampling", "fixed"], "frozen training needs drawn ranks"),
-    "ranks that are none": (["--eval_ranks", "1,x"], "--eval_ranks is '1,x'"),
-    "ranks beyond r": (["--eval_ranks", "4"], "--eval_ranks is '4'; give ranks from 1 to 3"),
-    "no such targets": (["--lora_target_modules", "nothing"], "matches no layer .* it has dense, key"),
-    "a batch that does not divide": (["--global_batch_size", "7"], "--global_batch_size 7 is no multiple of 2"),
-    "no such model": (["--model_name_or_path", "/nowhere/model"], "'/nowhere/model' is no directory"),
-    "no such data": (["--dataset_dir", "/nowhere"], "no directory"),
-    "no such adapter": (["--lora_path", "/nowhere"], "--lora_path /nowhere does not exist"),
-    "no such checkpoint": (["--resume_from_checkpoint", "true"], "no checkpoint"),
-    "a warm-up of more than all": (["--warmup_ratio", "1.5"], "--warmup_ratio is 1.5"),
-    "a share of all": (["--full_rank_share", "1"], "full_rank_share is 1"),
-    "a share without draws": (
-        ["--full_rank_share", "0.5", "--rank_sampling", "fixed"],
-        "--full_rank_share is 0.5 with --rank_sampling='fixed'",
-    ),
-    "as released and not": (
-        ["--as_released", "--rank_sampling", "matryoshka"],
-        "--as_released means --rank_sampling step",
-    ),
-    "a bad scaling": (["--lora_scaling", "alpha"], None),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence(mistake, roberta_checkpoint, glue, tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    more, message = MISTAKES[mistake]
-    argv = command(roberta_checkpoint, glue, tmp_path / "out", "rte", *more)
-    if message is None:
-        with pytest.raises(SystemExit):
-            run_glue().main(argv)
-        return
-    with pytest.raises(UsageError, match=message) as error:
-        run_glue().main(argv)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
-
-
 def test_a_directory_with_other_files_is_not_overwritten_by_accident(roberta_checkpoint, glue, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")

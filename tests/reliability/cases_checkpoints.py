@@ -109,6 +109,7 @@ CASES = [
          right=lambda folder, found: None),
     Case("gone on longer", other("--max_steps", "6"), right=lambda folder, found: None),
     Case("a directory of other files", in_a_directory({"thesis.txt": "years of work"}), "is not empty and holds no run", quick=True),
+    Case("a directory of a killed run's first file", in_a_directory({".run_settings.json.123.tmp": "{"}), right=lambda folder, found: None),
     Case("a directory of other files, overwritten", in_a_directory({"thesis.txt": "years of work"}, "--overwrite_output_dir"), right=kept),
     Case("settings that are no JSON", lambda folder: [(moved(folder) / "run_settings.json").write_text("{"),
          [*train(folder, folder / "out"), *MORE]][1], "run_settings.json is no JSON"),

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from loralib.files import is_temporary
+
 from .errors import UsageError
 from .identity import FILE
 
@@ -37,7 +39,8 @@ def resume_point(args) -> tuple[str | None, list[str]]:
     if last is None and wanted:
         raise UsageError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {directory} to go on from.")
     unfinished = (directory / FILE).exists() and not (directory / "train_results.json").exists()
-    if last is None and directory.is_dir() and any(directory.iterdir()) and not unfinished:
+    held = [path for path in directory.iterdir() if not is_temporary(path)] if directory.is_dir() else []
+    if last is None and held and not unfinished:
         raise UsageError(
             f"--output_dir {directory} is not empty and holds no run to go on with; choose another or add --overwrite_output_dir."
         )

@@ -1,0 +1,31 @@
+"""A RoBERTa of a few thousand parameters, with random weights and a tokenizer of a hundred words: w0 to w99."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+
+def config() -> RobertaConfig:
+    return RobertaConfig(
+        vocab_size=120, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=66, type_vocab_size=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, num_labels=3,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+
+
+def checkpoint(directory: Path) -> Path:
+    torch.manual_seed(0)
+    RobertaModel(config(), add_pooling_layer=False).save_pretrained(directory)
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(100))]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", cls_token="<s>", sep_token="</s>",
+        model_max_length=64, model_input_names=["input_ids", "attention_mask"],
+    ).save_pretrained(directory)  # fmt: skip
+    return directory
