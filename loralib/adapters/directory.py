@@ -99,6 +99,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     config, facts = read_configs(path)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
+    fields.check(config, fields.CONFIG, path / CONFIG, needed=("r", "lora_alpha"))
     peft_format.refuse_what_is_no_plain_lora(config, path)
     file, strength = path / WEIGHTS, {}
     if file.exists():
@@ -166,7 +167,7 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
     """The contents of adapter_config.json and, where it is there, dylora.json. Raises ValueError for what is no JSON."""
     config = _read_json(Path(path, CONFIG))
-    fields.check(config, fields.CONFIG, Path(path, CONFIG), needed=("r", "lora_alpha"))
+    fields.check(config, fields.CONFIG, Path(path, CONFIG))
     return config, read_facts(path)
 
 

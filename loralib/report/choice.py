@@ -128,11 +128,12 @@ def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray
         raise FileNotFoundError(f"{file} is not there, and 1se resamples it; give a margin such as --within 0.5.")
     logits, labels = read_predictions(file, results, split)
     predictions = decide(logits)
-    _, told = results.curve(split)
+    all_ranks, told = results.curve(split)
     found = [score(results.metric, predictions[:, k], labels, results.metrics) for k in range(predictions.shape[1])]
-    if not np.allclose(found, told, atol=1e-4, equal_nan=True):
-        raise ValueError(
-            f"{file} gives {results.metric} {found[-1]:.4f} at the highest rank, the table {told[-1]:.4f}; they are of "
-            f"different runs, run the evaluation again."
-        )
+    for b, ours, theirs in zip(all_ranks, found, told, strict=True):
+        if not np.isclose(ours, theirs, atol=1e-4, equal_nan=True):
+            raise ValueError(
+                f"{file} gives {results.metric} {ours:.4f} at rank {b}, the table {theirs:.4f}; they are of different runs, "
+                f"run the evaluation again."
+            )
     return bootstrap(predictions[:, ranks], labels, lambda p, y: score(results.metric, p, y, results.metrics))

@@ -193,7 +193,9 @@ def test_what_needs_the_whole_batch_is_declared():
     model, x, ranks = lora.inject(Contrast(), ["inner"], r=2), torch.randn(3, 16), torch.tensor([0, 1, 2])
     nn.init.normal_(model.inner.lora_B)
     lora.set_rank(model, ranks)
-    with pytest.raises(LayoutError, match=r"one by one, .* \(a contrast needs two\); say it with loralib.declare_layout"):
+    with pytest.raises(
+        LayoutError, match=r"one by one, .* \(a contrast needs two\); say it with loralib.declare_layout"
+    ):
         model(x)
     lora.declare_layout(model, 0)
     rows = []

@@ -58,9 +58,11 @@ def test_the_mean_and_its_standard_error():
 
 def a_run(directory, **changes):
     """A table of 4 samples at ranks 1 and 2, and its predictions."""
-    rows = [RankRow(b, {"accuracy": 0.5}, None, 4, b) for b in (1, 2)]
+    logits, labels = np.random.default_rng(0).normal(size=(4, 2, 2)), np.array([0, 1, 0, 1])
+    accuracies = (logits.argmax(-1) == labels[:, None]).mean(0)
+    rows = [RankRow(b, {"accuracy": accuracies[b - 1]}, None, 4, b) for b in (1, 2)]
     results = RankResults("rte", "m", "accuracy", {"validation": rows}, directory=str(directory))
-    arrays = {"logits": np.random.default_rng(0).normal(size=(4, 2, 2)), "labels": np.array([0, 1, 0, 1])} | changes
+    arrays = {"logits": logits, "labels": labels} | changes
     np.savez(
         directory / "predictions_validation.npz", **{name: value for name, value in arrays.items() if value is not None}
     )
@@ -76,6 +78,7 @@ def a_run(directory, **changes):
         ({"logits": np.zeros((4, 2))}, "of different runs"),
         ({"logits": np.full((4, 2, 2), math.nan)}, "no finite numbers"),
         ({"logits": np.array([[["a", "b"]] * 2] * 4)}, "no finite numbers"),
+        ({"labels": np.array([1, 1, 1, 1])}, "at rank 1, the table .*; they are of different runs"),
         ({"logits": None}, "cannot be read as a run's predictions"),
         ({"logits": np.array([None])}, "cannot be read"),
     ],

@@ -26,7 +26,7 @@ from transformers_dylora.errors import UsageError
 from transformers_dylora.identity import check_continuation, settings_of, store
 from transformers_dylora.modeling import known_labels, load_model, load_tokenizer, longest_input
 from transformers_dylora.output_dir import check_output_dir, clear_run, resume_point
-from transformers_dylora.stopping import exit_code, one_sentence
+from transformers_dylora.stopping import StopBetweenSteps, exit_code, one_sentence
 
 from loralib.conflict import warn_of_other_loralib
 from loralib.report.results import RankResults
@@ -107,6 +107,7 @@ def run(model_args, data_args, training_args, argv: list[str]) -> RankResults | 
         if checkpoint:
             for note in check_continuation(Path(checkpoint).parent, settings, training_args.resume_anyway):
                 say(note)
+        trainer.add_callback(StopBetweenSteps())
         trainer.add_callback(Begin(settings, anew=training_args.overwrite_output_dir and not checkpoint))
         try:
             trained = trainer.train(resume_from_checkpoint=checkpoint)

@@ -89,6 +89,8 @@ def damage_of(checkpoint: Path) -> str | None:
                 with safe_open(file, "pt") as opened:
                     opened.keys()
             else:
+                if file.read_bytes()[:4] != b"PK\x03\x04":  # zipfile looks for an archive further in, torch does not
+                    return f"{name} cannot be read"
                 with zipfile.ZipFile(file) as archive:
                     if archive.testzip() is not None:
                         return f"{name} is cut off"

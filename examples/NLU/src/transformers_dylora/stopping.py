@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers import TrainerCallback
 
 from .errors import UsageError
 from .output_dir import last_whole_checkpoint
@@ -32,23 +33,36 @@ class Stopped(UsageError):
         self.exit_code = 128 + number
 
 
-class _Terminated(BaseException):
-    """SIGTERM, raised where the run stands. No Exception: nothing on the way takes it for its own failure."""
+class _Stop(KeyboardInterrupt):
+    """A signal, raised where the run stands. No Exception: nothing on the way takes it for its own failure."""
+
+
+_caught: list[signal.Signals] = []  # the signal that came
+
+
+def _stop(number: int, frame) -> None:
+    _caught[:] = [signal.Signals(number)]
+    raise _Stop
+
+
+class StopBetweenSteps(TrainerCallback):
+    """A signal that came while Python could raise nothing (in a finaliser, say) stops the run at the next step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if _caught:
+            raise _Stop
 
 
 @contextlib.contextmanager
 def one_sentence(args) -> Iterator[None]:
     """Within the body SIGINT, SIGTERM and a disk that takes no more end in a UsageError that says how to go on."""
-
-    def terminate(*_):
-        raise _Terminated
-
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if main else None
+    before = {number: signal.signal(number, _stop) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    _caught.clear()
     try:
         yield
-    except (KeyboardInterrupt, _Terminated) as stop:
-        number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
+    except KeyboardInterrupt:
+        number = _caught[0] if _caught else signal.SIGINT
         raise Stopped(f"stopped by {number.name}; {_how_to_go_on(args)}", number) from None
     except (OSError, RuntimeError, SafetensorError) as error:
         reason = _not_written(error)
@@ -57,8 +71,8 @@ def one_sentence(args) -> Iterator[None]:
         file = getattr(error, "filename", None) or args.output_dir
         raise UsageError(f"{file} could not be written ({reason}); {_how_to_go_on(args)}") from error
     finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _not_written(error: Exception) -> str | None:
