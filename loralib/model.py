@@ -314,6 +314,8 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     """
     if not inplace:
         model = copy.deepcopy(model)
+        # Accelerate and TRL put a forward of their own on a model, which runs the original from a copy too.
+        model.__dict__.pop("forward", None)
     if rank is not None:
         for _, layer in lora_layers(model):
             layer.unmerge()

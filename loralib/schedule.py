@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .checks import check_int
 from .gate import check_rank
@@ -15,6 +17,7 @@ from .model import set_matryoshka_gate, set_rank
 from .ordering import order_components
 from .sampling import RankSampler
 
+T = TypeVar("T")
 Sampling = Literal["example", "step", "matryoshka", "fixed"]
 Distribution = Literal["uniform", "geometric", "mixed"]
 Reduce = Literal["sum", "mean"]
@@ -185,6 +188,52 @@ class BoundSchedule:
         if places is not None and isinstance(rank, torch.Tensor):
             rank = rank[list(places) or [0]]
         return Setting(rank, kind.frozen and not first_part, order=bool(full_steps) and due)
+
+    def over(
+        self,
+        batches: Iterable[T],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        epochs: int = 1,
+        accumulate: int = 1,
+    ) -> Iterator[T]:
+        """All batches of a training, ``epochs`` times, the model set for each: for a loop of one's own.
+
+            schedule = lora.RankSchedule().resolve(r_max=8)
+            for x, y in schedule.over(batches, model, optimizer, epochs=3):
+                loss = ...
+
+        However the loop ends, the model then runs at r_max. A batch has as many examples as its first tensor has rows.
+
+        Args:
+            optimizer: its momenta are turned along when the components are ordered.
+            accumulate: batches to an update.
+
+        Raises ValueError if these are not as many updates as the schedule was resolved for.
+        """
+        bound, updates = self, None
+        if isinstance(batches, Sized):
+            updates = math.ceil(len(batches) * epochs / accumulate)
+            bound = replace(self, steps=self.steps or updates)
+            bound._check_updates(updates)
+        number = 0
+        try:
+            for _ in range(epochs):
+                for batch in batches:
+                    size = next(len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim)
+                    bound.setting(number // accumulate, size, number % accumulate).apply(model, optimizer)
+                    number += 1
+                    yield batch
+        finally:
+            set_rank(model, self.r_max)
+        bound._check_updates(math.ceil(number / accumulate))
+
+    def _check_updates(self, updates: int) -> None:
+        if updates != self.steps:
+            raise ValueError(
+                f"The schedule was resolved for {self.steps} updates, and the batches make {updates}; give over() those of the "
+                f"whole training, or resolve it for {updates}."
+            )
 
     def title(self) -> str:
         """What tables and legends call this training."""

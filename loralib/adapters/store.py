@@ -52,7 +52,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     _, first = layers[0]
     config |= {
         "peft_type": "LORA",
-        "task_type": _task_type(model),
+        "task_type": task_type(model),
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "target_modules": _target_names(model, layers),
         "modules_to_save": heads or None,
@@ -76,12 +76,12 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
 def _labels(model: nn.Module) -> dict:
     """How many labels a transformers classifier has, and their names."""
     config = getattr(model, "config", None)
-    if _task_type(model) not in ("SEQ_CLS", "TOKEN_CLS") or config is None:
+    if task_type(model) not in ("SEQ_CLS", "TOKEN_CLS") or config is None:
         return {}
     return {"num_labels": config.num_labels, "labels": [str(config.id2label[i]) for i in range(config.num_labels)]}
 
 
-def _task_type(model: nn.Module) -> str | None:
+def task_type(model: nn.Module) -> str | None:
     """PEFT's name for what the model's class does, None if it has none."""
     names = " ".join(cls.__name__ for cls in type(model).__mro__)
     kinds = {

@@ -1,5 +1,6 @@
 """From predictions of all ranks to flat metrics, and back."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,38 +9,106 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map
 from transformers import EvalPrediction
 
 from ..report.choice import aurac
 
 
+@dataclass
+class Scored:
+    """What an evaluation gathered, in the data's order.
+
+    Args:
+        predictions: (samples, ranks, ..), or several of these; None where losses alone were wanted.
+        losses: (samples, ranks), each example's that of its batch; nan where a pass had no loss of one rank.
+        weights: (samples,), by which losses count: the tokens of an example that its loss is the mean of, else 1.
+    """
+
+    predictions: Any
+    labels: Any
+    inputs: Any = None
+    losses: np.ndarray | None = None
+    weights: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, gathered: dict[str, Any] | None, labels: Any, inputs: Any) -> "Scored | None":
+        """From what ``prediction_step`` left behind, ranks in the last dimension; None if nothing was evaluated."""
+        if gathered is None:
+            return None
+        losses = np.asarray(gathered["losses"])
+        predictions = tree_map(
+            lambda x: np.moveaxis(x, -1, 1) if isinstance(x, np.ndarray) else x, gathered.get("logits")
+        )
+        return cls(predictions, labels, inputs, losses[:, :-1], losses[:, -1])
+
+    def at(self, k: int) -> Any:
+        """The predictions at the rank in place k."""
+        return tree_map(lambda x: x[:, k] if isinstance(x, np.ndarray) else x, self.predictions)
+
+    def loss(self, k: int) -> float | None:
+        """The loss at a rank: of a classifier from its logits, else the mean of the batches' losses by what counts in them."""
+        at_rank = self.at(k)
+        first = at_rank[0] if isinstance(at_rank, (tuple, list)) else at_rank  # further outputs follow the logits
+        of_logits = mean_loss(first, self.labels)
+        if of_logits is not None:
+            return of_logits
+        assert self.losses is not None and self.weights is not None
+        counts = self.weights > 0
+        losses, weights = self.losses[counts, k], self.weights[counts]
+        return None if not len(losses) or np.isnan(losses).any() else float((losses * weights).sum() / weights.sum())
+
+    def prediction(self, k: int | None = None, with_losses: bool = False) -> EvalPrediction:
+        """What a Trainer's ``compute_metrics`` is given, of one rank."""
+        losses = self.losses[:, k] if with_losses and self.losses is not None and k is not None else None
+        predictions = self.predictions if k is None else self.at(k)
+        return EvalPrediction(predictions, self.labels, inputs=self.inputs, losses=losses)
+
+
 def rank_metrics(
-    prediction: EvalPrediction, ranks: list[int], task_metrics: Callable[[EvalPrediction], dict] | None = None
+    scored: Scored,
+    ranks: list[int],
+    task_metrics: Callable[[EvalPrediction], dict] | None = None,
+    language: bool = False,
+    with_losses: bool = False,
 ) -> dict[str, float]:
     """The scores of every rank under one name each: ``r1_accuracy`` .. ``r8_accuracy``, ``mean_accuracy``,
     ``aurac_accuracy`` (area under the rank-quality curve), ``r1_loss`` .. ``r8_loss``, and ``loss``, their mean.
 
     Args:
-        prediction: predictions (samples, ranks, ...), labels and whatever else the metrics are to see; or predictions
-            (samples, ranks) without labels: each example's loss at each rank.
         task_metrics: a Trainer's ``compute_metrics``, called once per rank and unchanged.
+        language: add ``r1_perplexity`` .., the exponentials of the losses.
+        with_losses: whether the metrics see each example's loss.
     """
     scores = []
     for k in range(len(ranks)):
-        at_rank = np.asarray(prediction.predictions)[:, k]
-        if prediction.label_ids is None:
-            scores.append({"loss": float(at_rank.mean())})
-            continue
-        of_rank = EvalPrediction(at_rank, prediction.label_ids, inputs=prediction.inputs, losses=prediction.losses)
-        named = dict(task_metrics(of_rank)) if task_metrics else {}
-        loss = mean_loss(at_rank, prediction.label_ids)
-        scores.append(named | ({} if loss is None else {"loss": loss}))
+        named = {}
+        if task_metrics and scored.labels is not None and scored.predictions is not None:
+            named = dict(task_metrics(scored.prediction(k, with_losses)))
+        loss = scored.loss(k)
+        if loss is not None:
+            named["loss"] = loss
+            if language:
+                named["perplexity"] = math.exp(min(loss, 700.0))
+        scores.append(named)
     metrics = {f"r{b}_{name}": value for b, named in zip(ranks, scores, strict=True) for name, value in named.items()}
     for name in scores[0]:
         curve = [named[name] for named in scores]
-        mean = float(np.mean(curve))
-        metrics |= {"loss": mean} if name == "loss" else {f"mean_{name}": mean, f"aurac_{name}": aurac(ranks, curve)}
+        if name == "loss":
+            metrics["loss"] = float(np.mean(curve))
+        elif name != "perplexity":
+            metrics |= {f"mean_{name}": float(np.mean(curve)), f"aurac_{name}": aurac(ranks, curve)}
     return metrics
+
+
+def counted_tokens(labels: Any, size: int, causal: bool) -> torch.Tensor:
+    """How many tokens of each example its loss is the mean of, float (batch,); 1 where a label is one for the example.
+
+    -100 marks a token that does not count; a causal model's first token is predicted from nothing.
+    """
+    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return torch.ones(size)
+    return (labels[:, 1:] if causal else labels).ne(-100).flatten(1).sum(1).float()
 
 
 def by_rank(metrics: dict[str, Any], prefix: str) -> dict[int, dict[str, Any]]:
@@ -52,12 +121,12 @@ def by_rank(metrics: dict[str, Any], prefix: str) -> dict[int, dict[str, Any]]:
     return scores
 
 
-def mean_loss(logits: np.ndarray, labels) -> float | None:
+def mean_loss(logits: Any, labels: Any) -> float | None:
     """The mean loss of a classifier (cross-entropy) or of a regression with one output (squared error), from its logits.
 
     None where the shapes are neither's.
     """
-    if labels is None or logits.ndim != 2 or np.ndim(labels) != 1:
+    if labels is None or not isinstance(logits, np.ndarray) or logits.ndim != 2 or np.ndim(labels) != 1:
         return None
     scores, wanted = torch.as_tensor(logits).float(), torch.as_tensor(labels)
     if scores.shape[1] == 1:
@@ -77,13 +146,18 @@ class Gathered:
 
 
 def in_order(values, order: list[int] | None):
-    """Put what was computed in ``order`` (indices of the data) back into the data's order; None stays None."""
+    """Put what was computed in ``order`` (indices of the data) back into the data's order; None stays None.
+
+    So does what has not one row for each example, as padding-free batches give it.
+    """
     if order is None or values is None:
         return values
     if isinstance(values, (tuple, list)):
         return type(values)(in_order(value, order) for value in values)
     if isinstance(values, dict):
         return {name: in_order(value, order) for name, value in values.items()}
+    if len(values) != len(order):
+        return values
     back = np.empty_like(values)
-    back[order[: len(values)]] = values
+    back[order] = values
     return back

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from ..adapters.card import model_card
-from ..adapters.directory import read_configs, read_facts
+from ..adapters.directory import CONFIG, read_configs, read_facts
 from ..adapters.store import load_adapter, save_adapter
 from ..files import write_text
 from ..ordering import order_components
@@ -40,7 +40,10 @@ class AdapterCheckpoints(TrainerPart):
         """loralib's card (see ``loralib.adapters.card``) for an adapter, unless a script has written a fuller one."""
         if self.bound is None:
             return super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero() and not (Path(self.args.output_dir) / "README.md").exists():
+        directory = Path(self.args.output_dir)
+        if not (directory / CONFIG).exists():  # TRL asks for a card before a checkpoint is written
+            return
+        if self.is_world_process_zero() and not (directory / "README.md").exists():
             self.write_model_card()
 
     def write_model_card(self, results=None) -> None:

@@ -44,10 +44,12 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
     their order and (per example) their ranks do not depend on how the update is split into micro-batches and processes, nor
     do the loss and the gradient: every example weighs 1/n in an update of n.
 
-    Evaluation. One pass over the data gives the logits of every rank, (batch, ranks, classes). ``compute_metrics`` is
-    called once per rank, unchanged, and reported as ``eval_r1_accuracy`` .. ``eval_r8_accuracy``, their mean
-    ``eval_mean_accuracy`` and the area under the rank-quality curve ``eval_aurac_accuracy``; ``eval_loss`` is the mean
-    over ranks. Without ``compute_metrics`` the losses alone are reported. Predictions come in the data's order.
+    Evaluation. One pass over the data gives the predictions of every rank, (samples, ranks, ..), one array or several.
+    ``preprocess_logits_for_metrics`` and ``compute_metrics`` are called once per rank, unchanged, and the scores reported as
+    ``eval_r1_accuracy`` .. ``eval_r8_accuracy``, their mean ``eval_mean_accuracy`` and the area under the rank-quality curve
+    ``eval_aurac_accuracy``. ``eval_r1_loss`` is the mean over all that the loss counts (examples, or tokens), however
+    batches are cut, ``eval_loss`` the mean over ranks; language models have ``eval_r1_perplexity`` too. Without
+    ``compute_metrics`` the losses alone are reported. Predictions come in the data's order.
 
     Checkpoints hold the adapter and the modules to save, in PEFT's format.
 
@@ -93,6 +95,15 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
             raise ValueError(
                 "DyLoRATrainer orders its batches itself and measures all ranks at the end: leave out "
                 "--train_sampling_strategy batch_rebalance and --batch_eval_metrics."
+            )
+        if (
+            self.bound is not None
+            and self.bound.schedule.sampling == "example"
+            and getattr(self, "padding_free", False)
+        ):
+            raise ValueError(
+                "A padding-free batch is one row, whose examples cannot have a rank each: give RankSchedule(sampling='step'), "
+                "or leave out padding_free (for packing: packing_strategy='wrapped')."
             )
         self._check_enough()
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}

@@ -161,3 +161,85 @@ def test_a_schedule_is_a_value():
     assert RankSchedule(seed=1) == RankSchedule(seed=1) and hash(RankSchedule()) == hash(RankSchedule())
     with pytest.raises(dataclasses.FrozenInstanceError):
         RankSchedule().p = 0.5
+
+
+def a_model():
+    torch.manual_seed(0)
+    model = lora.inject(
+        torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)), ["0", "2"], r=4
+    )
+    lora.mark_only_lora_as_trainable(model)
+    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+
+
+def train(model, optimizer, batches, accumulate=1, prepare=lambda *given: given):
+    model, optimizer = prepare(model, optimizer)
+    for number, (x, y) in enumerate(batches):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        if (number + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    return lora.lora_state_dict(model)
+
+
+def data(n=6):
+    generator = torch.Generator().manual_seed(1)
+    return [(torch.randn(5, 6, generator=generator), torch.randint(0, 3, (5,), generator=generator)) for _ in range(n)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loop_over_the_batches_is_the_settings_one_by_one(accumulate):
+    model, optimizer = a_model()
+    bound = RankSchedule(seed=3).resolve(4, steps=12 // accumulate)
+
+    def one_by_one():
+        for number, batch in enumerate(data() * 2):
+            bound.setting(number // accumulate, 5, number % accumulate).apply(model, optimizer)
+            yield batch
+
+    wanted = train(model, optimizer, one_by_one(), accumulate)
+    model, optimizer = a_model()
+    schedule = RankSchedule(seed=3).resolve(4)
+    found = train(model, optimizer, schedule.over(data(), model, optimizer, 2, accumulate), accumulate)
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert lora.get_rank(model) == 4 and model(torch.randn(9, 6)).shape == (9, 3)
+
+
+def test_a_loop_with_accelerate():
+    from accelerate import Accelerator
+
+    model, optimizer = a_model()
+    wanted = train(model, optimizer, RankSchedule().resolve(4).over(data(), model, optimizer))
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = a_model()
+    loader = torch.utils.data.DataLoader(data(), batch_size=None)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for x, y in RankSchedule().resolve(4).over(loader, accelerator.unwrap_model(model), optimizer):
+        accelerator.backward(torch.nn.functional.cross_entropy(model(x), y))
+        optimizer.step()
+        optimizer.zero_grad()
+    found = lora.lora_state_dict(accelerator.unwrap_model(model))
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_loop_that_is_left_early_leaves_the_model_at_r_max():
+    model, optimizer = a_model()
+    for _ in RankSchedule(full_rank_share=0).resolve(4).over(data(), model, optimizer):
+        assert lora.get_rank(model) is None or isinstance(lora.get_rank(model), torch.Tensor)
+        break
+    assert lora.get_rank(model) == 4
+    with pytest.raises(KeyError):
+        for _ in RankSchedule(full_rank_share=0).resolve(4).over(data(), model, optimizer):
+            raise KeyError
+    assert lora.get_rank(model) == 4
+
+
+def test_a_loop_over_other_updates_than_the_schedules_is_refused():
+    model, optimizer = a_model()
+    bound = RankSchedule().resolve(4, steps=30)
+    with pytest.raises(ValueError, match="resolved for 30 updates, and the batches make 6; give over"):
+        next(bound.over(data(), model, optimizer))
+    with pytest.raises(ValueError, match="resolved for 30 updates, and the batches make 6"):
+        list(bound.over(iter(data()), model, optimizer))
+    with pytest.raises(ValueError, match="knows no number of steps"):
+        next(RankSchedule().resolve(4).over(iter(data()), model, optimizer))

@@ -216,8 +216,9 @@ def metrics_of(task):
     return metrics_function(task)
 
 
-def all_ranks(logits: np.ndarray) -> np.ndarray:
-    """(samples, ranks, classes), for a model without adapter too."""
+def all_ranks(logits) -> np.ndarray:
+    """(samples, ranks, classes), for a model without adapter too, and for one that gives more than its logits."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
     return logits if logits.ndim == 3 else logits[:, None]
 
 

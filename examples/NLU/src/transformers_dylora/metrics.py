@@ -38,7 +38,9 @@ def metrics_function(task: Task):
     metric = GlueMetric(task)
 
     def compute(prediction) -> dict[str, float]:
-        return metric.compute(predictions=decide(prediction.predictions), references=prediction.label_ids)
+        found = prediction.predictions
+        logits = found[0] if isinstance(found, tuple) else found  # some models give more than their logits
+        return metric.compute(predictions=decide(logits), references=prediction.label_ids)
 
     compute.task = task
     return compute
