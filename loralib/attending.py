@@ -3,6 +3,7 @@ examples of a batch stand. The first is looked at in a model's first call, the s
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -43,13 +44,20 @@ def _enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         _watches[id(call)] = watch
 
 
-@torch.compiler.disable
 def _learn(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if any(layer.layout is None for _, layer in adapted_layers(model)):  # else it was declared since
-        learning.learn_layout(model, *args, **kwargs)
-    setattr(
-        model, _UNKNOWN, any(layer.layout is None for _, layer in adapted_layers(model))
-    )  # a single example tells nothing
+    def unknown() -> bool:
+        return any(layer.layout is None for _, layer in adapted_layers(model))
+
+    if unknown():  # else it was declared since
+        learn = learning.learn_layout
+        if "torch._dynamo" in sys.modules:  # its import takes a second, and without it nothing is compiled
+            learn = torch.compiler.disable(learn)
+        learn(model, *args, **kwargs)
+    setattr(model, _UNKNOWN, unknown())  # a single example tells nothing
+
+
+# A mark of torch.compiler.disable's: a compiler leaves its graph here.
+_learn._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _running(model: nn.Module) -> Call | None:

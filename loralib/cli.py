@@ -149,8 +149,9 @@ def _chosen(args, results: RankResults) -> Choice:
 
 def _why(results: RankResults, chosen: Choice) -> str:
     error = chosen.standard_error
-    spread = f" (standard error of the difference {100 * error:.2f})" if error is not None else ""
-    return f"{results.task}, {chosen.split}: {chosen.rule}; {results.metric} {100 * chosen.score:.2f}{spread}"
+    factor, digits = results.factor(results.metric), 4 if results.metric == "loss" else 2
+    spread = f" (standard error of the difference {factor * error:.{digits}f})" if error is not None else ""
+    return f"{results.task}, {chosen.split}: {chosen.rule}; {results.metric} {factor * chosen.score:.{digits}f}{spread}"
 
 
 def _within(text: str) -> float | str:

@@ -38,6 +38,17 @@ def write_atomically(path: str | os.PathLike, write) -> None:
     write_together(Path(path).parent, {Path(path).name: write})
 
 
+def save_npz(path: str | os.PathLike, arrays: dict) -> None:
+    """Write numpy arrays, compressed."""
+    import numpy as np
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(path, write)
+
+
 def text_writer(text: str):
     return lambda temporary: temporary.write_text(text, encoding="utf-8")
 

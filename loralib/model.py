@@ -180,6 +180,12 @@ def max_rank(model: nn.Module) -> int:
     return max(layer.r for _, layer in lora_layers(model))
 
 
+def adapter_parameters(model: nn.Module, rank: int) -> int:
+    """How many numbers the adapter has when cut to ``rank``."""
+    sizes = [layer.first_components(min(rank, layer.r)) for _, layer in lora_layers(model)]
+    return sum(A.numel() + B.numel() for A, B in sizes)
+
+
 def scaling_of(model: nn.Module) -> str:
     """The scaling rule of all layers, or "several" where they differ."""
     rules = {layer.scaling for _, layer in lora_layers(model)}

@@ -77,7 +77,8 @@ def model_card(config: dict, facts: dict, results: RankResults | None, name: str
         lines += ["## Quality at every rank", ""]
         for split in results.splits:
             table = markdown_table(columns(results), table_rows(results, split))
-            lines += [f"{results.task}, {split} (0-100 scale):", "", table, ""]
+            scale = " (0-100 scale)" if results.factor(results.metric) > 1 else ""
+            lines += [f"{results.task}, {split}{scale}:", "", table, ""]
         chosen = results.selected_rank
         if chosen:
             lines += [f"Selected on {chosen.split}: rank {chosen.rank}, the {chosen.rule}.", ""]

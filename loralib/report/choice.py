@@ -30,7 +30,11 @@ def mean_and_error(values) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def select_rank(
-    ranks: Sequence[int], scores: Sequence[float], resampled: np.ndarray | None = None, within: float | str = "1se"
+    ranks: Sequence[int],
+    scores: Sequence[float],
+    resampled: np.ndarray | None = None,
+    within: float | str = "1se",
+    points: int = 100,
 ) -> Choice:
     """The smallest rank that is as good as the best one, and why.
 
@@ -40,6 +44,7 @@ def select_rank(
             all ranks (see ``bootstrap``); needed by "1se".
         within: "1se" accepts a rank whose score is at most one standard error of its paired difference to the best
             below the best; a number is a margin in points of the 0-100 scale.
+        points: how many of these points a score of 1 is.
 
     The choice's standard error is that of the difference between the chosen and the best rank (None with a margin). Raises
     ValueError where no rank has a score.
@@ -57,7 +62,7 @@ def select_rank(
         margin = float(within)
         if not margin >= 0:
             raise ValueError(f"within is {within!r}; give '1se' or a margin of 0 or more points.")
-        margins = np.full(len(ranks), margin / 100)
+        margins = np.full(len(ranks), margin / points)
         rule = f"smallest rank within {margin:g} points of the best"
     chosen = next(k for k in range(len(ranks)) if clean[best] - clean[k] <= margins[k] + 1e-12)
     error = float(margins[chosen]) if within == "1se" else None
@@ -79,6 +84,21 @@ def bootstrap(
     return scores
 
 
+def nothing_learnt(
+    predictions: np.ndarray, labels: np.ndarray, curve: Sequence[float], metric: str, names: Sequence[str]
+) -> str | None:
+    """Why no rank can be chosen, or None: no score at any rank, or one class, of several, predicted for every example.
+
+    ``predictions`` is (samples, ranks); ``names`` are the classes', none for a regression.
+    """
+    if all(math.isnan(value) for value in curve):
+        return f"{metric} is not defined at any rank"
+    several = bool(names) and len(set(labels.tolist())) > 1
+    if several and (predictions == predictions[0, 0]).all():
+        return f"every rank predicts {names[int(predictions[0, 0])]!r} for every example, so nothing was learnt"
+    return None
+
+
 def choose(
     results: RankResults, split: str | None = None, within: float | str = "1se", max_parameters: int | None = None
 ) -> Choice:
@@ -95,9 +115,10 @@ def choose(
     fits = [k for k, size in enumerate(sizes) if max_parameters is None or size <= max_parameters]
     if not fits:
         raise ValueError(f"No rank has {max_parameters:,} parameters or fewer; the smallest has {min(sizes):,}.")
-    resampled = _resampled(results, split, fits) if within == "1se" else None
-    chosen = select_rank([ranks[k] for k in fits], [values[k] for k in fits], resampled, within)
-    return Choice(chosen.rank, chosen.rule, chosen.score, chosen.standard_error, split)
+    resampled = results.sign * _resampled(results, split, fits) if within == "1se" else None
+    scores, points = [results.sign * values[k] for k in fits], results.factor(results.metric)
+    chosen = select_rank([ranks[k] for k in fits], scores, resampled, within, points)
+    return Choice(chosen.rank, chosen.rule, results.sign * chosen.score, chosen.standard_error, split)
 
 
 def read_predictions(file: Path, results: RankResults, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -119,13 +140,35 @@ def read_predictions(file: Path, results: RankResults, split: str) -> tuple[np.n
     return logits, labels
 
 
+def read_losses(file: Path, results: RankResults, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Each example's loss at every rank, (samples, ranks), and its weight (samples,). Raises ValueError if they are not those
+    of the table."""
+    try:
+        with np.load(file) as arrays:
+            losses, weights = np.asarray(arrays["losses"]), np.asarray(arrays["weights"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} cannot be read as a run's losses ({error}); run the evaluation again.") from None
+    _, told = results.curve(split)
+    right = losses.shape == (results.splits[split][0].samples, len(told)) and weights.shape == losses.shape[:1]
+    if not right or not np.allclose((losses * weights[:, None]).sum(0) / weights.sum(), told, rtol=1e-3):
+        raise ValueError(
+            f"{file} holds other losses than the table; they are of different runs, run the evaluation again."
+        )
+    return losses, weights
+
+
 def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray:
     """The scores of the ranks at these places on resamples of the run's predictions."""
-    from .scores import decide, score  # scikit-learn and scipy, which a margin does not need
-
     file = Path(results.directory or "", f"predictions_{split}.npz")
     if not file.exists():
         raise FileNotFoundError(f"{file} is not there, and 1se resamples it; give a margin such as --within 0.5.")
+    if results.metric == "loss":
+        losses, weights = read_losses(file, results, split)
+        return bootstrap(losses[:, ranks], weights, lambda loss, weight: float((loss * weight).sum() / weight.sum()))
+    from .scores import SCORES, decide, score  # scikit-learn and scipy, which a margin does not need
+
+    if results.metric not in (*SCORES, "combined_score"):
+        raise ValueError(f"1se knows no {results.metric!r} to resample; give a margin such as --within 0.5.")
     logits, labels = read_predictions(file, results, split)
     predictions = decide(logits)
     all_ranks, told = results.curve(split)

@@ -18,7 +18,7 @@ SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_ra
 
 @dataclass(frozen=True)
 class Curve:
-    """The main score (0-100 scale) by rank, over ``seeds`` runs; ``errors`` are standard errors, None for one run."""
+    """The main score, as tables show it, by rank, over ``seeds`` runs; ``errors`` are standard errors, None for one run."""
 
     task: str
     split: str
@@ -31,7 +31,7 @@ class Curve:
 
     @classmethod
     def over_seeds(cls, task: str, split: str, method: str, metric: str, ranks: Iterable[int], values) -> Curve:
-        """The curve of ``values``, (seeds, ranks) on the 0-100 scale."""
+        """The curve of ``values``, (seeds, ranks), as tables show them."""
         means, errors = mean_and_error(values)
         return cls(
             task, split, method, metric, tuple(ranks), tuple(means.tolist()),
@@ -53,6 +53,8 @@ def curves(runs: list[RankResults]) -> list[Curve]:
         for split in results.splits:
             ranks, values = results.curve(split)
             settings = tuple((name, getattr(results, name)) for name in SETTINGS)
+            factor = results.factor(results.metric)
+            values = [factor * value for value in values]
             groups[results.task, split, label(results), results.metric, tuple(ranks), settings].append(values)
     result = []
     settings_of = defaultdict(list)
@@ -63,7 +65,7 @@ def curves(runs: list[RankResults]) -> list[Curve]:
         rivals = settings_of[task, split, method]
         differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({str(s[n]) for s in rivals}) > 1]
         method = ", ".join([method, *differing])
-        result.append(Curve.over_seeds(task, split, method, metric, at, 100 * np.array(of_seeds)))
+        result.append(Curve.over_seeds(task, split, method, metric, at, np.array(of_seeds)))
     return result
 
 

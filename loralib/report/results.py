@@ -16,6 +16,7 @@ from ..checks import check_int
 
 FILE = "rank_results.json"
 LAST = ("loss", "samples", "adapter_parameters")  # what a row holds beside the scores
+LOWER = ("loss", "perplexity")  # the less the better
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,17 @@ class RankResults:
     def curve(self, split: str) -> tuple[list[int], list[float]]:
         """The ranks and their main scores on a split."""
         rows = self.splits[split]
-        return [row.rank for row in rows], [row.scores[self.metric] for row in rows]
+        return [row.rank for row in rows], [row.value(self.metric) for row in rows]
+
+    def factor(self, name: str) -> int:
+        """What tables multiply a score by: 100, but for losses and for scores that are on another scale already."""
+        values = [row.value(name) for rows in self.splits.values() for row in rows]
+        return 1 if name in LOWER or any(abs(value) > 1 for value in values if value is not None) else 100
+
+    @property
+    def sign(self) -> int:
+        """-1 where less of the main score is better, else 1."""
+        return -1 if self.metric in LOWER else 1
 
     def to_json(self) -> dict[str, Any]:
         """The content of ``rank_results.json``."""
@@ -155,7 +166,8 @@ class RankResults:
             if ranks != sorted(set(ranks)):
                 raise ValueError(f"the ranks of its split {name!r} do not rise: {ranks}")
             if any(
-                row.scores.keys() != of_ranks[0].scores.keys() or content["metric"] not in row.scores
+                row.scores.keys() != of_ranks[0].scores.keys()
+                or (row.loss is None if content["metric"] == "loss" else content["metric"] not in row.scores)
                 for row in of_ranks
             ):
                 raise ValueError(f"its split {name!r} lacks {content['metric']!r} at some rank")

@@ -18,21 +18,23 @@ def columns(results: RankResults) -> list[str]:
     """The table's columns: rank, the scores with the main one first, loss, samples, parameters."""
     first = next(iter(results.splits.values()))[0]
     others = [name for name in first.scores if name != results.metric]
-    return ["rank", results.metric, *others, *(name for name in LAST if name != "loss" or first.loss is not None)]
+    last = [name for name in LAST if name != results.metric and (name != "loss" or first.loss is not None)]
+    return ["rank", results.metric, *others, *last]
 
 
-def cell(value, name: str) -> str:
-    """A value as tables show it; scores are on the 0-100 scale."""
+def cell(value, name: str, factor: int = 100) -> str:
+    """A value as tables show it; scores are on the 0-100 scale (``RankResults.factor``)."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "nan"
     if isinstance(value, int):
         return f"{value:,}" if name == "adapter_parameters" else str(value)
-    return f"{value:.4f}" if name == "loss" else f"{100 * value:.2f}"
+    return f"{value:.4f}" if name == "loss" else f"{factor * value:.2f}"
 
 
 def table_rows(results: RankResults, split: str) -> list[list[str]]:
     """The cells of a split's table as text."""
-    return [[cell(row.value(name), name) for name in columns(results)] for row in results.splits[split]]
+    factors = {name: 1 if name in ("rank", *LAST) else results.factor(name) for name in columns(results)}
+    return [[cell(row.value(name), name, factors[name]) for name in factors] for row in results.splits[split]]
 
 
 def title(results: RankResults, split: str) -> str:
@@ -41,7 +43,7 @@ def title(results: RankResults, split: str) -> str:
 
 def summary(results: RankResults, split: str) -> str:
     """AURAC and, on the split that it was chosen on, the selected rank."""
-    line = f"AURAC {cell(results.aurac[split], results.metric)}"
+    line = f"AURAC {cell(results.aurac[split], results.metric, results.factor(results.metric))}"
     selected = results.selected_rank
     if selected and selected.split == split:
         line += f"; selected rank {selected.rank}: {selected.rule}"
@@ -55,7 +57,8 @@ def to_markdown(results: RankResults) -> str:
     for split in results.splits:
         table = markdown_table(columns(results), table_rows(results, split))
         parts.append(f"**{title(results, split)}**\n\n{table}\n\n{summary(results, split)}.\n")
-    parts.append("Scores are on the 0-100 scale.\n")
+    if any(results.factor(name) > 1 for name in columns(results) if name not in ("rank", *LAST)):
+        parts.append("Scores are on the 0-100 scale.\n")
     if results.command:
         parts.append(f"Made by\n\n    {results.command}\n")
     return "\n".join(parts)
@@ -90,7 +93,7 @@ def print_table(results: RankResults, console=None) -> None:
         table = Table(title=title(results, split), caption=summary(results, split))
         for name in columns(results):
             table.add_column(name, justify="right")
-        scores = [-math.inf if math.isnan(value) else value for value in results.curve(split)[1]]
+        scores = [-math.inf if math.isnan(value) else results.sign * value for value in results.curve(split)[1]]
         selected = results.selected_rank
         for row, cells, value in zip(rows, table_rows(results, split), scores, strict=True):
             if selected and (selected.rank, selected.split) == (row.rank, split):

@@ -26,6 +26,7 @@ class EvaluationOfRanks(TrainerPart):
     bound: BoundSchedule | None
     eval_ranks: list[int]
     to_evaluate: int = 0  # examples of the evaluation that runs
+    scored: Scored | None = None  # what the last one gathered
     rank_logits: Any = None  # its preprocess_logits_for_metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -97,7 +98,7 @@ class EvaluationOfRanks(TrainerPart):
         order, kept = order_within(dataloader), gathered.prediction
         predictions, labels = in_order(output.predictions, order), in_order(output.label_ids, order)
         inputs = None if kept is None else in_order(kept.inputs, order)
-        scored = Scored.of(predictions, labels, inputs) if self.eval_ranks else None
+        self.scored = scored = Scored.of(predictions, labels, inputs) if self.eval_ranks else None
         metrics = {}
         if scored is not None:
             language = task_type(self.model) in ("CAUSAL_LM", "SEQ_2_SEQ_LM")

@@ -17,6 +17,7 @@ from ..schedule import BoundSchedule, RankSchedule, Setting
 from .batching import Place
 from .evaluation import EvaluationOfRanks
 from .loading import ExactBatches
+from .measuring import Measurements
 from .precision import frozen_weights_in
 from .saving import AdapterCheckpoints
 
@@ -35,7 +36,7 @@ PRIVATE = (
 )
 
 
-class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
+class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoints):
     """Put before Trainer or a subclass of it: ``class MyTrainer(DyLoRAMixin, Seq2SeqTrainer)``.
 
     For a model with loralib layers; one without any gets plain training with exact batches.
@@ -50,6 +51,9 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, AdapterCheckpoints):
     ``eval_aurac_accuracy``. ``eval_r1_loss`` is the mean over all that the loss counts (examples, or tokens), however
     batches are cut, ``eval_loss`` the mean over ranks; language models have ``eval_r1_perplexity`` too. Without
     ``compute_metrics`` the losses alone are reported. Predictions come in the data's order.
+
+    ``measure_ranks`` also writes the results, so that ``dylora select``, ``report`` and ``export --rank auto`` work on the
+    output directory.
 
     Checkpoints hold the adapter and the modules to save, in PEFT's format.
 

@@ -275,6 +275,8 @@ def test_importing_loralib_needs_torch_alone():
     code = (
         "import sys; import torch; before = set(sys.modules); import loralib; "
         "new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "loralib.inject(torch.nn.Sequential(torch.nn.Linear(2, 2)), ['0'], r=1); loralib.learn_layout; "
+        "new |= {m.split('.')[0] for m in set(sys.modules) - before}; assert 'torch._dynamo' not in sys.modules; "
         "assert not new & {'transformers', 'peft', 'matplotlib', 'safetensors', 'numpy', 'scipy', 'sklearn'}, new"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import math
 import platform
 import shlex
 from dataclasses import replace
@@ -12,9 +11,9 @@ import numpy as np
 
 import loralib as lora
 from loralib.adapters.directory import read_facts
-from loralib.files import write_atomically, write_text
-from loralib.model import has_lora, lora_layers
-from loralib.report.choice import aurac, bootstrap, select_rank
+from loralib.files import save_npz, write_text
+from loralib.model import adapter_parameters, has_lora
+from loralib.report.choice import aurac, bootstrap, nothing_learnt, select_rank
 from loralib.report.results import RankResults, RankRow
 from loralib.report.scores import decide, score
 from loralib.report.writing import write_run
@@ -22,12 +21,6 @@ from loralib.schedule import FACTS, title_of
 from loralib.training.metrics import by_rank
 
 from .tasks import Task
-
-
-def adapter_parameters(model, rank: int) -> int:
-    """How many numbers the adapter has when cut to ``rank``."""
-    sizes = [layer.first_components(min(rank, layer.r)) for _, layer in lora_layers(model)]
-    return sum(A.numel() + B.numel() for A, B in sizes)
 
 
 def versions() -> dict[str, str]:
@@ -60,16 +53,6 @@ def how_trained(model_args, training_args, trainer) -> dict:
     return {name: told[name] for name in (*FACTS, "p", "reduce", "gate_ranks") if name in told}
 
 
-def nothing_learnt(predictions: np.ndarray, labels: np.ndarray, curve: list[float], task: Task) -> str | None:
-    """Why no rank can be chosen, or None: no score at any rank, or one class, of several, predicted for every example."""
-    if all(math.isnan(value) for value in curve):
-        return f"{task.main_metric} is not defined at any rank"
-    several = not task.regression and len(set(labels.tolist())) > 1
-    if several and (predictions == predictions[0, 0]).all():
-        return f"every rank predicts {task.labels[int(predictions[0, 0])]!r} for every example, so nothing was learnt"
-    return None
-
-
 def assemble(
     model_args, training_args, task: Task, trainer, splits: dict[str, dict], scaling: str | None, argv: list[str]
 ) -> RankResults:
@@ -83,7 +66,7 @@ def assemble(
     curves = {name: [row.scores[metric] for row in split["rows"]] for name, split in splits.items()}
     first = next(iter(splits))
     predictions, labels = decide(splits[first]["logits"]), splits[first]["labels"]
-    reason = nothing_learnt(predictions, labels, curves[first], task)
+    reason = nothing_learnt(predictions, labels, curves[first], metric, () if task.regression else task.labels)
     selected = None
     if reason is None:
         resampled = bootstrap(predictions, labels, lambda p, y: score(metric, p, y, task.metrics))
@@ -121,14 +104,6 @@ def write_results(output_dir: str, results: RankResults, splits: dict[str, dict]
             }
             text = json.dumps(values, indent=2) + "\n"
             write_text(directory / f"{eval_prefix(name)}_r{row.rank}_results.json", text)
-
-
-def save_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, **arrays)
-
-    write_atomically(path, write)
 
 
 def write_predictions(output_dir: str, name: str, task: Task, ranks: list[int], logits: np.ndarray) -> None:

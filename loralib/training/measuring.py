@@ -1,0 +1,126 @@
+"""The part of the trainer that leaves results behind: what ``dylora select``, ``report`` and ``export --rank auto`` read."""
+
+import importlib.metadata
+import math
+import platform
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import save_npz
+from ..model import adapter_parameters
+from ..report.choice import aurac, choose, nothing_learnt
+from ..report.results import Choice, RankResults, RankRow
+from ..report.scores import SCORES, decide
+from ..report.writing import write_run
+from ..schedule import BoundSchedule
+from .metrics import Scored, by_rank
+from .part import TrainerPart
+
+
+class Measurements(TrainerPart):
+    """Of ``DyLoRAMixin``: ``measure_ranks``."""
+
+    bound: BoundSchedule | None
+    eval_ranks: list[int]
+    scored: Scored | None  # the last evaluation's
+    compute_metrics: Any
+
+    def measure_ranks(
+        self, dataset=None, metric: str | None = None, split: str = "validation", task: str | None = None
+    ):
+        """Evaluate every rank, choose one, and write the adapter and what was found to the output directory: the tables,
+        ``rank_results.json`` and ``predictions_<split>.npz``. Returns the ``RankResults``.
+
+        The rank is the smallest within one standard error of the best, by examples drawn anew, where the metric is the loss
+        or a score of ``loralib.report.scores``; for other metrics the best.
+
+        Args:
+            dataset: default ``eval_dataset``.
+            metric: a name that ``compute_metrics`` gives, higher is better; or "loss" (default without compute_metrics).
+                Default: its first name. For "loss" each example makes a batch, so that it has a loss of its own.
+            task: what the results are called. Default: the output directory's name.
+
+        Raises ValueError for a model without adapter and for a metric that is not there.
+        """
+        if self.bound is None:
+            raise ValueError(
+                "The model has no loralib layer, so there are no ranks to measure; call loralib.inject first."
+            )
+        wants_loss = metric == "loss" or (metric is None and self.compute_metrics is None)
+        size, task_metrics = self.args.per_device_eval_batch_size, self.compute_metrics
+        if wants_loss:
+            self.args.per_device_eval_batch_size, self.compute_metrics = 1, None
+        try:
+            found = by_rank(self.evaluate(dataset), "eval")
+        finally:
+            self.args.per_device_eval_batch_size, self.compute_metrics = size, task_metrics
+        scored = self.scored
+        assert scored is not None and scored.losses is not None
+        names = [name for name in found[self.eval_ranks[0]] if name not in ("loss", "perplexity")]
+        metric = "loss" if wants_loss else metric or next(iter(names), "loss")
+        if metric not in (*names, "loss", "perplexity") or any(metric not in of_rank for of_rank in found.values()):
+            raise ValueError(f"metric is {metric!r}; the evaluation gives {', '.join([*names, 'loss'])}.")
+        samples = len(scored.losses)
+        rows = [
+            RankRow(
+                b, {name: float(value) for name, value in found[b].items() if name != "loss"}, found[b].get("loss"),
+                samples, adapter_parameters(self.model, b),
+            )
+            for b in self.eval_ranks
+        ]  # fmt: skip
+        results = self._results(rows, metric, split, task or Path(self.args.output_dir).name)
+        if self.is_world_process_zero():
+            results = self._write(results, scored, split)
+        self.save_model()
+        return results
+
+    def _results(self, rows: list[RankRow], metric: str, split: str, task: str) -> RankResults:
+        bound = self.bound
+        assert bound is not None
+        curve = [row.value(metric) for row in rows]
+        facts = self.training_facts()
+        names = ("torch", "transformers", "accelerate")
+        versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+        config = getattr(self.model, "config", None)
+        return RankResults(
+            task=task,
+            method=bound.title(),
+            metric=metric,
+            splits={split: rows},
+            aurac={split: aurac(self.eval_ranks, curve)},
+            metrics=(metric,),
+            model_name_or_path=getattr(config, "_name_or_path", None) or None,
+            seed=self.args.seed,
+            **{name: facts[name] for name in ("sampling", "distribution", "full_rank_share", "frozen", "r_min")},
+            max_rank=bound.r_max,
+            versions=versions,
+            directory=str(self.args.output_dir),
+        )
+
+    def _write(self, results: RankResults, scored: Scored, split: str) -> RankResults:
+        """Write the predictions, choose the rank by them, and write the tables."""
+        file = Path(self.args.output_dir) / f"predictions_{split}.npz"
+        logits, labels = scored.predictions, scored.labels
+        _, curve = results.curve(split)
+        reason = None if any(map(math.isfinite, curve)) else f"{results.metric} is not defined at any rank"
+        if results.metric == "loss":
+            save_npz(file, {"losses": scored.losses, "weights": scored.weights})
+        elif isinstance(logits, np.ndarray) and logits.ndim == 3 and np.ndim(labels) == 1:
+            save_npz(file, {"logits": logits, "labels": labels, "idx": np.arange(len(labels))})
+            names = [str(k) for k in range(logits.shape[-1])] if logits.shape[-1] > 1 else []
+            reason = nothing_learnt(decide(logits), labels, curve, results.metric, names)
+        else:
+            file.unlink(missing_ok=True)  # an earlier measurement's
+        if reason is None:
+            results = replace(results, selected_rank=self._chosen(results, split))
+        else:
+            results = replace(results, selected_rank_reason=reason)
+        write_run(results, self.args.output_dir)
+        return results
+
+    def _chosen(self, results: RankResults, split: str) -> Choice:
+        known = results.metric in ("loss", *SCORES) and Path(self.args.output_dir, f"predictions_{split}.npz").exists()
+        return choose(results, split, "1se" if known else 0)

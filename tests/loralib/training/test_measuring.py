@@ -1,0 +1,84 @@
+"""After any training ``measure_ranks`` leaves what the dylora command reads."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import loralib as lora
+from loralib.cli import main
+from loralib.report.results import RankResults
+from loralib.report.scores import decide
+from loralib.trainer import DyLoRATrainer
+
+from .test_tasks import collate, prepared
+from .test_trainer import trainer
+
+pytestmark = pytest.mark.slow
+
+
+def accuracy(prediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean()), "odd": 3.5}
+
+
+def commands(capsys, directory: Path, to: Path) -> tuple[int, str]:
+    """select, report and export --rank auto; the selected rank, and what select said."""
+    assert main(["select", str(directory)]) == 0
+    said = capsys.readouterr().out
+    assert main(["report", str(directory), "--to", str(to / "report")]) == 0
+    assert main(["export", str(directory), "--rank", "auto", "--to", str(to / "adapter")]) == 0
+    rank = int(re.search(r"^rank (\d+)$", said, re.M)[1])
+    assert json.loads((to / "adapter" / "dylora.json").read_text())["rank"] == rank
+    return rank, said
+
+
+def test_a_classifier_with_a_data_set_of_ones_own(roberta_config, roberta_checkpoint, tmp_path, capsys):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path / "run")
+    own = DyLoRATrainer(
+        model=t.model, args=t.args, train_dataset=t.train_dataset, eval_dataset=t.eval_dataset, data_collator=t.data_collator,
+        compute_metrics=accuracy,
+    )  # fmt: skip
+    for name, parameter in own.model.named_parameters():
+        if "lora_" in name or "classifier" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+    results = own.measure_ranks(task="mine")
+    assert results == RankResults.read(t.args.output_dir) and results.metric == "accuracy"
+    arrays = np.load(Path(t.args.output_dir) / "predictions_validation.npz")
+    found = (decide(arrays["logits"]) == arrays["labels"][:, None]).mean(0)
+    assert [row.scores["accuracy"] for row in results.splits["validation"]] == pytest.approx(found.tolist())
+    rank, said = commands(capsys, Path(t.args.output_dir), tmp_path)
+    assert rank == results.selected_rank.rank and "one standard error" in said
+    assert "| 350" not in (Path(t.args.output_dir) / "rank_results.md").read_text()  # a score on a scale of its own
+
+
+def test_a_language_model_by_the_losses_of_its_examples(tmp_path, capsys):
+    kind, options = prepared("causal", tmp_path / "run")
+    t = kind(**options)
+    results = t.measure_ranks()
+    rows = results.splits["validation"]
+    assert results.metric == "loss" and t.args.per_device_eval_batch_size == 3
+    arrays = np.load(tmp_path / "run" / "predictions_validation.npz")
+    for k, rank in enumerate((1, 2, 3, 4)):
+        merged = lora.merge(options["model"], rank).eval()
+        for i, example in enumerate(options["eval_dataset"]):
+            with torch.no_grad():
+                expected = float(merged(**collate([example])).loss)
+            assert arrays["losses"][i, k] == pytest.approx(expected, rel=1e-4)
+            assert arrays["weights"][i] == len(example["input_ids"]) - 1
+    best = min(rows, key=lambda row: row.loss).rank
+    rank, said = commands(capsys, tmp_path / "run", tmp_path)
+    assert rank == results.selected_rank.rank <= best and f"(rank {best}); loss" in said
+
+
+def test_a_metric_that_nothing_resamples_is_chosen_by_its_best(tmp_path, capsys):
+    kind, options = prepared("token classification", tmp_path / "run")
+    t = kind(**options, compute_metrics=lambda p: {"mine": float(p.predictions.mean())})
+    results = t.measure_ranks()
+    values = [row.scores["mine"] for row in results.splits["validation"]]
+    assert results.selected_rank.rank == 1 + int(np.argmax(values))
+    assert main(["select", str(tmp_path / "run")]) == 2 and "give a margin" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="metric is 'rouge'; the evaluation gives mine, loss"):
+        t.measure_ranks(metric="rouge")
