@@ -36,6 +36,20 @@ PRIVATE = (
 )
 
 
+@contextlib.contextmanager
+def _as_adapted(model):
+    """Trainer trains a quantised model where an adapter of PEFT's is loaded: ours is as good."""
+    ours = isinstance(model, torch.nn.Module) and has_lora(model) and getattr(model, "is_quantized", False)
+    before = getattr(model, "_hf_peft_config_loaded", None)
+    if ours:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if ours:
+            model._hf_peft_config_loaded = bool(before)
+
+
 class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoints):
     """Put before Trainer or a subclass of it: ``class MyTrainer(DyLoRAMixin, Seq2SeqTrainer)``.
 
@@ -75,7 +89,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         adapter_facts: dict | None = None,
         **kwargs,
     ):
-        super().__init__(*args, **kwargs)
+        with _as_adapted(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
         schedule = schedule or RankSchedule()
         self.bound: BoundSchedule | None = None  # the schedule with its defaults settled; None without an adapter
         self.eval_ranks: list[int] = []
@@ -194,10 +209,11 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.model_accepts_loss_kwargs and not self.knows_loss:
             self._ask_loss(model, inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training:
-            loss = loss * self._weight()
-        return (loss, outputs) if return_outputs else loss
+        found = super().compute_loss(
+            model, inputs, return_outputs, num_items_in_batch
+        )  # TRL's outputs cost a pass more
+        weight = self._weight() if model.training else 1.0
+        return (found[0] * weight, *found[1:]) if return_outputs else found * weight
 
     def _ask_loss(self, model, inputs) -> None:
         """Trainer takes a forward with **kwargs for one that divides its loss by num_items_in_batch, and few do. One whose
