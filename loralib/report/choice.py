@@ -157,19 +157,23 @@ def read_losses(file: Path, results: RankResults, split: str) -> tuple[np.ndarra
     return losses, weights
 
 
+def _there(file: Path) -> Path:
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there, and 1se resamples it; give a margin such as --within 0.5.")
+    return file
+
+
 def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray:
     """The scores of the ranks at these places on resamples of the run's predictions."""
     file = Path(results.directory or "", f"predictions_{split}.npz")
-    if not file.exists():
-        raise FileNotFoundError(f"{file} is not there, and 1se resamples it; give a margin such as --within 0.5.")
     if results.metric == "loss":
-        losses, weights = read_losses(file, results, split)
+        losses, weights = read_losses(_there(file), results, split)
         return bootstrap(losses[:, ranks], weights, lambda loss, weight: float((loss * weight).sum() / weight.sum()))
     from .scores import SCORES, decide, score  # scikit-learn and scipy, which a margin does not need
 
     if results.metric not in (*SCORES, "combined_score"):
         raise ValueError(f"1se knows no {results.metric!r} to resample; give a margin such as --within 0.5.")
-    logits, labels = read_predictions(file, results, split)
+    logits, labels = read_predictions(_there(file), results, split)
     predictions = decide(logits)
     all_ranks, told = results.curve(split)
     found = [score(results.metric, predictions[:, k], labels, results.metrics) for k in range(predictions.shape[1])]

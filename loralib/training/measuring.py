@@ -13,7 +13,6 @@ from ..files import save_npz
 from ..model import adapter_parameters
 from ..report.choice import aurac, choose, nothing_learnt
 from ..report.results import Choice, RankResults, RankRow
-from ..report.scores import SCORES, decide
 from ..report.writing import write_run
 from ..schedule import BoundSchedule
 from .metrics import Scored, by_rank
@@ -102,6 +101,8 @@ class Measurements(TrainerPart):
 
     def _write(self, results: RankResults, scored: Scored, split: str) -> RankResults:
         """Write the predictions, choose the rank by them, and write the tables."""
+        from ..report.scores import decide  # scikit-learn and scipy: of the report extra
+
         file = Path(self.args.output_dir) / f"predictions_{split}.npz"
         logits, labels = scored.predictions, scored.labels
         _, curve = results.curve(split)
@@ -122,5 +123,7 @@ class Measurements(TrainerPart):
         return results
 
     def _chosen(self, results: RankResults, split: str) -> Choice:
+        from ..report.scores import SCORES
+
         known = results.metric in ("loss", *SCORES) and Path(self.args.output_dir, f"predictions_{split}.npz").exists()
         return choose(results, split, "1se" if known else 0)

@@ -207,10 +207,12 @@ def test_a_loop_over_the_batches_is_the_settings_one_by_one(accumulate):
 
 def test_a_loop_with_accelerate():
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(reset_partial_state=True)  # other tests' precision
     model, optimizer = a_model()
     wanted = train(model, optimizer, RankSchedule().resolve(4).over(data(), model, optimizer))
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="no")
     model, optimizer = a_model()
     loader = torch.utils.data.DataLoader(data(), batch_size=None)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
