@@ -72,6 +72,7 @@ TRAINING = """
 import torch
 import loralib as lora
 
+torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
 lora.inject(model, ["0"], r=4, modules_to_save=["2"])
 lora.mark_only_lora_as_trainable(model)
@@ -119,7 +120,8 @@ def test_it_trains_saves_loads_and_exports(python, tmp_path):
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named_with_the_smallest_extra(code, sentence, python, tmp_path):
-    run(python, "-c", TRAINING.replace('"adapter"', '"a"'), cwd=tmp_path)
+    done = run(python, "-c", TRAINING.replace('"adapter"', '"a"'), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     (tmp_path / "run").mkdir()
     shutil.copyfile(ROOT / "results/cola/rank_results.json", tmp_path / "run/rank_results.json")
     done = run(python, "-c", code, cwd=tmp_path)

@@ -89,10 +89,10 @@ def damage_of(checkpoint: Path) -> str | None:
                 with safe_open(file, "pt") as opened:
                     opened.keys()
             else:
-                if file.read_bytes()[:4] != b"PK\x03\x04":  # zipfile looks for an archive further in, torch does not
-                    return f"{name} cannot be read"
                 with zipfile.ZipFile(file) as archive:
-                    if archive.testzip() is not None:
+                    # zipfile takes an archive behind other bytes, torch does not
+                    behind = min((entry.header_offset for entry in archive.infolist()), default=1)
+                    if behind or archive.testzip() is not None:
                         return f"{name} is cut off"
         except (ValueError, OSError, zipfile.BadZipFile, SafetensorError):
             return f"{name} cannot be read"
