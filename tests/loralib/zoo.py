@@ -100,6 +100,13 @@ def of(kind, config, **more):
 
 
 POSITIONS = dict(max_position_embeddings=64)
+
+
+def deberta(**more):
+    options = dict(relative_attention=True, pos_att_type=["p2c", "c2p"], **POSITIONS)
+    return of(tf.DebertaV2ForSequenceClassification, tf.DebertaV2Config, **options, **more)
+
+
 ZOO = [
     Animal("RoBERTa", of(tf.RobertaForSequenceClassification, tf.RobertaConfig, **POSITIONS), ids, ["query", "value"]),
     Animal(
@@ -138,44 +145,14 @@ ZOO = [
         ids,
         ["fc1", "fc2", "q_proj"],
     ),
-    Animal(
-        "DeBERTa-v2",
-        of(
-            tf.DebertaV2ForSequenceClassification,
-            tf.DebertaV2Config,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-            **POSITIONS,
-        ),
-        ids,
-        ["query_proj", "value_proj"],
-    ),
+    Animal("DeBERTa-v2", deberta(), ids, ["query_proj", "value_proj"]),
+    Animal("DeBERTa-v2, values", deberta(), ids, ["value_proj", "intermediate.dense"]),
     Animal(
         "DeBERTa-v3, shared",
-        of(
-            tf.DebertaV2ForSequenceClassification,
-            tf.DebertaV2Config,
-            relative_attention=True,
-            share_att_key=True,
-            pos_att_type=["p2c", "c2p"],
-            position_buckets=16,
-            **POSITIONS,
-        ),
+        deberta(share_att_key=True, position_buckets=16),
         ids,
         ["query_proj", "key_proj"],
         served=False,
-    ),
-    Animal(
-        "DeBERTa-v2, values",
-        of(
-            tf.DebertaV2ForSequenceClassification,
-            tf.DebertaV2Config,
-            relative_attention=True,
-            pos_att_type=["p2c", "c2p"],
-            **POSITIONS,
-        ),
-        ids,
-        ["value_proj", "intermediate.dense"],
     ),
     Animal(
         "Longformer",
