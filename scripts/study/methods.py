@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import loralib as lora
+from loralib.gate import scale
 from loralib.model import lora_layers
 from loralib.schedule import Setting
 from loralib.trainer import DyLoRATrainer
@@ -21,6 +22,8 @@ DRAWN = lora.RankSchedule(distribution="uniform", full_rank_share=0.0)
 ORDERED = replace(DRAWN, full_rank_share=0.5)
 MIXED = replace(ORDERED, distribution="mixed")
 GATE = lora.RankSchedule("matryoshka")
+POWERS_SUMMED = replace(GATE, gate_ranks=(1, 2, 4, 8))
+PLAIN = lora.RankSchedule("fixed")
 
 
 @dataclass(frozen=True)
@@ -44,36 +47,63 @@ class Method:
     orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
     strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
     gate_after: tuple[int, ...] = ()  # once the components are ordered: the mean of these ranks' gates, nothing drawn
+    wide_A: bool = False  # lora_A drawn with a bound of 1/sqrt(r) in place of 1/sqrt(in): MatryoshkaLoRA's release
+    # Once the components are ordered, groups of examples: each group's share of the update, and its weights of ranks.
+    tail: tuple[tuple[float, dict[int, float]], ...] = ()
+    by_cost: float = 0.0  # the rest of the tail's share goes to ranks 1, 2 and 4 by what the cut costs at the ordering
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the first part of the training is that of lora-8, so that it may go on from its checkpoint."""
+        return bool(self.schedule.full_rank_share) and (self.r, self.strength) == (R_MAX, ALPHA / R_MAX)
+
+    @property
+    def strength(self) -> float:
+        """The update's factor at r_max."""
+        return scale(self.r, self.r, self.alpha, self.scaling)
 
     @property
     def ranks(self) -> list[int]:
         return list(range(1, self.r + 1)) if self.schedule.sampling != "fixed" else [self.r]
 
 
+ALL_POWERS = dict.fromkeys((1, 2, 4, 8), 1 / 4)
 UNIFORM = (1.0,) * R_MAX
 ENDS = (3, 1, 1, 1, 1, 1, 1, 3)
 POWERS = (1, 1, 0, 1, 0, 0, 0, 1)
+PARTS = ORDERED.full_rank_share, 0.7, 0.8, 0.9  # where lora-8 leaves checkpoints for what goes on from them
 CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
 CONSTANT_2 = dict(scaling="alpha/r", alpha=16)  # the strength of a LoRA of rank 8 with alpha 16
 
 METHODS = {
-    **{f"lora-{r}": Method(f"LoRA trained at rank {r}", lora.RankSchedule("fixed"), r=r) for r in (1, 2, 4, 8)},
+    **{
+        name: Method(f"LoRA trained at rank {r}, strength {alpha / r:g}", PLAIN, r=r, alpha=alpha, scaling="alpha/r")
+        for name, r, alpha in [
+            *((f"lora-{r}", r, ALPHA) for r in (1, 2, 4, 8)),
+            *((f"lora-{r}-strength-2", r, 2 * r) for r in (1, 2, 4)),
+        ]
+    },
     "released": Method("DyLoRA as released (per step, frozen)", lora.RankSchedule.paper()),
     "step": Method("DyLoRA, per step", replace(DRAWN, sampling="step")),
     "step-geometric": Method(
         "DyLoRA, per step, geometric 0.15", replace(DRAWN, sampling="step", distribution="geometric")
     ),
     "example": Method("DyLoRA, per example"),
-    "matryoshka-sum": Method(
-        "MatryoshkaLoRA (sum, alpha/sqrt(b))", replace(GATE, gate_ranks=(1, 2, 4, 8)), scaling="alpha/sqrt(b)"
-    ),
+    **{
+        f"matryoshka-{name}": Method(
+            f"MatryoshkaLoRA, scale {name}", POWERS_SUMMED, alpha=alpha, scaling=scaling, wide_A=True
+        )
+        for name, alpha, scaling in [("1", R_MAX, "alpha/r"), ("1/r", 1, "alpha/b"), ("1/sqrt(r)", 1, "alpha/sqrt(b)")]
+    },
     "matryoshka-mean": Method("fixed gate, mean with alpha/b", replace(GATE, reduce="mean")),
     "ordered": Method("DyLoRA, half at r_max, ordered, then per example", ORDERED, **CONSTANT_2),
     "mixed": Method("DyLoRA, half at r_max, ordered, then mixed (our default)", MIXED, **CONSTANT_2),
 }
 DEFAULT = "mixed"  # what run_glue.py does without flags
-# Together one method: at each of these ranks a LoRA that was trained for it.
-SWEEP = tuple(name for name in METHODS if name.startswith("lora-"))
+# Together one method: at each of these ranks a LoRA that was trained for it, at one of these strengths.
+SWEEP = {
+    r: [name for name, method in METHODS.items() if method.schedule == PLAIN and method.r == r] for r in (1, 2, 4, 8)
+}
 # What a LoRA trained at r_max gives at the lower ranks, made from the run of lora-8.
 CUTS = {
     "cut-alpha/b": "LoRA trained at rank 8, cut, alpha/b",
@@ -89,9 +119,31 @@ TRIED = {
         weights=tuple(0.7**b for b in range(R_MAX)),
         **CONSTANT_2,
     ),
-    "mixed-0.7": Method(
-        "ordered after 0.7 of the training, then mixed", replace(MIXED, full_rank_share=0.7), **CONSTANT_2
-    ),
+    **{
+        f"mixed-{share}": Method(
+            f"ordered after {share} of the training, then mixed", replace(MIXED, full_rank_share=share), **CONSTANT_2
+        )
+        for share in (0.7, 0.8, 0.9)
+    },
+    **{
+        f"{name}-{share}": Method(
+            f"ordered after {share} of the training, then {how}",
+            replace(ORDERED, full_rank_share=share),
+            tail=tail,
+            by_cost=1 - sum(part for part, _ in tail),
+            **CONSTANT_2,
+        )
+        for share in (0.7, 0.8, 0.9)
+        for name, how, tail in [
+            (
+                "thirds",
+                "thirds of the examples at rank 1, at 1, 2, 4, 8 at once and at 8",
+                ((1 / 3, {1: 1.0}), (1 / 3, ALL_POWERS), (1 / 3, {8: 1.0})),
+            ),
+            ("halves", "halves at 1, 2, 4, 8 at once and at 8", ((1 / 2, ALL_POWERS), (1 / 2, {8: 1.0}))),
+            ("by-cost", "half at 8 and half at 1, 2, 4 by what the cut costs", ((1 / 2, {8: 1.0}),)),
+        ]
+    },
     "ordered-even": Method("ordered, ranks drawn evenly", ORDERED, weights=UNIFORM, **CONSTANT_2),
     "ordered-ends": Method("ordered, ranks 1 and 8 more often", ORDERED, weights=ENDS, **CONSTANT_2),
     "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", ORDERED, weights=POWERS, **CONSTANT_2),
@@ -195,6 +247,11 @@ class StudyTrainer(DyLoRATrainer):
             for _, layer in lora_layers(self.model):
                 length = layer.lora_A.detach().norm() / layer.r**0.5
                 nn.init.orthogonal_(layer.lora_A, gain=float(length))
+        if method.wide_A:
+            with torch.no_grad():
+                for _, layer in lora_layers(self.model):
+                    layer.lora_A *= (layer.lora_A.shape[1] / layer.r) ** 0.5
+        self.groups: list[tuple[float, dict[int, float]]] = []  # the tail, settled at the ordering
 
     def draws_by_now(self) -> bool:
         """Whether the part at r_max is over."""
@@ -206,9 +263,44 @@ class StudyTrainer(DyLoRATrainer):
             return setting
         if method.gate_after:
             return replace(setting, gate_ranks=method.gate_after, reduce="mean")
+        if method.tail:
+            if setting.order or not self.groups:
+                self.groups = [*method.tail, *self.groups_by_cost(setting.order)]
+            return Setting(self.group_weights(), order=setting.order)
         if method.weights:
             return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
         return setting
+
+    def groups_by_cost(self, order: bool) -> list[tuple[float, dict[int, float]]]:
+        """Ranks below r_max, each with a share in proportion to its loss above that of r_max, on a few training batches."""
+        if not self.method.by_cost:
+            return []
+        if order:
+            lora.order_components(
+                self.model, self.optimizer
+            )  # again by the setting: of what is ordered nothing changes
+        losses = dict.fromkeys((1, 2, 4, 8), 0.0)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            for _, batch in zip(
+                range(8), super().get_eval_dataloader(self.train_dataset.select(range(512))), strict=False
+            ):
+                for b, output in lora.at_ranks(self.model, batch, list(losses)):
+                    losses[b] += float(output.loss)
+        self.model.train(training)
+        cost = {b: max(loss - losses[8], 1e-9) for b, loss in losses.items() if b != 8}
+        return [(self.method.by_cost * value / sum(cost.values()), {b: 1.0}) for b, value in cost.items()]
+
+    def group_weights(self) -> torch.Tensor:
+        """The micro-batch's part of the update's examples, each with its group's weights of ranks."""
+        rows = torch.zeros(len(self.groups), self.method.r)
+        for row, (_, weights) in zip(rows, self.groups, strict=True):
+            for b, weight in weights.items():
+                row[b - 1] = weight
+        shares = [share for share, _ in self.groups]
+        drawn = even_draw(shares, self.place.size(0), f"{self.args.seed}:{self.state.global_step}")
+        return rows[drawn - 1][list(self.place.places())]
 
     def even_ranks(self) -> torch.Tensor:
         """The micro-batch's part of the even draw for the update."""

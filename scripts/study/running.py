@@ -1,21 +1,25 @@
 """Training and measuring cells, one after the other or several at a time."""
 
 import json
+import math
 import subprocess
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
+from transformers import TrainerCallback
+
 from .cells import BATCH, BUDGETS, Budget, Cell, read_records
-from .methods import CUTS, METHODS, TRIED, StudyTrainer
+from .methods import CUTS, METHODS, MIXED, PARTS, R_MAX, TRIED, StudyTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_cell(cell: Cell, encoder: str, data: str | None) -> list[dict]:
-    """Train and measure; one record, and for lora-8 one more for each way to cut it."""
+def run_cell(cell: Cell, encoder: str, data: str | None, keep: str | None = None) -> list[dict]:
+    """Train and measure; one record, and for lora-8 one more for each way to cut it. ``keep``: see ``__main__``."""
     import torch
     from transformers import DataCollatorWithPadding, TrainingArguments, set_seed, utils
     from transformers_dylora.arguments import ModelArguments
@@ -31,9 +35,10 @@ def run_cell(cell: Cell, encoder: str, data: str | None) -> list[dict]:
     )
     tokenizer = load_tokenizer(model_args)
     train, measured = load_splits(task, budget, cell.split, tokenizer, data)
+    trunk = Path(keep) / f"{cell.task}-{cell.seed}-{cell.rate:g}-{cell.split}" if keep else None
     with tempfile.TemporaryDirectory() as directory:
         args = TrainingArguments(
-            directory,
+            str(trunk) if trunk and cell.method == "lora-8" else directory,
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=64,
             learning_rate=cell.rate,
@@ -59,18 +64,39 @@ def run_cell(cell: Cell, encoder: str, data: str | None) -> list[dict]:
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=metrics_function(task),
         )
-        start = time.perf_counter()
-        trainer.train()
+        start, checkpoint = time.perf_counter(), None
+        if trunk and cell.method == "lora-8":
+            trainer.add_callback(SaveParts())
+        elif trunk and method.shares_trunk:
+            steps = math.ceil(len(train) / BATCH) * budget.epochs
+            checkpoint = trunk / f"checkpoint-{part_of(method.schedule.full_rank_share, int(steps))}"
+            checkpoint = str(checkpoint) if checkpoint.exists() else None
+        trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start
         facts = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "commit": commit()}
+        facts |= {"from": "lora-8"} if checkpoint else {}
+        if trunk and cell.method == "lora-8":
+            trainer.save_model(str(trunk))
         records = [record(cell, trainer, measured, task) | facts]
-        if cell.method == "lora-8" and cell.split == "validation":
+        if cell.method == "lora-8":
             trainer.eval_ranks = list(range(1, method.r + 1))
             for name in CUTS:
                 cut(model, name, encoder, directory, task)
                 own = Cell(cell.task, name, cell.seed, cell.rate, cell.split)
                 records.append(record(own, trainer, measured, task) | facts)
     return records
+
+
+def part_of(share: float, steps: int) -> int:
+    """The update before which the first part of the training ends."""
+    return replace(MIXED, full_rank_share=share).resolve(R_MAX, "alpha/r", steps).full_steps
+
+
+class SaveParts(TrainerCallback):
+    """Saves a checkpoint wherever a method's first part may end."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in {part_of(share, state.max_steps) for share in PARTS}
 
 
 def load_splits(task, budget: Budget, split: str, tokenizer, data: str | None):
@@ -152,7 +178,7 @@ def run_all(cells: list[Cell], options) -> None:
     missing = [cell for cell in cells if not cell.done(read_records(file))]
     print(f"{len(cells) - len(missing)} of {len(cells)} runs are there", flush=True)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(run_cell, cell, options.encoder, options.data): cell for cell in missing}
+        waiting = {pool.submit(run_cell, cell, options.encoder, options.data, options.keep): cell for cell in missing}
         for number, future in enumerate(as_completed(waiting), 1):
             records = future.result()
             with open(file, "a", encoding="utf-8") as lines:
