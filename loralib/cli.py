@@ -1,10 +1,13 @@
-"""The ``dylora`` command: what to do with a run after training. It parses and prints; the work is done elsewhere.
+"""The ``dylora`` command: train, and what to do with a run afterwards. It parses and prints; the work is done elsewhere.
 
+dylora train FLAGS                  train and measure every rank; FLAGS may begin with a YAML file of settings
 dylora report RUN [RUN ...]         tables in the terminal; Markdown, CSV, PNG, SVG and an HTML page
 dylora select RUN                   the smallest rank that is as good as the best, and why
 dylora export RUN --rank 4 --to DIR a PEFT adapter at that rank, with a model card
 dylora merge RUN --rank 4 --to DIR  a plain transformers model
+dylora squeeze ADAPTER --to DIR     order and cut a LoRA that was trained elsewhere
 dylora inspect DIR                  what an adapter's directory holds
+dylora completion SHELL             what the shell needs to complete these
 """
 
 from __future__ import annotations
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command line. Returns the exit code: 0, or 2 with one sentence on stderr for a user's mistake."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        return _train(argv[1:])  # its flags are transformers' and not known here
     args = _parser().parse_args(argv)
     warn_of_other_loralib()
     try:
@@ -39,9 +45,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="dylora", description="Use what one DyLoRA training gave, at any rank.",
+        prog="dylora", description="Train one LoRA adapter, then use it at any rank.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n  dylora report mnli/model\n  dylora select mnli/model --within 0.5\n"
+        epilog="examples:\n  dylora train --model_name_or_path roberta-base --task_name rte --output_dir rte/model\n"
+        "  dylora report mnli/model\n  dylora select mnli/model --within 0.5\n"
         "  dylora export mnli/model --rank auto --to adapter\n  dylora inspect adapter",
     )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"dylora {__version__}")
@@ -53,6 +60,14 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.set_defaults(run=run)
         return sub
+
+    train = command(
+        "train",
+        None,
+        "train an adapter and measure every rank",
+        "dylora train --model_name_or_path roberta-base --train_file my.csv --output_dir out",
+    )
+    train.add_argument("flags", nargs="*", help="dylora train --help lists them")
 
     report = command(
         "report",
@@ -83,11 +98,36 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--rank", required=True, help="a rank, or auto: what `dylora select` chooses")
         sub.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory, or an earlier export")
         _add_choice(sub)
+        _add_license(sub)
         if name == "merge":
             sub.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
 
+    squeeze = command(
+        "squeeze",
+        _squeeze,
+        "order and cut a LoRA that was trained elsewhere, in PEFT's format",
+        "dylora squeeze my-lora --data validation.jsonl --within 1se --to small",
+    )
+    squeeze.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
+    squeeze.add_argument("--rank", type=int, help="the rank to cut it to; default: chosen by --data")
+    squeeze.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory, or an earlier export")
+    squeeze.add_argument(
+        "--data",
+        metavar="FILE",
+        help="examples to measure every rank on: text and label, prompt and completion, or text",
+    )
+    squeeze.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
+    squeeze.add_argument("--labels", help="a classifier's label names, in the order of its outputs, as in no,yes")
+    _add_choice(squeeze)
+    _add_license(squeeze)
+
     inspect = command("inspect", _inspect, "what an adapter's directory holds", "dylora inspect rte/model")
     inspect.add_argument("directory", metavar="DIR")
+
+    completion = command(
+        "completion", _completion, "print what a shell needs to complete dylora", 'eval "$(dylora completion bash)"'
+    )
+    completion.add_argument("shell", choices=["bash", "zsh", "tcsh"])
     return parser
 
 
@@ -103,10 +143,24 @@ def _add_choice(parser) -> None:
     parser.add_argument("--split", help="the split to choose on (default: the run's first)")
 
 
+def _add_license(parser) -> None:
+    parser.add_argument("--license", metavar="NAME", help="the licence that the model card names, as in apache-2.0")
+
+
+def _train(flags: list[str]) -> int:
+    try:
+        from transformers_dylora.run_glue import train
+        from transformers_dylora.stopping import exit_code
+    except ImportError as error:
+        print(f"dylora: {missing(error)}", file=sys.stderr)
+        return 2
+    return exit_code(lambda: train(flags), "dylora train")
+
+
 def _report(args) -> None:
     from .report.curves import summary_rows
     from .report.results import RankResults
-    from .report.tables import print_table
+    from .report.tables import print_grid, print_table
     from .report.writing import write_report
 
     runs = [RankResults.read(path) for path in args.runs]
@@ -115,21 +169,9 @@ def _report(args) -> None:
         print_table(results)
     curves = write_report(runs, to)
     if len(runs) > 1:
-        head, rows = summary_rows(curves)
-        _print_table("mean over seeds, with its standard error", head, rows, left=(0, 1))
-    print(f"written to {to}: rank_results.md, rank_results.csv, rank_curve.png, rank_curve.svg, report.html")
-
-
-def _print_table(title: str, head: list[str], rows: list[list[str]], left: tuple[int, ...]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title)
-    for i, name in enumerate(head):
-        table.add_column(name, justify="left" if i in left else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+        head, rows = summary_rows(curves, short=True)
+        print_grid("mean over seeds, with its standard error", head, rows, left=(0, 1))
+    print(f"written to {to}: rank_results.md, rank_results.csv, rank_curve.png, .svg and .pdf, report.html")
 
 
 def _select(args) -> None:
@@ -188,7 +230,7 @@ def _export(args) -> None:
 
     free_directory(args.to, EXPORTED)
     rank, results = _rank_of(args)
-    export_adapter(args.run_directory, args.to, rank, results)
+    export_adapter(args.run_directory, args.to, rank, results, args.license)
     print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
 
 
@@ -197,23 +239,79 @@ def _merge(args) -> None:
 
     free_directory(args.to, MERGED)
     rank, results = _rank_of(args)
-    base = export_merged(args.run_directory, args.to, rank, args.base, results)
+    base = export_merged(args.run_directory, args.to, rank, args.base, results, args.license)
     print(f"written to {args.to}: {base} with the adapter at rank {rank} merged in")
+
+
+def _squeeze(args) -> None:
+    import tempfile
+
+    from .adapters.export import EXPORTED, export_adapter, free_directory
+    from .adapters.squeeze import squeeze_adapter
+    from .report.tables import print_grid, print_table
+
+    if args.rank is None and args.data is None:
+        raise ValueError("Give the rank with --rank, or --data to choose it by.")
+    free_directory(args.to, EXPORTED)
+    with tempfile.TemporaryDirectory() as directory:
+        kept = squeeze_adapter(args.adapter, directory)
+        rows = [[str(b), f"{100 * share:.1f}"] for b, share in kept.items()]
+        print_grid("what each rank keeps of the update, in percent of its squared norm", ["rank", "kept"], rows)
+        rank, results = args.rank, None
+        if args.data:
+            from dataclasses import replace
+
+            from transformers_dylora.squeezing import measure_adapter
+
+            labels = tuple(name.strip() for name in args.labels.split(",")) if args.labels else ()
+            results = measure_adapter(directory, args.data, args.base, labels)
+            print_table(results)
+            if rank is None:
+                chosen = _chosen(args, results)
+                rank, results = chosen.rank, replace(results, selected_rank=chosen)
+                print(f"rank {rank}: {_why(results, chosen)}")
+        export_adapter(directory, args.to, rank, results, args.license)
+    print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
+
+
+def _completion(args) -> None:
+    import shtab
+    from transformers_dylora.arguments import line_parser
+
+    parser, commands = _parser(), {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            commands = action.choices
+    for action in line_parser()._actions:
+        if action.dest != "help":
+            commands["train"]._add_action(action)
+    kinds = {"RUN": shtab.DIRECTORY, "DIR": shtab.DIRECTORY, "ADAPTER": shtab.DIRECTORY, "FILE": shtab.FILE}
+    for command in commands.values():
+        for action in command._actions:
+            if action.metavar in kinds or action.dest.endswith(("_file", "_dir", "_path")):
+                action.complete = kinds.get(action.metavar, shtab.FILE)
+    print(shtab.complete(parser, args.shell))
 
 
 def _inspect(args) -> None:
     from .adapters.directory import describe_adapter
+    from .report.tables import print_grid
 
     facts = describe_adapter(args.directory)
     shown = ("base", "rank", "r_max", "lora_alpha", "scaling", "target_modules", "modules_to_save", "task", "labels")
     for name in shown:
         value = facts.get(name)
+        value = list(dict.fromkeys(value)) if isinstance(value, list) else value
+        if name == "target_modules" and isinstance(value, list):
+            value = list(dict.fromkeys(target.rpartition(".")[2] for target in value))
         if value not in (None, [], {}):
             print(f"{name:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     print(f"{'parameters':16} {facts['adapter_parameters']:,} in the adapter, {facts['head_parameters']:,} in the head")
     longest = max(*facts["norms"], 1e-12)
-    rows = [[str(b), f"{norm:.4f}", "█" * round(30 * norm / longest)] for b, norm in enumerate(facts["norms"], 1)]
-    _print_table(
+    rows = [
+        [str(b), f"{norm:.4f}", f"{'█' * round(30 * norm / longest):30}"] for b, norm in enumerate(facts["norms"], 1)
+    ]
+    print_grid(
         "norm of each component's update, root mean square over layers", ["component", "norm", ""], rows, left=(2,)
     )
 

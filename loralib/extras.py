@@ -10,6 +10,8 @@ EXTRA_OF = {
     "accelerate": "train",
     "datasets": "nlu",
     "evaluate": "nlu",
+    "yaml": "nlu",
+    "shtab": "report",
 }
 
 

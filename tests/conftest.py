@@ -36,3 +36,9 @@ def roberta_config():
 def roberta_checkpoint(tmp_path_factory):
     """A directory with that model (an encoder with random weights, as hub checkpoints have) and a word tokenizer."""
     return tiny.checkpoint(tmp_path_factory.mktemp("tiny-roberta"))
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(tmp_path_factory):
+    """A directory with a language model of a few thousand parameters and a word tokenizer."""
+    return tiny.llama_checkpoint(tmp_path_factory.mktemp("tiny-llama"))

@@ -15,22 +15,33 @@ from .store import load_adapter
 EXPORTED, MERGED = "dylora export", "dylora merge"
 
 
-def export_adapter(source: str | Path, target: str | Path, rank: int, results: RankResults | None = None) -> None:
+def export_adapter(
+    source: str | Path,
+    target: str | Path,
+    rank: int,
+    results: RankResults | None = None,
+    license: str | None = None,
+) -> None:
     """Write the adapter of ``source`` cut to ``rank`` into ``target``, in PEFT's format, with its tokenizer and a card.
 
-    ``results`` are shown in the card. No base model is needed. Raises FileNotFoundError or ValueError, also where ``target``
-    holds anything but an earlier export; it is untouched then.
+    ``results`` are shown in the card, ``license`` is its licence. No base model is needed. Raises FileNotFoundError or
+    ValueError, also where ``target`` holds anything but an earlier export; it is untouched then.
     """
     directory = free_directory(target, EXPORTED)
     if directory == Path(source).resolve():
         raise ValueError(f"--to {target} is the adapter itself; give another directory.")
     config, facts = cut_adapter(source, directory, rank, extra={"made_by": EXPORTED})
     copy_tokenizer(Path(source), directory)
-    write_text(directory / "README.md", model_card(config, facts, results, str(target)))
+    write_text(directory / "README.md", model_card(config, facts, results, str(target), license=license))
 
 
 def export_merged(
-    source: str | Path, target: str | Path, rank: int, base: str | None = None, results: RankResults | None = None
+    source: str | Path,
+    target: str | Path,
+    rank: int,
+    base: str | None = None,
+    results: RankResults | None = None,
+    license: str | None = None,
 ) -> str:
     """Write the base model with the adapter of ``source`` at ``rank`` merged in, its tokenizer and a card into ``target``.
 
@@ -70,7 +81,7 @@ def export_merged(
     plain.save_pretrained(directory)
     write_text(directory / EXTRA, json.dumps(facts | {"made_by": MERGED}, indent=2) + "\n")
     copy_tokenizer(source, directory)
-    write_text(directory / "README.md", model_card(config, facts, results, str(target), merged=True))
+    write_text(directory / "README.md", model_card(config, facts, results, str(target), True, license))
     return base
 
 

@@ -46,8 +46,8 @@ def select_rank(
             below the best; a number is a margin in points of the 0-100 scale.
         points: how many of these points a score of 1 is.
 
-    The choice's standard error is that of the difference between the chosen and the best rank (None with a margin). Raises
-    ValueError where no rank has a score.
+    The choice's standard error is that of the difference between the chosen and the best rank: None with a margin, and where
+    the best is chosen. Raises ValueError where no rank has a score.
     """
     clean = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
     best = int(clean.argmax())
@@ -57,16 +57,20 @@ def select_rank(
         if resampled is None:
             raise ValueError("The rule '1se' needs the evaluation's predictions; give a margin such as within=0.5.")
         margins = np.nan_to_num(np.nanstd(resampled[:, [best]] - resampled, axis=0, ddof=1))
-        rule = "smallest rank within one standard error of the best"
+        near = "within one standard error of"
     else:
         margin = float(within)
         if not margin >= 0:
             raise ValueError(f"within is {within!r}; give '1se' or a margin of 0 or more points.")
         margins = np.full(len(ranks), margin / points)
-        rule = f"smallest rank within {margin:g} points of the best"
+        near = f"within {margin:g} points of"
     chosen = next(k for k in range(len(ranks)) if clean[best] - clean[k] <= margins[k] + 1e-12)
-    error = float(margins[chosen]) if within == "1se" else None
-    return Choice(ranks[chosen], f"{rule} (rank {ranks[best]})", float(scores[chosen]), error)
+    # Of the best beside itself there is no difference to be unsure of.
+    error = float(margins[chosen]) if within == "1se" and chosen != best else None
+    rule = f"smallest rank {near} the best (rank {ranks[best]})"
+    if chosen == best:
+        rule = f"the best (rank {ranks[best]})" + (f", and no smaller rank is {near} it" if best else "")
+    return Choice(ranks[chosen], rule, float(scores[chosen]), error)
 
 
 def bootstrap(
@@ -115,7 +119,7 @@ def choose(
     fits = [k for k, size in enumerate(sizes) if max_parameters is None or size <= max_parameters]
     if not fits:
         raise ValueError(f"No rank has {max_parameters:,} parameters or fewer; the smallest has {min(sizes):,}.")
-    resampled = results.sign * _resampled(results, split, fits) if within == "1se" else None
+    resampled = results.sign * resampled_scores(results, split, fits) if within == "1se" else None
     scores, points = [results.sign * values[k] for k in fits], results.factor(results.metric)
     chosen = select_rank([ranks[k] for k in fits], scores, resampled, within, points)
     return Choice(chosen.rank, chosen.rule, results.sign * chosen.score, chosen.standard_error, split)
@@ -163,12 +167,19 @@ def _there(file: Path) -> Path:
     return file
 
 
-def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray:
-    """The scores of the ranks at these places on resamples of the run's predictions."""
+def resampled_scores(results: RankResults, split: str, ranks: Sequence[int] | None = None) -> np.ndarray:
+    """The main scores, (resamples, ranks), on bootstrap resamples of the run's stored predictions.
+
+    ``ranks`` are places in the run's list of ranks, default all. Raises FileNotFoundError where there are no predictions, and
+    ValueError where they are of another run or no bootstrap is known for the score.
+    """
+    ranks = range(len(results.splits[split])) if ranks is None else ranks
     file = Path(results.directory or "", f"predictions_{split}.npz")
     if results.metric == "loss":
         losses, weights = read_losses(_there(file), results, split)
-        return bootstrap(losses[:, ranks], weights, lambda loss, weight: float((loss * weight).sum() / weight.sum()))
+        return bootstrap(
+            losses[:, list(ranks)], weights, lambda loss, weight: float((loss * weight).sum() / weight.sum())
+        )
     from .scores import SCORES, decide, score  # scikit-learn and scipy, which a margin does not need
 
     if results.metric not in (*SCORES, "combined_score"):
@@ -183,4 +194,4 @@ def _resampled(results: RankResults, split: str, ranks: list[int]) -> np.ndarray
                 f"{file} gives {results.metric} {ours:.4f} at rank {b}, the table {theirs:.4f}; they are of different runs, "
                 f"run the evaluation again."
             )
-    return bootstrap(predictions[:, ranks], labels, lambda p, y: score(results.metric, p, y, results.metrics))
+    return bootstrap(predictions[:, list(ranks)], labels, lambda p, y: score(results.metric, p, y, results.metrics))

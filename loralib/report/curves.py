@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .choice import mean_and_error
-from .results import RankResults
+from .choice import mean_and_error, resampled_scores
+from .results import LOWER, RankResults
 from .tables import csv_text
 
 SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_rank")
@@ -18,7 +18,12 @@ SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_ra
 
 @dataclass(frozen=True)
 class Curve:
-    """The main score, as tables show it, by rank, over ``seeds`` runs; ``errors`` are standard errors, None for one run."""
+    """The main score, as tables show it, by rank, over ``seeds`` runs.
+
+    ``errors`` are standard errors over the runs, None for one. ``band``, for one run whose predictions are stored: by rank the
+    95 percent interval over examples drawn anew (of a loss: of its difference to the best rank's, since examples differ more
+    than ranks do). ``samples`` are the examples of an evaluation, ``name`` is the method in a few words.
+    """
 
     task: str
     split: str
@@ -28,21 +33,59 @@ class Curve:
     means: tuple[float, ...]
     errors: tuple[float, ...] | None
     seeds: int
+    name: str = ""
+    band: tuple[tuple[float, float], ...] | None = None
+    samples: int = 0
 
     @classmethod
-    def over_seeds(cls, task: str, split: str, method: str, metric: str, ranks: Iterable[int], values) -> Curve:
+    def over_seeds(
+        cls,
+        task: str,
+        split: str,
+        method: str,
+        metric: str,
+        ranks: Iterable[int],
+        values,
+        name="",
+        band=None,
+        samples=0,
+    ) -> Curve:
         """The curve of ``values``, (seeds, ranks), as tables show them."""
         means, errors = mean_and_error(values)
         return cls(
             task, split, method, metric, tuple(ranks), tuple(means.tolist()),
-            None if errors is None else tuple(errors.tolist()), len(values),
+            None if errors is None else tuple(errors.tolist()), len(values), name or method, band, samples,
         )  # fmt: skip
+
+    @property
+    def spread(self) -> float:
+        """The largest standard error of a point. Without seeds or predictions: what an accuracy of 50 percent over so many
+        examples has; 0 for a loss."""
+        errors = self.errors or [(high - low) / (2 * 1.96) for low, high in self.band or ()]
+        if not errors and self.samples and self.metric not in LOWER:
+            return (50 if max(map(abs, self.means)) > 1 else 0.5) / self.samples**0.5
+        return float(np.nanmax(errors)) if len(errors) and not np.isnan(errors).all() else 0.0
 
 
 def label(results: RankResults) -> str:
-    """How a run's method is called in a legend, with a scaling rule that is not the usual one."""
+    """How tables call a run's method, with a scaling rule that is not the usual one."""
     name = results.method.replace("at r_max", f"at rank {results.max_rank}")
     return name if results.scaling in (None, "alpha/r") else f"{name}, {results.scaling}"
+
+
+def bootstrap_band(results: RankResults, split: str) -> tuple[tuple[float, float], ...] | None:
+    """The 95 percent interval of each rank's score by the run's stored predictions; None where they are not there."""
+    try:
+        found = results.factor(results.metric) * resampled_scores(results, split)
+    except (FileNotFoundError, ValueError, ImportError):
+        return None
+    with np.errstate(all="ignore"):
+        if results.metric in LOWER:
+            _, told = results.curve(split)
+            best = int(np.nanargmin(told))
+            found = found - found[:, [best]] + told[best]
+        low, high = np.nanpercentile(found, [2.5, 97.5], axis=0)
+    return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def curves(runs: list[RankResults]) -> list[Curve]:
@@ -51,12 +94,10 @@ def curves(runs: list[RankResults]) -> list[Curve]:
     once = {Path(run.directory).resolve() if run.directory else id(run): run for run in runs}
     for results in once.values():
         for split in results.splits:
-            ranks, values = results.curve(split)
             settings = tuple((name, getattr(results, name)) for name in SETTINGS)
-            factor = results.factor(results.metric)
-            values = [factor * value for value in values]
-            groups[results.task, split, label(results), results.metric, tuple(ranks), settings].append(values)
-    result = []
+            ranks = tuple(results.curve(split)[0])
+            groups[results.task, split, label(results), results.metric, ranks, settings].append(results)
+    found = []
     settings_of = defaultdict(list)
     for task, split, method, *_, settings in groups:
         settings_of[task, split, method].append(dict(settings))
@@ -64,9 +105,15 @@ def curves(runs: list[RankResults]) -> list[Curve]:
         # Methods of one name that differ in a setting are told apart by it.
         rivals = settings_of[task, split, method]
         differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({str(s[n]) for s in rivals}) > 1]
-        method = ", ".join([method, *differing])
-        result.append(Curve.over_seeds(task, split, method, metric, at, np.array(of_seeds)))
-    return result
+        one = of_seeds[0]
+        short = one.short_name() + (f", {one.scaling}" if one.scaling not in (None, "alpha/r") else "")
+        values = np.array([[one.factor(metric) * v for v in results.curve(split)[1]] for results in of_seeds], float)
+        band = bootstrap_band(one, split) if len(of_seeds) == 1 else None
+        names = [", ".join([name, *differing]) for name in (method, short)]
+        found.append(
+            Curve.over_seeds(task, split, names[0], metric, at, values, names[1], band, one.splits[split][0].samples)
+        )
+    return found
 
 
 def runs_to_csv(runs: list[RankResults]) -> str:
@@ -99,12 +146,14 @@ def averages(curves: list[Curve]) -> list[Curve]:
         if len(errors) == len(of_tasks):
             both = tuple((np.sqrt(np.sum(np.square(errors), axis=0)) / len(of_tasks)).tolist())
         name, seeds = f"average of {len(of_tasks)} tasks", min(curve.seeds for curve in of_tasks)
-        result.append(Curve(name, "", method, "score", of_tasks[0].ranks, tuple(means.tolist()), both, seeds))
+        result.append(
+            Curve(name, "", method, "score", of_tasks[0].ranks, tuple(means.tolist()), both, seeds, of_tasks[0].name)
+        )
     return result
 
 
-def summary_rows(curves: list[Curve]) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table of several runs: mean over seeds, with its standard error."""
+def summary_rows(curves: list[Curve], short: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Head and cells of the table of several runs: mean over seeds, with its standard error. ``short``: names in a few words."""
     ranks = sorted({b for curve in curves for b in curve.ranks})
     rows = []
     for curve in curves:
@@ -114,5 +163,5 @@ def summary_rows(curves: list[Curve]) -> tuple[list[str], list[list[str]]]:
             for b, mean, error in zip(curve.ranks, curve.means, errors, strict=True)
         }
         name = " ".join(filter(None, (curve.task, curve.split)))
-        rows.append([name, curve.method, str(curve.seeds), *(shown.get(b, "") for b in ranks)])
+        rows.append([name, curve.name if short else curve.method, str(curve.seeds), *(shown.get(b, "") for b in ranks)])
     return ["task", "method", "seeds", *(f"r={b}" for b in ranks)], rows

@@ -114,6 +114,23 @@ class RankResults:
         values = [row.value(name) for rows in self.splits.values() for row in rows]
         return 1 if name in LOWER or any(abs(value) > 1 for value in values if value is not None) else 100
 
+    def short_name(self) -> str:
+        """What a legend calls the method: "DyLoRA" where it is the default's, else with what differs; ``method`` tells all."""
+        if self.sampling is None:
+            return self.method
+        if self.sampling == "fixed":
+            return f"LoRA r={self.max_rank}"
+        if self.sampling == "matryoshka":
+            return "fixed gate"
+        if self.sampling == "step" and self.frozen and not self.full_rank_share:
+            return "DyLoRA as released"
+        parts = ["per step"] if self.sampling == "step" else []
+        usual = "mixed" if self.sampling == "example" and self.full_rank_share and not self.frozen else "uniform"
+        parts += [self.distribution] if self.distribution not in (None, usual) else []
+        share = self.full_rank_share
+        parts += ["not ordered"] if not share else [f"ordered at {100 * share:g} %"] if share != 0.5 else []
+        return ", ".join(["DyLoRA", *parts, *(["frozen"] if self.frozen else [])])
+
     @property
     def sign(self) -> int:
         """-1 where less of the main score is better, else 1."""

@@ -86,17 +86,55 @@ def csv_text(head: Sequence[str], rows: Iterable[Sequence]) -> str:
 def print_table(results: RankResults, console=None) -> None:
     """The tables in the terminal; the best rank is bold, the selected one marked."""
     from rich.console import Console
-    from rich.table import Table
 
     console = console or Console()
     for split, rows in results.splits.items():
-        table = Table(title=title(results, split), caption=summary(results, split))
-        for name in columns(results):
-            table.add_column(name, justify="right")
         scores = [-math.inf if math.isnan(value) else results.sign * value for value in results.curve(split)[1]]
+        cells = table_rows(results, split)
         selected = results.selected_rank
-        for row, cells, value in zip(rows, table_rows(results, split), scores, strict=True):
+        for row, texts in zip(rows, cells, strict=True):
             if selected and (selected.rank, selected.split) == (row.rank, split):
-                cells[0] = f"→ {cells[0]}"
-            table.add_row(*cells, style="bold" if value == max(scores) else None)
-        console.print(table)
+                texts[0] = f"→ {texts[0]}"
+        styles = ["bold" if value == max(scores) else None for value in scores]
+        print_grid(title(results, split), columns(results), cells, console=console, styles=styles)
+        _say(console, summary(results, split) + "\n")
+
+
+def print_grid(
+    heading: str, head: Sequence[str], rows: Sequence[Sequence[str]], left=(), console=None, styles=()
+) -> None:
+    """A table in the terminal, no wider than it: numbers stay whole, words wrap, and columns that have no room go into a
+    table of their own beneath, with the names repeated.
+
+    ``left``: the places of the columns of names; all others are numbers. ``styles``: of the rows.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console()
+    _say(console, heading)
+    # A word of a head is whole, too; a cell has a space and a line beside it.
+    head = [name.replace("_", " ") for name in head]
+    width = [max(map(len, [*name.split(), *(row[i] for row in rows)]), default=1) + 3 for i, name in enumerate(head)]
+    names = [i for i in range(len(head)) if i in left]
+    numbers = [i for i in range(len(head)) if i not in left]
+    room = console.width - 1 - sum(min(width[i], 26) for i in names)
+    while numbers:
+        count = 1
+        while count < len(numbers) and sum(width[i] for i in numbers[: count + 1]) <= room:
+            count += 1
+        shown, numbers = sorted(names + numbers[:count]), numbers[count:]
+        table = Table()
+        for i in shown:
+            whole = {"min_width": width[i] - 3, "justify": "right"} if i not in left else {"overflow": "fold"}
+            table.add_column(head[i], **whole)
+        for k, row in enumerate(rows):
+            table.add_row(*(row[i] for i in shown), style=styles[k] if styles else None)
+        console.print(table, markup=False)
+
+
+def _say(console, words: str) -> None:
+    """Text as it is, wrapped at the terminal's width."""
+    from rich.text import Text
+
+    console.print(Text(words))

@@ -1,6 +1,7 @@
 """What a report leaves on disk."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from ..files import write_atomically, write_text
@@ -9,21 +10,26 @@ from .page import page
 from .results import FILE, RankResults
 from .tables import markdown_table, to_csv, to_markdown
 
+PICTURES = ("png", "svg", "pdf")
+
 
 def write_run(results: RankResults, directory: str | Path) -> None:
-    """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``."""
+    """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``.
+
+    Where ``directory`` holds the run's predictions already, the curve has their interval.
+    """
     from .plots import plot_curves  # matplotlib takes a while to import: only where something is drawn
 
     directory = Path(directory)
     write_text(directory / FILE, json.dumps(results.to_json(), indent=2) + "\n")
     write_text(directory / "rank_results.csv", to_csv(results))
     write_text(directory / "rank_results.md", to_markdown(results))
-    selected = results.selected_rank.rank if results.selected_rank else None
-    write_atomically(directory / "rank_curve.png", lambda file: plot_curves(curves([results]), file, selected, "png"))
+    found = curves([replace(results, directory=str(directory))])
+    write_atomically(directory / "rank_curve.png", lambda file: plot_curves(found, file, results.selected_rank, "png"))
 
 
 def write_report(runs: list[RankResults], directory: str | Path) -> list[Curve]:
-    """Write rank_results.md and .csv, rank_curve.png and .svg and report.html of some runs; returns their curves."""
+    """Write rank_results.md and .csv, rank_curve.png, .svg and .pdf and report.html of some runs; returns their curves."""
     from .plots import plot_curves
 
     directory = Path(directory)
@@ -37,10 +43,9 @@ def write_report(runs: list[RankResults], directory: str | Path) -> list[Curve]:
         markdown = f"# All runs\n\n{markdown_table(*summary_rows(of_all), align='ll')}\n\n{markdown}"
     write_text(directory / "rank_results.md", markdown)
     write_text(directory / "rank_results.csv", table)
-    for kind in ("png", "svg"):
+    for kind in PICTURES:
         write_atomically(
-            directory / f"rank_curve.{kind}",
-            lambda file, kind=kind: plot_curves(of_all, file, selected.rank if selected else None, kind),
+            directory / f"rank_curve.{kind}", lambda file, kind=kind: plot_curves(of_all, file, selected, kind)
         )
     write_text(directory / "report.html", page(runs, of_all))
     return of_all

@@ -111,6 +111,9 @@ CUTS = {
     "cut-svd": "LoRA trained at rank 8, reduced by SVD",
 }
 TRIED = {
+    "matryoshka-sum": Method(
+        "fixed gate, sum over ranks 1, 2, 4, 8, alpha/sqrt(b)", POWERS_SUMMED, scaling="alpha/sqrt(b)"
+    ),
     "ordered-0.3": Method("ordered after 0.3 of the training", replace(ORDERED, full_rank_share=0.3), **CONSTANT_2),
     "ordered-0.7": Method("ordered after 0.7 of the training", replace(ORDERED, full_rank_share=0.7), **CONSTANT_2),
     "ordered-geometric": Method(
@@ -248,10 +251,15 @@ class StudyTrainer(DyLoRATrainer):
                 length = layer.lora_A.detach().norm() / layer.r**0.5
                 nn.init.orthogonal_(layer.lora_A, gain=float(length))
         if method.wide_A:
-            with torch.no_grad():
-                for _, layer in lora_layers(self.model):
-                    layer.lora_A *= (layer.lora_A.shape[1] / layer.r) ** 0.5
+            self.widen(self.model)
         self.groups: list[tuple[float, dict[int, float]]] = []  # the tail, settled at the ordering
+
+    @staticmethod
+    @torch.no_grad()
+    def widen(model: nn.Module) -> None:
+        """lora_A as if drawn with a bound of 1/sqrt(r) in place of 1/sqrt(in)."""
+        for _, layer in lora_layers(model):
+            layer.lora_A *= (layer.lora_A.shape[1] / layer.r) ** 0.5
 
     def draws_by_now(self) -> bool:
         """Whether the part at r_max is over."""
@@ -284,7 +292,9 @@ class StudyTrainer(DyLoRATrainer):
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
             for _, batch in zip(
-                range(8), super().get_eval_dataloader(self.train_dataset.select(range(512))), strict=False
+                range(8),
+                super().get_eval_dataloader(self.train_dataset.select(range(min(512, len(self.train_dataset))))),
+                strict=False,
             ):
                 for b, output in lora.at_ranks(self.model, batch, list(losses)):
                     losses[b] += float(output.loss)

@@ -11,9 +11,11 @@ from loralib.report.curves import Curve
 from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
+from .cells import chosen_strengths
 from .methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
 
-SHOWN = tuple(METHODS[name].r for name in SWEEP)
+SHOWN = tuple(SWEEP)
+OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
 HEAD = ["method", *(f"r={b}" for b in SHOWN)]
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
          "mnli": "MNLI, 13,393 examples (accuracy)", "qnli": "QNLI, 8,999 examples (accuracy)",
@@ -31,12 +33,15 @@ def title(method: str) -> str:
 
 
 def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
-    """{(task, method): {seed: {rank: score}}}; the sweep's four runs of a seed are one method, "sweep"."""
+    """{(task, method): {seed: {rank: score}}}; the sweep's four runs of a seed, each at the strength that is chosen for its rank,
+    are one method, "sweep"."""
     found: dict = defaultdict(lambda: defaultdict(dict))
+    chosen = {r: names[0] for r, names in SWEEP.items()} | chosen_strengths(records)
     for record in records:
-        if record["split"] != split:
+        method = record["method"]
+        if record["split"] != split or (method in OF_SWEEP and method != chosen[OF_SWEEP[method]]):
             continue
-        method = "sweep" if record["method"] in SWEEP else record["method"]
+        method = "sweep" if method in OF_SWEEP else method
         for b, value in record["scores"].items():
             found[record["task"], method][record["seed"]][int(b)] = value
     for key in [key for key in found if key[1] == "sweep"]:  # seeds whose four runs are there
@@ -115,8 +120,8 @@ def rate_table(records: list[dict]) -> list[str]:
 def cost_table(records: list[dict]) -> list[str]:
     rows = []
     measured = [r for r in records if r["split"] == "validation" and r["method"] not in CUTS]
-    for method in order({r["method"] if r["method"] not in SWEEP else "sweep" for r in measured}):
-        runs = [r for r in measured if (r["method"] in SWEEP if method == "sweep" else r["method"] == method)]
+    for method in order({r["method"] if r["method"] not in OF_SWEEP else "sweep" for r in measured}):
+        runs = [r for r in measured if (r["method"] in OF_SWEEP if method == "sweep" else r["method"] == method)]
         n = len({(r["task"], r["seed"]) for r in runs})
         steps, minutes = sum(r["steps"] for r in runs) / n, sum(r["seconds"] for r in runs) / n / 60
         rows.append([called(method), f"{len(runs) / n:.0f} a task and seed", f"{steps:,.0f}", f"{minutes:.1f}"])
@@ -137,7 +142,7 @@ def target(found: dict, records: list[dict], method: str = DEFAULT) -> list[str]
         rows.append([f"rank {b}", shown(apart), "no less than -1 standard error", reached])
     apart = [np.mean([ours[s][b] - sweep[s][b] for b in SHOWN]) for s in both]
     rows.append(["mean of the ranks", shown(apart), "no less than 0", "yes" if np.mean(apart) >= 0 else "no"])
-    for other in [m for m in order({m for _, m in found}) if m in METHODS and m not in SWEEP and m != method]:
+    for other in [m for m in order({m for _, m in found}) if m in METHODS and m not in OF_SWEEP and m != method]:
         theirs = averaged(found, other)
         if theirs:
             gain = [area(ours[s]) - area(theirs[s]) for s in sorted(set(ours) & set(theirs))]

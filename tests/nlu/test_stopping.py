@@ -91,7 +91,12 @@ def test_overwriting_removes_the_old_adapter_just_before_the_first_step(roberta_
         assert {path.name for path in out.iterdir()} == kept
     with pytest.raises(UsageError, match="lower the learning rate"):
         run_glue().main([*argv, "--learning_rate", "1e30", "--num_train_epochs", "9"])
-    assert {path.name for path in out.iterdir()} <= {"run_settings.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in out.iterdir()} <= {
+        "config.yaml",
+        "run_settings.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 @pytest.mark.slow

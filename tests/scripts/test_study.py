@@ -1,6 +1,8 @@
 """The study's draws, its choice of a rate, and its commands from end to end on tiny data."""
 
+import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -25,32 +27,80 @@ def test_an_even_draw_gives_each_rank_its_share(weights, n, seed):
         assert abs(int((ranks == b).sum()) - n * weight / sum(weights)) < 1 + 1e-9
 
 
-def lines_of(method, *scores):
+def lines_of(method, scores):
     """Held-out records of a method, ``scores`` by rate, the same for every task and seed."""
     return [
         {"method": method, "rate": rate, "task": task, "aurac": score, "split": "held_out", "seed": seed}
         for task, seed in cells.RATE_RUNS
-        for rate, score in zip(cells.RATES, scores, strict=True)
+        for rate, score in scores.items()
     ]
 
 
-def test_the_rate_is_the_best_over_tasks_and_one_for_the_sweep():
-    _, middle, high = cells.RATES
-    lines = lines_of("example", 1, 3, 2) + lines_of("lora-1", 5, 1, 0)
-    assert cells.chosen_rates(lines) == {"example": middle}  # lora-8 is not there yet
-    lines += lines_of("lora-8", 0, 1, 9)
-    assert cells.chosen_rates(lines) == {"example": middle, **{f"lora-{r}": high for r in (1, 2, 4, 8)}}
+def searched(method, peak, most=99):
+    """What the search for a method's rate finds, by rounds, where AURAC falls with the distance from ``peak``."""
+    lines, rounds = [], 0
+    while missing := cells.rate_cells([method], lines):
+        lines += [vars(cell) | {"aurac": -abs(math.log2(cell.rate / peak))} for cell in missing]
+        rounds += 1
+        assert rounds < most
+    return lines
 
 
-def test_two_seeds_of_a_task_weigh_as_much_as_one_of_another():
-    low, middle, _ = cells.RATES
-    lines = lines_of("example", 0, 0, 0)
-    for record in lines:
-        if record["task"] == "cola":
-            record["aurac"] = 10.0 if record["rate"] == low else 0.0
-        if record["task"] == "rte":
-            record["aurac"] = 11.0 if record["rate"] == middle else 0.0
-    assert cells.chosen_rates(lines) == {"example": middle}
+@given(st.integers(-3, 5))
+def test_a_grid_goes_on_until_its_best_is_inside(power):
+    peak = 1e-3 * 2.0**power
+    lines = searched("example", peak)
+    rates = sorted({line["rate"] for line in lines})
+    assert cells.chosen_rates(lines)["example"] == pytest.approx(peak)
+    assert rates[0] < 0.9 * peak and rates[-1] > 1.1 * peak  # not at an edge
+    assert all(b == pytest.approx(2 * a) for a, b in itertools.pairwise(rates))
+
+
+def test_no_rate_is_chosen_before_the_grid_is_closed():
+    low, middle, high = cells.RATES
+    assert not cells.chosen_rates(lines_of("example", {low: 1, middle: 2}))
+    assert not cells.chosen_rates(lines_of("example", {low: 1, middle: 2, high: 3}))
+    assert {cell.rate for cell in cells.rate_cells(["example"], lines_of("example", {low: 1, middle: 2, high: 3}))} == {
+        2 * high
+    }
+    assert cells.chosen_rates(lines_of("example", {low: 1, middle: 3, high: 2})) == {"example": middle}
+
+
+def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
+    low, middle, high = cells.RATES
+    lines = lines_of("lora-1", {low: 1, middle: 5, high: 2}) + lines_of("lora-8", {low: 1, middle: 2, high: 1})
+    assert cells.chosen_strengths(lines) == {8: "lora-8"}  # rank 1's other strength is not measured yet
+    lines += lines_of("lora-1-strength-2", {low: 1, middle: 3, high: 6, 2 * high: 1})
+    assert cells.chosen_strengths(lines) == {1: "lora-1-strength-2", 8: "lora-8"}
+    for score, name in ((10.0, "lora-1"), (20.0, "lora-1-strength-2")):
+        lines.append({"task": "cola", "method": name, "seed": 0, "split": "validation", "scores": {"1": score}})
+    lines += [
+        {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "scores": {str(r): 1.0}}
+        for r in (2, 4, 8)
+    ]
+    assert study_tables.scores(lines)["cola", "sweep"][0][1] == 20.0
+
+
+def test_matryoshkalora_is_as_released():
+    """The gate of scale(1) + .. over ranks 1, 2, 4, 8, no alpha, lora_A drawn with a bound of 1/sqrt(r)."""
+    for name, scale in (("1", lambda b: 1.0), ("1/r", lambda b: 1 / b), ("1/sqrt(r)", lambda b: b**-0.5)):
+        method = study_methods.METHODS[f"matryoshka-{name}"]
+        model = torch.nn.Sequential(torch.nn.Linear(50, 6))
+        lora.inject(model, ["0"], r=method.r, lora_alpha=method.alpha, scaling=method.scaling)
+        study_methods.StudyTrainer.widen(model)
+        layer = model[0]
+        assert 0.8 / 8**0.5 < layer.lora_A.abs().max() <= 1 / 8**0.5
+        torch.nn.init.normal_(layer.lora_B)
+        method.schedule.resolve(method.r, method.scaling, 10).setting(0, 4).apply(model)
+        x = torch.randn(4, 50)
+        wanted = layer.base_layer(x) + sum(
+            scale(b) * x @ layer.lora_A[:b].T @ layer.lora_B[:, :b].T for b in (1, 2, 4, 8)
+        )
+        torch.testing.assert_close(model(x), wanted)
+        for b in (1, 2, 4, 8):
+            lora.set_rank(model, b)
+            wanted = layer.base_layer(x) + scale(b) * x @ layer.lora_A[:b].T @ layer.lora_B[:, :b].T
+            torch.testing.assert_close(model(x), wanted)
 
 
 def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
@@ -136,12 +186,17 @@ def tiny(tmp_path, monkeypatch, roberta_checkpoint):
 
 
 @pytest.mark.slow
-def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd):
+def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     few = ["--methods", "lora-1", "lora-8", "example"]
-    study.main(["rates", *tiny, *few])
-    study.main(["rates", *tiny, *few])
-    assert "27 of 27 runs are there" in capfd.readouterr().out  # 3 methods x 3 rates x 3 tasks and seeds, none repeated
-    study.main(["runs", *tiny, *few, "--tasks", "rte", "cola", "--seeds", "0"])
+    monkeypatch.setattr(cells, "RATE_RUNS", (("cola", 0), ("rte", 0)))
+    monkeypatch.setattr(cells, "LIMITS", (2e-4, 5e-3))
+    keep = ["--keep", str(tmp_path / "keep")]
+    study.main(["rates", *tiny, *keep, *few])
+    capfd.readouterr()
+    study.main(["rates", *tiny, *keep, *few])
+    assert "runs are there" not in capfd.readouterr().out  # nothing is left to do
+    study.main(["runs", *tiny, *few, *keep, "--tasks", "rte", "cola", "--seeds", "0"])
+    assert len(list((tmp_path / "keep").glob("*/checkpoint-*"))) >= 2
     lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
     runs = {(r["task"], r["method"]): r for r in lines if r["split"] == "validation"}
     assert {method for _, method in runs} == {"lora-1", "lora-8", "example", *study_methods.CUTS}
@@ -155,7 +210,11 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd):
     study.main(["cell", "cola", "cut-svd", "0", *tiny])
     (again,) = [json.loads(text) for text in capfd.readouterr().out.splitlines() if text.startswith('{"')]
     assert again["scores"] == runs["cola", "cut-svd"]["scores"]
-    study.main(["tried", *tiny, "--methods", "ordered-gate", "ordered-distil"])
+    monkeypatch.setattr(cells, "LEAD_RUNS", (("rte", 0),))
+    study.main(["leads", *tiny, *keep, "--methods", "lora-8", "ordered-gate", "ordered-distil", "by-cost-0.8"])
+    lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
+    origin = {line["method"]: line.get("from") for line in lines if line["split"] == "held_out"}
+    assert origin["ordered-gate"] == origin["by-cost-0.8"] == "lora-8" and origin["example"] is None
     study.main(["tables", "--results", str(tmp_path / "results")])
     text = (tmp_path / "results" / "README.md").read_text()
     assert "ordered, then fixed gate" in text and "ordered, then distilled" in text

@@ -1,10 +1,11 @@
-"""The command line of run_glue.py: the installed TrainingArguments, the released code's flags, and DyLoRA's own."""
+"""The command line of dylora train: the installed TrainingArguments, the released flags, and our own."""
 
 import math
 import os
 import re
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -85,8 +86,12 @@ class DataArguments:
         default=True, metadata={"help": "Train on batches of examples of like length; false: shuffle only."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training examples."})
-    max_val_samples: int | None = field(default=None, metadata={"help": "Use the first N validation examples."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Use the first N test examples."})
+    max_val_samples: int | None = field(
+        default=None, metadata={"help": "Use the first N validation examples.", "aliases": ["--max_eval_samples"]}
+    )
+    max_test_samples: int | None = field(
+        default=None, metadata={"help": "Use the first N test examples.", "aliases": ["--max_predict_samples"]}
+    )
 
     def __post_init__(self):
         own = [path for path in (self.train_file, self.validation_file, self.test_file) if path]
@@ -115,6 +120,9 @@ class ModelArguments:
     use_auth_token: bool = field(
         default=False, metadata={"help": "Use the token of `hf auth login` for a private model."}
     )
+    token: str | None = field(default=None, metadata={"help": "A token of the hub, for a private model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a checkpoint brings."})
+    use_fast_tokenizer: bool = field(default=True, metadata={"help": "Take the tokenizer's fast version."})
     cls_dropout: float | None = field(default=None, metadata={"help": "Dropout of the classification head."})
     use_deterministic_algorithms: bool = field(
         default=False, metadata={"help": "torch.use_deterministic_algorithms(True)."}
@@ -331,22 +339,34 @@ class GlueTrainingArguments(TrainingArguments):
         )
 
 
+class LineParser(HfArgumentParser):
+    """HfArgumentParser, but what is wrong comes as one UsageError, without the usage of 150 flags."""
+
+    def error(self, message: str):
+        message = re.sub(r"/--[\w-]+", "", message)  # each flag is told once, not with its spelling with dashes too
+        raise UsageError(f"{message[0].upper()}{message[1:]}; --help lists all flags.")
+
+
+@cache
+def line_parser() -> LineParser:
+    """What reads a command line."""
+    return LineParser((ModelArguments, DataArguments, GlueTrainingArguments))
+
+
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:
-    """Parse the command line, or the one JSON file that it names. Raises UsageError, SystemExit for an unknown flag."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, GlueTrainingArguments))
+    """Parse the command line. Raises UsageError, SystemExit for --help."""
+    parser = line_parser()
     try:
-        if len(argv) == 1 and argv[0].endswith(".json"):
-            return parser.parse_json_file(argv[0])
         *parsed, unknown = parser.parse_args_into_dataclasses(
             argv, look_for_args_file=False, return_remaining_strings=True
         )
-        if unknown:
-            near = get_close_matches(unknown[0], parser._option_string_actions, n=1)
-            raise UsageError(
-                f"{unknown[0]} is no flag; {f'did you mean {near[0]}? ' if near else ''}--help lists them all."
-            )
-        return parsed[0], parsed[1], parsed[2]
     except UsageError:
         raise
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if unknown:
+        near = get_close_matches(unknown[0], parser._option_string_actions, n=1)
+        raise UsageError(
+            f"{unknown[0]} is no flag; {f'did you mean {near[0]}? ' if near else ''}--help lists them all."
+        )
+    return parsed[0], parsed[1], parsed[2]

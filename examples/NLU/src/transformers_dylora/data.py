@@ -169,6 +169,21 @@ def load_files(
     return task, splits
 
 
+HELD_OUT = 0.1
+
+
+def held_out(train: datasets.Dataset) -> dict[str, datasets.Dataset]:
+    """A tenth of the examples, drawn at random and always the same, as "validation", the others as "train".
+
+    Raises UsageError where there are too few for both.
+    """
+    if len(train) < 2:
+        raise UsageError(f"The training file has {len(train)} example, none to hold out; give a --validation_file.")
+    size = max(1, round(HELD_OUT * len(train)))
+    parts = train.train_test_split(test_size=size, seed=0)
+    return {"train": parts["train"], "validation": parts["test"]}
+
+
 def _text_columns(split: datasets.Dataset) -> tuple[str, ...]:
     texts = [
         column
@@ -208,4 +223,4 @@ def padding_share(lengths: list[int], batches) -> float:
     return 1 - real / padded
 
 
-__all__ = ["glue_task", "load_files", "load_glue", "padding_share", "tokenize"]
+__all__ = ["glue_task", "held_out", "load_files", "load_glue", "padding_share", "tokenize"]

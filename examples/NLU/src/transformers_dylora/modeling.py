@@ -57,7 +57,12 @@ def _first_line(error: Exception) -> str:
 
 
 def hub_options(args: ModelArguments) -> dict:
-    return {"cache_dir": args.cache_dir, "revision": args.model_revision, "token": args.use_auth_token or None}
+    return {
+        "cache_dir": args.cache_dir,
+        "revision": args.model_revision,
+        "token": args.token or args.use_auth_token or None,
+        "trust_remote_code": args.trust_remote_code,
+    }
 
 
 def load_tokenizer(args: ModelArguments):
@@ -66,7 +71,7 @@ def load_tokenizer(args: ModelArguments):
     directory = Path(name)
     if directory.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)):
         raise UsageError(f"{name} holds no tokenizer; give one with --tokenizer_name.")
-    tokenizer = _fetch(AutoTokenizer, name, **hub_options(args))
+    tokenizer = _fetch(AutoTokenizer, name, use_fast=args.use_fast_tokenizer, **hub_options(args))
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise UsageError(

@@ -13,6 +13,7 @@ from loralib.files import is_temporary
 
 from .errors import UsageError
 from .identity import FILE
+from .settings import FILE as CONFIG
 
 
 def resume_point(args) -> tuple[str | None, list[str]]:
@@ -101,7 +102,15 @@ def damage_of(checkpoint: Path) -> str | None:
 
 # What a run leaves in its output directory, beside its checkpoints.
 LEFT = (
-    *("adapter_config.json", "adapter_model.safetensors", "dylora.json", "model.safetensors", "README.md", FILE),
+    *(
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "dylora.json",
+        "model.safetensors",
+        "README.md",
+        FILE,
+        CONFIG,
+    ),
     *("trainer_state.json", "training_args.bin", "train_results.json", "rank_results.*", "rank_curve.png"),
     *("eval_*r*_results.json", "test_results_*_r*.txt", "predictions_*.npz"),
 )

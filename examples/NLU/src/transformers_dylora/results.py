@@ -20,6 +20,7 @@ from loralib.report.writing import write_run
 from loralib.schedule import FACTS, title_of
 from loralib.training.metrics import by_rank
 
+from .settings import without_tokens
 from .tasks import Task
 
 
@@ -54,10 +55,10 @@ def how_trained(model_args, training_args, trainer) -> dict:
 
 
 def assemble(
-    model_args, training_args, task: Task, trainer, splits: dict[str, dict], scaling: str | None, argv: list[str]
+    model_args, training_args, task: Task, trainer, splits: dict[str, dict], scaling: str | None, words: list[str]
 ) -> RankResults:
     """The run's results. ``splits``: {name: {"rows", "logits", "labels"}}, the first one chooses the rank; ``scaling``: the rule
-    in use."""
+    in use; ``words``: the command."""
     ranks = trainer.eval_ranks or [0]
     adapted = has_lora(trainer.model)
     facts = how_trained(model_args, training_args, trainer) if adapted else {}
@@ -80,7 +81,7 @@ def assemble(
         scaling=scaling,
         max_rank=r_max,
         lora_alpha=model_args.lora_alpha,
-        command=shlex.join(["run_glue.py", *argv]),
+        command=shlex.join(without_tokens(words)),
         versions=versions(),
         metric=metric,
         metrics=task.metrics,
@@ -94,9 +95,10 @@ def assemble(
 def write_results(output_dir: str, results: RankResults, splits: dict[str, dict]) -> None:
     """Write the tables, the curve, the logits and one eval_r<b>_results.json a rank (MNLI's second split: eval_mm_r<b>)."""
     directory = Path(output_dir)
-    write_run(results, directory)
     for name, split in splits.items():
         save_npz(directory / f"predictions_{name}.npz", {key: split[key] for key in ("logits", "labels", "idx")})
+    write_run(results, directory)
+    for name, split in splits.items():
         for row in split["rows"]:
             values = {
                 key if key in ("rank", "adapter_parameters") else f"eval_{key}": value

@@ -1,0 +1,128 @@
+"""Somebody's LoRA, ordered and cut: against PEFT's own model, and against its reduction by SVD."""
+
+import csv
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from loralib.adapters.directory import cut_adapter
+from loralib.adapters.squeeze import squeeze_adapter
+from loralib.cli import main
+
+IDS = torch.arange(5, 17).reshape(2, 6)
+
+
+def foreign(checkpoint, directory, auto=AutoModelForSequenceClassification, std=0.3, **options):
+    """An adapter that PEFT made, with strong factors."""
+    torch.manual_seed(0)
+    settings = {"r": 4, "lora_alpha": 12, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"} | options
+    model = get_peft_model(auto.from_pretrained(checkpoint), LoraConfig(**settings))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "classifier" in name:
+            nn.init.normal_(parameter, std=std)
+    model.save_pretrained(directory)
+    return model.eval()
+
+
+def loaded(checkpoint, directory, auto=AutoModelForSequenceClassification):
+    return PeftModel.from_pretrained(auto.from_pretrained(checkpoint), directory).eval()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"query": 2}}, {"alpha_pattern": {"value": 3}}]
+)
+def test_at_the_whole_rank_it_is_what_it_was_and_below_pefts_reduction(options, roberta_checkpoint, tmp_path):
+    model = foreign(roberta_checkpoint, tmp_path / "theirs", **options)
+    kept = squeeze_adapter(tmp_path / "theirs", tmp_path / "ours")
+    with torch.no_grad():
+        wanted = model(IDS).logits
+        torch.testing.assert_close(
+            loaded(roberta_checkpoint, tmp_path / "ours")(IDS).logits, wanted, atol=1e-5, rtol=1e-4
+        )
+    assert list(kept) == [1, 2, 3, 4] and kept[4] == pytest.approx(1) and sorted(kept.values()) == list(kept.values())
+    for b in (1, 2, 3):
+        cut_adapter(tmp_path / "ours", tmp_path / f"cut{b}", b)
+        small = loaded(roberta_checkpoint, tmp_path / f"cut{b}")
+        config, state = convert_to_lora(model, rank=b)
+        lost = whole = 0.0
+        for name, module in small.named_modules():
+            if not hasattr(module, "get_delta_weight"):
+                continue
+            key = f"{name}.lora_"
+            strength = config.lora_alpha / config.r
+            theirs = strength * state[f"{key}B.weight"] @ state[f"{key}A.weight"]
+            torch.testing.assert_close(module.get_delta_weight("default"), theirs, atol=1e-4, rtol=1e-3)
+            full = model.get_submodule(name).get_delta_weight("default")
+            lost += (full - theirs).square().sum().item()
+            whole += full.square().sum().item()
+        assert kept[b] == pytest.approx(1 - lost / whole, abs=1e-4)
+
+
+def test_what_cannot_be_ordered_is_refused(roberta_checkpoint, tmp_path):
+    foreign(roberta_checkpoint, tmp_path / "dora", use_dora=True)
+    with pytest.raises(ValueError, match="use_dora"):
+        squeeze_adapter(tmp_path / "dora", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_cuts_without_data_and_wants_a_rank(roberta_checkpoint, tmp_path, capsys):
+    foreign(roberta_checkpoint, tmp_path / "theirs")
+    assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small")]) == 2
+    assert "Give the rank with --rank, or --data to choose it by." in capsys.readouterr().err
+    assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), "--rank", "2"]) == 0
+    assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 2
+    card = (tmp_path / "small/README.md").read_text()
+    assert "rank 4" in card and "DyLoRA training" not in card
+
+
+def test_a_classifier_is_measured_and_a_rank_chosen(roberta_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    model = foreign(roberta_checkpoint, tmp_path / "theirs", std=2.0)
+    rows = [(f"w{i} w{i * i % 90}", "yes" if i % 3 else "no") for i in range(12)]
+    with open(tmp_path / "v.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *rows])
+    command = ["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), "--data", str(tmp_path / "v.csv"),
+               "--base", str(roberta_checkpoint)]  # fmt: skip
+    assert main(command) == 2
+    assert "knows 0 (0), 1 (1), 2 (2)" in capsys.readouterr().err
+    assert main([*command, "--labels", "no,yes"]) == 2
+    assert "has 3 outputs; name each with --labels" in capsys.readouterr().err
+    code = main([*command, "--labels", "no,yes,maybe", "--within", "100"])
+    assert code == 0, capsys.readouterr().err
+    assert "rank 1: v, validation: " in capsys.readouterr().out
+    # the table's last row is what PEFT's own model scores
+    tokenizer = AutoTokenizer.from_pretrained(roberta_checkpoint)
+    with torch.no_grad():
+        hits = [model(**tokenizer(t, return_tensors="pt")).logits.argmax().item() == (y == "yes") for t, y in rows]
+    card = (tmp_path / "small/README.md").read_text()
+    assert f"| 4 | {100 * sum(hits) / 12:.2f} |" in card and "yes" in card
+
+
+def test_a_language_model_is_measured_by_the_loss_of_its_completions(llama_checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    model = foreign(llama_checkpoint, tmp_path / "theirs", AutoModelForCausalLM, **options)
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i * 7} w{i}"} for i in range(6)]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), "--data", str(tmp_path / "v.jsonl"),
+               "--base", str(llama_checkpoint), "--rank", "2"]  # fmt: skip
+    assert main(command) == 0
+    tokenizer = AutoTokenizer.from_pretrained(llama_checkpoint)
+    total = count = 0.0
+    for row in rows:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        answer = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        ids = torch.tensor([prompt + answer])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(prompt) - 1 : -1]
+        total += nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="sum").item()
+        count += len(answer)
+    last = next(line for line in (tmp_path / "small/README.md").read_text().splitlines() if line.startswith("| 4 |"))
+    assert f"{total / count:.4f}" in last
+    (tmp_path / "v.jsonl").write_text('{"a": 1}\n')
+    assert main([*command[:3], str(tmp_path / "other"), *command[4:]]) == 2
+    assert "needs prompt and completion, or text" in capsys.readouterr().err
