@@ -91,16 +91,14 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     ):
         with _as_adapted(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
-        schedule = schedule or RankSchedule()
         self.bound: BoundSchedule | None = None  # the schedule with its defaults settled; None without an adapter
         self.eval_ranks: list[int] = []
-        if has_lora(self.model):
-            r_max = max_rank(self.model)
-            schedule = replace(schedule, seed=self.args.seed) if schedule.seed is None else schedule
-            self.bound = schedule.resolve(r_max, scaling_of(self.model))
-            self.eval_ranks = sorted({check_rank(b, r_max) for b in eval_ranks or range(1, r_max + 1)})
-            if self.bound.schedule.full_rank_share and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-                raise ValueError("DeepSpeed and FSDP keep no whole factors to order; give full_rank_share=0 there.")
+        self.asked = schedule or RankSchedule(), eval_ranks
+        self.contexts: contextlib.ExitStack | None = None  # around a training
+        self._bind()
+        ordering = self.bound is not None and self.bound.schedule.full_rank_share
+        if ordering and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError("DeepSpeed and FSDP keep no whole factors to order; give full_rank_share=0 there.")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
@@ -132,15 +130,43 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.knows_loss = False  # whether the model was asked if its loss divides by num_items_in_batch
         self.frozen_by = None  # the optimizer that freeze_undrawn watches
 
+    def _bind(self) -> None:
+        """Settle the schedule and the ranks to measure for the model's adapter."""
+        schedule, ranks = self.asked
+        self.bound, self.eval_ranks = None, []
+        if has_lora(self.model):
+            r_max = max_rank(self.model)
+            schedule = replace(schedule, seed=self.args.seed) if schedule.seed is None else schedule
+            self.bound = schedule.resolve(r_max, scaling_of(self.model))
+            self.eval_ranks = sorted({check_rank(b, r_max) for b in ranks or range(1, r_max + 1)})
+
     def train(self, *args, **kwargs):
         """As Trainer's; afterwards the model runs at r_max."""
         self.ordered = False  # a checkpoint to go on from may know better
         try:
-            with self._savings(), self._checkpointing_at_its_ranks():
+            with contextlib.ExitStack() as self.contexts:
+                self._enter()
                 return super().train(*args, **kwargs)
         finally:
+            self.contexts = None
             if self.bound is not None:
                 set_rank(self.model, self.bound.r_max)
+
+    def _enter(self) -> None:
+        """What is around the training of the model as it is now."""
+        assert self.contexts is not None
+        self.contexts.enter_context(self._savings())
+        self.contexts.enter_context(self._checkpointing_at_its_ranks())
+
+    def call_model_init(self, trial=None):
+        """As Trainer's, which makes a model anew for each training; its adapter may have another r_max in each trial."""
+        model = super().call_model_init(trial)
+        if getattr(self, "contexts", None) is not None:
+            self.contexts.close()
+            self.model = model
+            self._bind()
+            self._enter()
+        return model
 
     def end(self):
         """As Trainer's, but the process group's threads end now: the wrapper around the model would keep it alive until
@@ -281,11 +307,12 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             given.setdefault("context_fn", checkpoint_contexts(self.model))
             enable(activation_checkpointing_kwargs=given, **options)
 
-        self.model.activation_checkpointing_enable = enable_at_ranks
+        model = self.model
+        model.activation_checkpointing_enable = enable_at_ranks
         try:
             yield
         finally:
-            del self.model.activation_checkpointing_enable
+            del model.activation_checkpointing_enable
 
 
 class DyLoRATrainer(DyLoRAMixin, Trainer):

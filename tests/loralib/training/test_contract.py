@@ -30,6 +30,7 @@ SIGNATURES = {
     "training_step": "(self, model, inputs, num_items_in_batch=None)",
     "get_batch_samples": "(self, epoch_iterator, num_batches, device)",
     "get_train_dataloader": "(self)",
+    "call_model_init": "(self, trial=None)",
 }
 
 
