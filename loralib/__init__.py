@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from .sampling import RankSampler
     from .schedule import RankSchedule
 
-# Where each name is found when it is first asked for (PEP 562): importing loralib, or running its command, loads no torch.
-# A test holds this table to the imports above, which are for type checkers.
+# Where each name is found when it is first asked for (PEP 562): importing loralib, or running its command, loads no
+# torch. A test holds this table to the imports above, which are for type checkers.
 _MODULES = {
     "adapters.store": ("load_adapter", "save_adapter"),
     "all_ranks": ("at_ranks", "share_between_ranks"),

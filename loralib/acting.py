@@ -1,8 +1,8 @@
 """Whether every adapter acts: looked at in a model's first call.
 
-An adapted layer acts when it is called. Some modules only read a layer's ``weight`` (Mamba its dt_proj, WavLM its projections)
-and compute on their own: an adapter there would have no effect, at any rank. So in the first call it is noted which adapted
-layers are called, and of which others the weight is read.
+An adapted layer acts when it is called. Some modules only read a layer's ``weight`` (Mamba its dt_proj, WavLM its
+projections) and compute on their own: an adapter there would have no effect, at any rank. So in the first call it is
+noted which adapted layers are called, and of which others the weight is read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _open: list[Watch] = []
 
 
 def do_nothing(module: nn.Module, args: tuple) -> None:
-    """A hook. ``nn.TransformerEncoderLayer`` leaves its fast path, which reads weights, where a layer within has one."""
+    """A hook. ``nn.TransformerEncoderLayer`` leaves its fast path, which reads weights, where a layer within has
+    one."""
 
 
 def keep_off_fast_path(model: nn.Module) -> None:
@@ -75,15 +76,15 @@ class Watch:
         never = [name for name, layer in silent if id(layer) in self.read]
         if never:
             raise ValueError(
-                f"{_listed(never)}: {type(self.model).__name__} reads the weight and does not call the layer, so an adapter "
-                f"would never act; leave it out of target_modules."
+                f"{_listed(never)}: {type(self.model).__name__} reads the weight and does not call the layer, so an "
+                "adapter would never act; leave it out of target_modules."
             )
         for name, layer in silent:
             other = self._runs_instead(layer)
             if other is not None:
                 raise ValueError(
-                    f"{name} is not called, since {other} has the same weight and runs in its place, so an adapter would "
-                    f"never act; adapt {other} instead."
+                    f"{name} is not called, since {other} has the same weight and runs in its place, so an adapter "
+                    f"would never act; adapt {other} instead."
                 )
         _looked_at.add(self.model)
         if silent:

@@ -20,9 +20,9 @@ def can_adapt(module: nn.Module) -> bool:
 def around(module: Any, **adapter) -> LoRALayer | None:
     """The layer that adapts ``module`` and holds it as its base layer, or None if there is none.
 
-    nn.Linear, Hugging Face's Conv1D, nn.Embedding, nn.Conv2d, and their subclasses so far as these compute what they do:
-    a Linear W0 x + bias, an Embedding its row times ``embed_scale``. That is tried out on one input, where the weights are
-    there. ``adapter``: r, lora_alpha, lora_dropout, scaling.
+    nn.Linear, Hugging Face's Conv1D, nn.Embedding, nn.Conv2d, and their subclasses so far as these compute what they
+    do: a Linear W0 x + bias, an Embedding its row times ``embed_scale``. That is tried out on one input, where the
+    weights are there. ``adapter``: r, lora_alpha, lora_dropout, scaling.
     """
     kind = _kind(module)
     if kind is None or not _computes_as(kind, module):

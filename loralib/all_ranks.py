@@ -15,9 +15,9 @@ from .layers import LoRALayer
 from .layout import LayoutError, same
 from .model import lora_layers, max_rank, use_rank
 
-# A small batch leaves a machine idle between its products: ranks are stacked into one pass while it stays within this many
-# tokens. Measured on a CPU (results/benchmark, "All ranks"): at 192 tokens all together take 0.64 to 0.78 of the time of one
-# after the other, at 2,048 0.99 to 1.15 times as long.
+# A small batch leaves a machine idle between its products: ranks are stacked into one pass while it stays within this
+# many tokens. Measured on a CPU (results/benchmark, "All ranks"): at 192 tokens all together take 0.64 to 0.78 of the
+# time of one after the other, at 2,048 0.99 to 1.15 times as long.
 STACKED_TOKENS = 2048
 _one_by_one: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose ranks cannot share a pass
 _cuts: weakref.WeakKeyDictionary[nn.Module, dict] = (
@@ -46,11 +46,11 @@ def at_ranks(
     Args:
         inputs: what a pass takes, a batch's tensors (batch, ...) by name.
         ranks: ints in 0..r_max.
-        run: makes a pass from such inputs; default ``model(**inputs)``. Of what it returns (a tensor, or a tuple, list or
-            mapping of them) each tensor is cut to its rank, in the dimension in which it holds the batch.
-        stack: whether several ranks may share a pass. Default: unless the inputs hold labels, since a loss would be the mean
-            over the ranks of a pass; of a shared pass tensors without a batch dimension are None. A model that cannot
-            take one rank per example, or whose outputs put examples together, goes rank by rank.
+        run: makes a pass from such inputs; default ``model(**inputs)``. Of what it returns (a tensor, or a tuple, list
+            or mapping of them) each tensor is cut to its rank, in the dimension in which it holds the batch.
+        stack: whether several ranks may share a pass. Default: unless the inputs hold labels, since a loss would be the
+            mean over the ranks of a pass; of a shared pass tensors without a batch dimension are None. A model that
+            cannot take one rank per example, or whose outputs put examples together, goes rank by rank.
 
     Raises TypeError or ValueError for what is no rank.
     """
@@ -130,8 +130,8 @@ def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list
 
     Args:
         inputs: the model's inputs; the first tensor's numbers are the tokens (``input_ids`` of a text model).
-        stack: let several ranks share a pass, up to ``STACKED_TOKENS``; the layers must take one rank per example then. The
-            rows of the output are those of the pass's first rank, then those of its second, ..
+        stack: let several ranks share a pass, up to ``STACKED_TOKENS``; the layers must take one rank per example then.
+            The rows of the output are those of the pass's first rank, then those of its second, ..
 
     A pass holds no more tokens than that or than the batch itself, however many ranks there are. Inputs of which one is
     neither a tensor with a row for each example nor a plain value go through rank by rank.
@@ -167,11 +167,11 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
     """Within the body, what does not depend on the rank runs once per batch, however many ranks the batch is run at.
 
     That is every module without an adapter inside whose inputs no adapter has touched (embeddings, the first adapted
-    block's other projections), and W0 x of an adapted layer with such an input. The body gets a function to call with each
-    batch's inputs (one dict or several) before running it; they are recognised by identity, so run these same tensors. For
-    inference only (eval mode, no gradient). What is kept is freed at the next batch: the embeddings' output and a few
-    tensors of its size, whatever r_max is. ``at_ranks`` opens this for its batch; around a loop over many batches it is set
-    up once:
+    block's other projections), and W0 x of an adapted layer with such an input. The body gets a function to call with
+    each batch's inputs (one dict or several) before running it; they are recognised by identity, so run these same
+    tensors. For inference only (eval mode, no gradient). What is kept is freed at the next batch: the embeddings'
+    output and a few tensors of its size, whatever r_max is. ``at_ranks`` opens this for its batch; around a loop over
+    many batches it is set up once:
 
         with torch.no_grad(), lora.share_between_ranks(model):
             for batch in batches:

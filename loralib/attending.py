@@ -61,7 +61,8 @@ _learn._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 def _running(model: nn.Module) -> Call | None:
-    """The innermost call, if it is one of this model; the hooks may have been put on within a call, whose end they then see."""
+    """The innermost call, if it is one of this model; the hooks may have been put on within a call, whose end they then
+    see."""
     if torch.compiler.is_compiling() or learning.passes_run() or not calls() or calls()[-1].model is not model:
         return None
     return calls()[-1]

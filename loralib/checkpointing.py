@@ -15,8 +15,8 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple]:
         model.gradient_checkpointing_enable(
             {"use_reentrant": False, "context_fn": loralib.checkpoint_contexts(model)})
 
-    Gradients are then exact whatever happens to the ranks between forward and backward pass. ``DyLoRATrainer`` does this by
-    itself.
+    Gradients are then exact whatever happens to the ranks between forward and backward pass. ``DyLoRATrainer`` does
+    this by itself.
     """
     layers = [layer for _, layer in lora_layers(model)]
 

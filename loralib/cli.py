@@ -1,4 +1,5 @@
-"""The ``dylora`` command: train, and what to do with a run afterwards. It parses and prints; the work is done elsewhere.
+"""The ``dylora`` command: train, and what to do with a run afterwards. It parses and prints; the work is done
+elsewhere.
 
 dylora train FLAGS                  train and measure every rank; FLAGS may begin with a YAML file of settings
 dylora report RUN [RUN ...]         tables in the terminal; Markdown, CSV, PNG, SVG and an HTML page

@@ -10,9 +10,9 @@ from .layers import LoRALayer
 
 
 class Convolution(LoRALayer):
-    """What the three convolutions share. With kernel size k in the first dimension a component is k rows of lora_A (r*k, in*k);
-    lora_B is (out/groups * K/k, r*k) with K the product of all kernel sizes, so that ``lora_B @ lora_A`` has as many
-    elements as the weight. In 2-D these are microsoft/LoRA's shapes; its 1-D and 3-D layers fail for k > 1.
+    """What the three convolutions share. With kernel size k in the first dimension a component is k rows of lora_A
+    (r*k, in*k); lora_B is (out/groups * K/k, r*k) with K the product of all kernel sizes, so that ``lora_B @ lora_A``
+    has as many elements as the weight. In 2-D these are microsoft/LoRA's shapes; its 1-D and 3-D layers fail for k > 1.
     """
 
     in_channels: int

@@ -7,8 +7,8 @@ from pathlib import Path
 def write_together(directory: str | os.PathLike, writers: dict) -> None:
     """Write several files of a directory: {name: function of a temporary path}.
 
-    All are written beside their places and synced, then renamed one right after the other: a failure while writing leaves
-    the old files, all of them.
+    All are written beside their places and synced, then renamed one right after the other: a failure while writing
+    leaves the old files, all of them.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,8 @@ def is_temporary(path: Path) -> bool:
 
 
 def write_atomically(path: str | os.PathLike, write) -> None:
-    """Call ``write(temporary path)`` and rename the result to ``path``: a reader sees the old file or the whole new one."""
+    """Call ``write(temporary path)`` and rename the result to ``path``: a reader sees the old file or the whole new
+    one."""
     write_together(Path(path).parent, {Path(path).name: write})
 
 

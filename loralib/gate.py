@@ -30,7 +30,8 @@ def check_scaling(scaling: str, alpha: float) -> None:
 
 
 def check_rank(rank, r: int):
-    """Return ``rank`` if it is an int in 0..r, an integer tensor ``(batch,)`` of such, or weights ``(batch, r)``, else raise.
+    """Return ``rank`` if it is an int in 0..r, an integer tensor ``(batch,)`` of such, or weights ``(batch, r)``, else
+    raise.
 
     Raises TypeError for another type (a bool and a float included), ValueError for another value.
     """
@@ -38,7 +39,8 @@ def check_rank(rank, r: int):
         if rank.is_floating_point() and rank.ndim == 2:
             if rank.shape[1] != r or not len(rank):
                 raise ValueError(
-                    f"rank is a tensor of shape {tuple(rank.shape)}; weights of the ranks 1..{r} have shape (batch, {r})."
+                    f"rank is a tensor of shape {tuple(rank.shape)}; weights of the ranks 1..{r} have shape (batch, "
+                    f"{r})."
                 )
             return rank
         if rank.is_floating_point() or rank.is_complex() or rank.dtype == torch.bool:
@@ -72,7 +74,8 @@ def scale(rank, r: int, alpha: float, scaling: str):
 
 
 def rank_gate(ranks: torch.Tensor, r: int, alpha: float, scaling: str, dtype=torch.float32) -> torch.Tensor:
-    """The gate of ranks (batch,), or of weights (batch, n) of the ranks 1..n, those above r counting as r: (batch, r)."""
+    """The gate of ranks (batch,), or of weights (batch, n) of the ranks 1..n, those above r counting as r: (batch,
+    r)."""
     if ranks.is_floating_point():
         each = torch.arange(1, ranks.shape[1] + 1, device=ranks.device).clamp(max=r)
         gates = rank_gate(each, r, alpha, scaling, dtype)

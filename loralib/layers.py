@@ -1,4 +1,5 @@
-"""Layers with a low-rank update that runs at any rank: Linear, Embedding, MergedLinear (convolutions: ``convolution.py``).
+"""Layers with a low-rank update that runs at any rank: Linear, Embedding, MergedLinear (convolutions:
+``convolution.py``).
 
 Constructor signatures, parameter names and shapes are those of microsoft/LoRA's ``loralib``; ``r`` is
 the maximum rank r_max. At rank b a layer computes (DyLoRA, arXiv 2210.07558, eq. 5 and 7)
@@ -70,8 +71,8 @@ class LoRALayer(Merging):
         """
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        # The two share the very dictionaries: a parameter that is replaced in one (a move, a merge, FSDP) is so in the other,
-        # and since the layer alone is registered in its model, names and state-dict keys stay what they are.
+        # The two share the very dictionaries: a parameter that is replaced in one (a move, a merge, FSDP) is so in the
+        # other, and since the layer alone is registered in its model, names and state-dict keys stay what they are.
         for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             layer.__dict__[shared] = base.__dict__[shared]
         layer.__dict__["_base"] = base
@@ -83,7 +84,8 @@ class LoRALayer(Merging):
     def set_up_adapter(
         self, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, scaling: str = "alpha/b"
     ) -> None:
-        """Make lora_A and lora_B on the base weight's device, in its dtype where that is a float, and freeze the base."""
+        """Make lora_A and lora_B on the base weight's device, in its dtype where that is a float, and freeze the
+        base."""
         check_int("r", r, 0, math.inf, "give the maximum rank as an int, 1 or more (0: no adapter).")
         check_scaling(scaling, lora_alpha)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, scaling
@@ -149,8 +151,8 @@ class LoRALayer(Merging):
         return self.state.rank
 
     def set_rank(self, rank, frozen: bool = False) -> None:
-        """Run at ``rank``: an int in 0..r, a LongTensor (batch,) with one rank per example, or a float tensor (batch, r), each
-        example's weights of the ranks 1..r (see ``loralib.gate``).
+        """Run at ``rank``: an int in 0..r, a LongTensor (batch,) with one rank per example, or a float tensor (batch,
+        r), each example's weights of the ranks 1..r (see ``loralib.gate``).
 
         With ``frozen`` (paper, eq. 10) components below b take part but only component b gets a gradient.
         Raises TypeError or ValueError for what is no rank, RuntimeError while the layer is merged.
@@ -257,8 +259,8 @@ class LoRALayer(Merging):
 
 
 def gated(z: torch.Tensor, gate) -> torch.Tensor:
-    """z (batch, ..., components) times a float, (components,), (batch, components) or, for z (.., batch, ..., components),
-    (1, batch, components)."""
+    """z (batch, ..., components) times a float, (components,), (batch, components) or, for z (.., batch, ...,
+    components), (1, batch, components)."""
     if not isinstance(gate, torch.Tensor):
         return z * gate
     if gate.ndim >= 2:
@@ -389,8 +391,8 @@ class Embedding(LoRALayer, nn.Embedding):
     """``nn.Embedding`` with a low-rank update: lora_A (r, num_embeddings), lora_B (embedding_dim, r).
 
     As in microsoft/LoRA lora_A starts at zero and lora_B normal, the other way round than in Linear. Around a scaled
-    embedding (Gemma, BART), whose output is ``embed_scale`` times the row, the update is scaled alike, so that it remains
-    an update of the weight.
+    embedding (Gemma, BART), whose output is ``embed_scale`` times the row, the update is scaled alike, so that it
+    remains an update of the weight.
     """
 
     def __init__(

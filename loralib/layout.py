@@ -23,7 +23,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_flatten_with_path
 
-# What is the same in a batch and alone differs by rounding (up to 1e-3 in fp32, 5e-2 in bf16), other content by about 1.
+# What is the same in a batch and alone differs by rounding (up to 1e-3 in fp32, 5e-2 in bf16), other content by about
+# 1.
 SAME, SAME_ROUNDED = 0.01, 0.1
 UNREACHED = "it was not reached when the model ran its examples one by one"
 ALIKE = "the examples of this batch are too alike to tell them apart (call the model with others first)"
@@ -42,7 +43,8 @@ class Layout:
         dim: the dimension that they stand in, 0 or 1.
         rows: rows an example has there; None: any number.
         tiled: whether rows stand tiled rather than in turn.
-        source: (name, dims) if ``rows`` is the product of these dimensions of that input of the model, and changes with it.
+        source: (name, dims) if ``rows`` is the product of these dimensions of that input of the model, and changes with
+            it.
         shared: whether inputs with 1 in the first dimension are the same for all examples; the output then has n.
         declared: whether it was said, and is not to be learnt.
     """
@@ -107,8 +109,8 @@ class Call:
         if shapes and not any(n in shape[:2] for shape in shapes.values()):
             got = ", ".join(sorted({str(tuple(shape)) for shape in shapes.values()}))
             raise LayoutError(
-                f"{n} ranks are set, and {type(self.model).__name__} got inputs of shape {got}; set one rank for each of "
-                f"its rows (for beams or repeated examples: ranks.repeat_interleave(num_beams))."
+                f"{n} ranks are set, and {type(self.model).__name__} got inputs of shape {got}; set one rank for each "
+                "of its rows (for beams or repeated examples: ranks.repeat_interleave(num_beams))."
             )
         self.checked.add(n)
 
@@ -128,7 +130,8 @@ def calls() -> list[Call]:
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One input of a layer: its shape, and a number for each place in its first dimensions that examples may stand in."""
+    """One input of a layer: its shape, and a number for each place in its first dimensions that examples may stand
+    in."""
 
     shape: torch.Size
     print: torch.Tensor
@@ -256,8 +259,8 @@ def layout_of(layer: HasLayout, shape: torch.Size, n: int) -> Layout:
     got = f"{layer.described()} got an input of shape {tuple(shape)} for {n} ranks"
     if not running:
         raise LayoutError(
-            f"{got} outside a call of the model that they were set on; call that model, or say where the examples stand "
-            f"with loralib.declare_layout(model, 0)."
+            f"{got} outside a call of the model that they were set on; call that model, or say where the examples "
+            "stand with loralib.declare_layout(model, 0)."
         )
     raise LayoutError(f"{got}, which cannot hold one row or more for each; {WAY_OUT}.")
 

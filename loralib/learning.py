@@ -1,7 +1,7 @@
 """Learning where the examples of a batch stand in each adapted layer's input, from a few passes made for that alone.
 
-The passes run in evaluation mode and without gradient: a batch, and some of its examples one by one. What each layer gets in
-the one and in the others is compared (``loralib.layout.infer``).
+The passes run in evaluation mode and without gradient: a batch, and some of its examples one by one. What each layer
+gets in the one and in the others is compared (``loralib.layout.infer``).
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ def passes_run() -> bool:
 
 
 def learn_layout(model: nn.Module, *args, **kwargs) -> None:
-    """Learn from one batch where its examples stand in every adapted layer; ``model(*args, **kwargs)`` is how it would run.
+    """Learn from one batch where its examples stand in every adapted layer; ``model(*args, **kwargs)`` is how it would
+    run.
 
-    A model called with one rank per example does this by itself, in its first call; under ``torch.compile(fullgraph=True)``
-    it cannot, and this comes before. Passes run in evaluation mode and without gradient; generators and states are put back.
+    A model called with one rank per example does this by itself, in its first call; under
+    ``torch.compile(fullgraph=True)`` it cannot, and this comes before. Passes run in evaluation mode and without
+    gradient; generators and states are put back.
 
     Raises LayoutError if the model cannot run examples one by one.
     """
@@ -137,8 +139,8 @@ def learn(call: Call, n: int) -> None:
         if failures:
             reason = (str(failures[0]).strip() or type(failures[0]).__name__).splitlines()[0]
             raise LayoutError(
-                f"{type(call.model).__name__} cannot run the examples of a batch one by one, which tells where they stand "
-                f"in its layers ({reason}); say it with loralib.declare_layout(model, 0)."
+                f"{type(call.model).__name__} cannot run the examples of a batch one by one, which tells where they "
+                f"stand in its layers ({reason}); say it with loralib.declare_layout(model, 0)."
             )
         return
     refused = [sum(isinstance(layout, str) for layout in result.values()) for result in results]
@@ -173,7 +175,8 @@ def _aside(model: nn.Module) -> Iterator[None]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     outer, _learning = _learning, True
     nested = any(call.model is model for call in calls())
-    # Accelerate wraps a model's forward in an autocast object that cannot be entered twice; within a call it is active anyway.
+    # Accelerate wraps a model's forward in an autocast object that cannot be entered twice; within a call it is active
+    # anyway.
     wrapper = model.__dict__.pop("forward", None) if nested else None
     with (
         torch.no_grad(),

@@ -31,7 +31,8 @@ class Merging(nn.Module):
         raise NotImplementedError
 
     def delta(self, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
-        """The change of the weight that the update amounts to, shaped like the weight; gate as a float or (components,)."""
+        """The change of the weight that the update amounts to, shaped like the weight; gate as a float or
+        (components,)."""
         raise NotImplementedError
 
     def described(self) -> str:

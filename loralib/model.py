@@ -68,9 +68,9 @@ def inject(
     """Replace the matching layers of ``model`` in place by loralib's and return the model.
 
     Handles nn.Linear, nn.Embedding, nn.Conv2d, Hugging Face's Conv1D and subclasses that compute the same (see
-    ``loralib.adapting``). Each new layer holds the old one as its ``base_layer``, calls it and shares its parameters; their
-    weights are frozen (``mark_only_lora_as_trainable`` freezes the rest of the model). As in PEFT a list gives names or
-    endings of names, a string a regular expression for the whole name (or one ending).
+    ``loralib.adapting``). Each new layer holds the old one as its ``base_layer``, calls it and shares its parameters;
+    their weights are frozen (``mark_only_lora_as_trainable`` freezes the rest of the model). As in PEFT a list gives
+    names or endings of names, a string a regular expression for the whole name (or one ending).
 
     Args:
         r: maximum rank r_max, 1 or more.
@@ -78,10 +78,11 @@ def inject(
         lora_dropout: dropout probability on the adapter's input.
         scaling: strength at rank b: "alpha/r" (one strength for all ranks), "alpha/b" (the paper's) or "alpha/sqrt(b)".
         modules_to_save: names of modules that train in full and are saved with the adapter. Default: the head of a
-            transformers classifier, nothing otherwise. They are never adapted. Weights that they are tied to stay frozen.
+            transformers classifier, nothing otherwise. They are never adapted. Weights that they are tied to stay
+            frozen.
 
-    Raises ValueError if r < 1, if nothing matches (naming what could have), if a layer that matches computes in its own way,
-    or if a module to save does not exist; the model is unchanged then.
+    Raises ValueError if r < 1, if nothing matches (naming what could have), if a layer that matches computes in its own
+    way, or if a module to save does not exist; the model is unchanged then.
     """
     if not isinstance(target_modules, (str, list, tuple, set)):
         raise ValueError(f"target_modules is {target_modules!r}; give names of layers, or a regular expression.")
@@ -107,8 +108,8 @@ def inject(
         layer = around(module, **adapter)
         if layer is None:
             raise ValueError(
-                f"{name} is a {type(module).__name__}, which computes in its own way and cannot be adapted; leave it out "
-                f"of target_modules."
+                f"{name} is a {type(module).__name__}, which computes in its own way and cannot be adapted; leave it "
+                "out of target_modules."
             )
         layers[name] = layer
     if not layers:
@@ -134,7 +135,8 @@ def inject(
 
 
 def _tied(model: nn.Module, heads: list[str]) -> list[tuple[nn.Module, str]]:
-    """The parameters, as (module, name), of modules to save that a module which stays frozen has too (a tied ``lm_head``).
+    """The parameters, as (module, name), of modules to save that a module which stays frozen has too (a tied
+    ``lm_head``).
 
     They get a copy to train, as in PEFT. Raises ValueError for a model that computes otherwise when they are not tied.
     """
@@ -148,8 +150,8 @@ def _tied(model: nn.Module, heads: list[str]) -> list[tuple[nn.Module, str]]:
     tied = [(module, name) for module, name, parameter, trains in parameters if trains and id(parameter) in frozen]
     if tied and "tie_word_embeddings" in inspect.unwrap(type(model).forward).__code__.co_names:
         raise ValueError(
-            f"modules_to_save names a module with tied weights, and {type(model).__name__} computes otherwise without the "
-            f"tie; leave it out of modules_to_save and adapt the layer instead."
+            f"modules_to_save names a module with tied weights, and {type(model).__name__} computes otherwise without "
+            "the tie; leave it out of modules_to_save and adapt the layer instead."
         )
     return tied
 
@@ -200,8 +202,8 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     ``LoRALayer.set_rank``. Raises TypeError or ValueError for what is no rank, RuntimeError if a layer is merged; no
     layer is changed then.
 
-    A model has one rank at a time, for whoever calls it: two threads that need different ranks need a copy each, or one rank
-    per example.
+    A model has one rank at a time, for whoever calls it: two threads that need different ranks need a copy each, or one
+    rank per example.
     """
     layers = lora_layers(model)
     rank = check_rank(rank, max(layer.r for _, layer in layers))
@@ -254,7 +256,8 @@ def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> No
 
 
 def get_rank(model: nn.Module):
-    """The rank that the model runs at: an int, a LongTensor (batch,), or None after ``set_gate`` and weights of ranks."""
+    """The rank that the model runs at: an int, a LongTensor (batch,), or None after ``set_gate`` and weights of
+    ranks."""
     layers = lora_layers(model)
     return max((layer for _, layer in layers), key=lambda layer: layer.r).get_rank()
 
@@ -314,7 +317,8 @@ def _check_bias(bias: str) -> None:
 
 
 def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> nn.Module:
-    """A plain model, no loralib layer left, that computes what ``model`` computes at ``rank`` (default: the one in use).
+    """A plain model, no loralib layer left, that computes what ``model`` computes at ``rank`` (default: the one in
+    use).
 
     Works on a copy unless ``inplace``. Raises ValueError while per-example ranks are set and no rank is given.
     """

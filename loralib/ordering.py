@@ -20,10 +20,11 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
         lora_A' = a V^T,    lora_B' = U S / a,    a = |lora_A|_F / sqrt(r)
 
     At r_max the model computes what it did, to rounding, and ``lora_B'[:, :b] @ lora_A'[:b]`` is the nearest matrix of
-    rank b (Eckart-Young); with ``scaling="alpha/r"`` rank b runs at the strength of r_max. Rows of lora_A keep their mean
-    length: a component with two short factors would hardly train on. In an Embedding lora_B keeps it, since lora_A is the
-    factor that starts at zero. A MergedLinear is ordered projection by projection; a component of a convolution has as
-    many singular values as rows of lora_A.
+    rank b (Eckart-Young); with ``scaling="alpha/r"`` rank b runs at the strength of r_max. Rows of lora_A keep their
+    mean
+    length: a component with two short factors would hardly train on. In an Embedding lora_B keeps it, since lora_A is
+    the factor that starts at zero. A MergedLinear is ordered projection by projection; a component of a convolution has
+    as many singular values as rows of lora_A.
 
     ``optimizer`` is the one that trains the adapter; its momenta go along. With lora_A' = R lora_A the gradients are
     R^-T dA and dB R^T, and so are their running means; running means of squares follow as if entries were independent,
@@ -60,7 +61,8 @@ def _factors(layer: LoRALayer):
 def ordered(kept: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """kept' = R kept with orthogonal rows of one length, other' with kept' other' = kept other, and R.
 
-    Shapes: kept (..., n, d), other (..., m, n), R (..., n, n). Where n is more than m or d, the components beyond these are
+    Shapes: kept (..., n, d), other (..., m, n), R (..., n, n). Where n is more than m or d, the components beyond these
+    are
     zero: the product has no use for them.
     """
     n = kept.shape[-2]

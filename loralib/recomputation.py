@@ -1,7 +1,8 @@
 """Gradient checkpointing: what is computed again in the backward pass must run at the rank it ran at before.
 
-A checkpointed block keeps no activations; in the backward pass it runs a second time and reads whatever rank the model has
-by then. Two forward passes at different ranks before one backward pass, or ``use_rank`` left before it, would give wrong
+A checkpointed block keeps no activations; in the backward pass it runs a second time and reads whatever rank the model
+has by then. Two forward passes at different ranks before one backward pass, or ``use_rank`` left before it, would give
+wrong
 gradients: such a recomputation raises here. ``loralib.checkpoint_contexts`` makes it right.
 """
 

@@ -18,8 +18,9 @@ class RankSampler:
         r_max: highest rank, 1 or more.
         r_min: lowest rank, 1..r_max.
         distribution: "uniform"; "geometric" with p(b) ~ (1 - p)^(b - r_min), renormalised over the ranks; or "mixed": a
-            third of the examples, chosen at random, at r_min, and each of the others at the ranks r_min, 2 r_min, 4 r_min,
-            .. r_max at once, in equal parts. What comes back is then a float tensor of weights (see ``set_rank``).
+            third of the examples, chosen at random, at r_min, and each of the others at the ranks r_min, 2 r_min, 4
+            r_min, .. r_max at once, in equal parts. What comes back is then a float tensor of weights (see
+            ``set_rank``).
         p: parameter of the geometric distribution, between 0 and 1 (the paper: 0.15).
         per: "example" draws one rank for each example, "step" one for a whole update: every micro-batch of it and
             every process then has the same rank, with nothing to communicate. "mixed" is per example.
@@ -73,8 +74,8 @@ class RankSampler:
         return [*(b for b in doubled if b < self.r_max), self.r_max]
 
     def __call__(self, step: int, batch_size: int, micro_step: int = 0, process: int = 0):
-        """The ranks of one micro-batch, for ``set_rank``: an int (per="step"), a LongTensor (batch_size,), or for "mixed" a
-        float tensor (batch_size, r_max)."""
+        """The ranks of one micro-batch, for ``set_rank``: an int (per="step"), a LongTensor (batch_size,), or for
+        "mixed" a float tensor (batch_size, r_max)."""
         # A str seed is hashed with SHA-512, so that neighbouring steps have unrelated streams.
         key = (self.seed, step) if self.per == "step" else (self.seed, step, micro_step, process)
         source = random.Random(":".join(map(str, key)))

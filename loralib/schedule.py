@@ -27,22 +27,24 @@ FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen")  # wh
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """What training does with ranks. A schedule checks itself; ``resolve`` binds it to an adapter and a number of steps.
+    """What training does with ranks. A schedule checks itself; ``resolve`` binds it to an adapter and a number of
+    steps.
 
     The default, without any argument, is what measured best (results/study): the first half of the updates trains all
-    components together, as plain LoRA does; then ``order_components`` sorts them by importance, and from there on a third
-    of the examples run at rank 1 and the others through the mean of the gates of ranks 1, 2, 4, .. r_max.
+    components together, as plain LoRA does; then ``order_components`` sorts them by importance, and from there on a
+    third of the examples run at rank 1 and the others through the mean of the gates of ranks 1, 2, 4, .. r_max.
 
     Args:
-        sampling: "example" (each example of an update its own rank or mixture of ranks), "step" (one rank for an update, as
-            in the paper), "matryoshka" (one fixed gate, the sum or mean of several ranks'), "fixed" (r_max: plain LoRA).
-        distribution: how ranks are drawn: "uniform", "geometric" or "mixed", see ``RankSampler``. None: "mixed" where each
-            example has its own rank, components were ordered before and nothing is frozen; else "uniform".
+        sampling: "example" (each example of an update its own rank or mixture of ranks), "step" (one rank for an
+            update, as in the paper), "matryoshka" (one fixed gate, the sum or mean of several ranks'), "fixed" (r_max:
+            plain LoRA).
+        distribution: how ranks are drawn: "uniform", "geometric" or "mixed", see ``RankSampler``. None: "mixed" where
+            each example has its own rank, components were ordered before and nothing is frozen; else "uniform".
         p: parameter of the geometric distribution, between 0 and 1.
         r_min: the lowest rank that is trained, 1 or more.
-        full_rank_share: the share of the updates, 0 to below 1, that trains all components together before they are ordered
-            and ranks are drawn. None: 0.5 where ranks are drawn and the scaling is "alpha/r", else 0, the paper's way:
-            components are ordered at one strength, and under another rule low ranks would run at another.
+        full_rank_share: the share of the updates, 0 to below 1, that trains all components together before they are
+            ordered and ranks are drawn. None: 0.5 where ranks are drawn and the scaling is "alpha/r", else 0, the
+            paper's way: components are ordered at one strength, and under another rule low ranks would run at another.
         frozen: update component b alone (paper, eq. 10).
         reduce: "sum" (MatryoshkaLoRA) or "mean" of the gates; "matryoshka" only.
         gate_ranks: the ranks whose gates are combined, default r_min..r_max; "matryoshka" only.
@@ -83,8 +85,8 @@ class RankSchedule:
         share = self.full_rank_share
         if share is not None and (not 0 <= share < 1 or (share and not self.draws)):
             raise ValueError(
-                f"full_rank_share is {share} with sampling={self.sampling!r}; give 0 to below 1, and 0 where no ranks are "
-                f"drawn."
+                f"full_rank_share is {share} with sampling={self.sampling!r}; give 0 to below 1, and 0 where no ranks "
+                "are drawn."
             )
         if self.distribution == "mixed" and (self.frozen or self.sampling == "step"):
             raise ValueError(
@@ -106,8 +108,8 @@ class RankSchedule:
     def resolve(self, r_max: int, scaling: str = "alpha/r", steps: int | None = None) -> BoundSchedule:
         """The schedule of an adapter of rank ``r_max``, every default settled, for a training of ``steps`` updates.
 
-        Without ``steps`` (it is not known yet) the result can tell its title and facts and no settings. Raises ValueError
-        for ranks beyond r_max.
+        Without ``steps`` (it is not known yet) the result can tell its title and facts and no settings. Raises
+        ValueError for ranks beyond r_max.
         """
         share = self.full_rank_share
         if share is None:
@@ -166,9 +168,10 @@ class BoundSchedule:
         Args:
             size: examples in the micro-batch; with ``places``, in the whole update.
             micro_step, process: which micro-batch of the update, on which process: each draws for itself.
-            places: where the micro-batch's examples stand in the update. Ranks are then drawn for the whole update and cut,
-                so that they do not depend on how it is split.
-            ordered: whether components were ordered already. None: they are at the first micro-batch after ``full_steps``.
+            places: where the micro-batch's examples stand in the update. Ranks are then drawn for the whole update and
+                cut, so that they do not depend on how it is split.
+            ordered: whether components were ordered already. None: they are at the first micro-batch after
+                ``full_steps``.
         """
         kind = self.schedule
         if kind.sampling == "matryoshka":
@@ -231,8 +234,8 @@ class BoundSchedule:
     def _check_updates(self, updates: int) -> None:
         if updates != self.steps:
             raise ValueError(
-                f"The schedule was resolved for {self.steps} updates, and the batches make {updates}; give over() those of the "
-                f"whole training, or resolve it for {updates}."
+                f"The schedule was resolved for {self.steps} updates, and the batches make {updates}; give over() "
+                f"those of the whole training, or resolve it for {updates}."
             )
 
     def title(self) -> str:

@@ -30,7 +30,8 @@ class RankState:
     def __post_init__(self):
         if self.frozen and self.rank is None:
             raise ValueError(
-                "frozen training updates the component of a drawn rank, and weights of ranks draw none; leave out frozen."
+                "frozen training updates the component of a drawn rank, and weights of ranks draw none; leave out "
+                "frozen."
             )
 
     def same_as(self, other: RankState) -> bool:
@@ -57,7 +58,8 @@ class HasState(Protocol):
 
 
 def set_states(states: Iterable[tuple[HasState, RankState]]) -> None:
-    """Set every layer's state, or, where one of them is merged, none. Raises RuntimeError that names the merged layer."""
+    """Set every layer's state, or, where one of them is merged, none. Raises RuntimeError that names the merged
+    layer."""
     states = list(states)
     for layer, _ in states:
         layer.check_unmerged()

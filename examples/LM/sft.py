@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Fine-tune a language model on prompts and completions with TRL and DyLoRA, and measure every rank.
 
-    python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train train.jsonl --validation validation.jsonl --output_dir out
+    python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train train.jsonl --validation validation.jsonl
+    --output_dir out
 
-Each line of the files holds {"prompt": .., "completion": ..}. The directory then holds the adapter and the table of all ranks:
-`dylora select out`, `dylora report out`, `dylora export out --rank auto --to adapter`.
+Each line of the files holds {"prompt": .., "completion": ..}. The directory then holds the adapter and the table of all
+ranks: `dylora select out`, `dylora report out`, `dylora export out --rank auto --to adapter`.
 """
 
 from dataclasses import dataclass, field

@@ -163,7 +163,8 @@ def _loading(config: dict, facts: dict, base: str, name: str, merged: bool) -> l
 def _metadata(
     config: dict, facts: dict, results: RankResults | None, name: str, merged: bool, license: str | None
 ) -> str:
-    """The hub's table above a card. A base model that is a local directory is left out: its path says nothing elsewhere."""
+    """The hub's table above a card. A base model that is a local directory is left out: its path says nothing
+    elsewhere."""
     from huggingface_hub import EvalResult, ModelCardData
 
     base = config.get("base_model_name_or_path")

@@ -1,7 +1,7 @@
 """An adapter's files, without its model: writing, reading, cutting and describing a directory; reading a .bin.
 
-A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, and ``dylora.json`` with what PEFT
-has no word for (r_max, the scaling rule, label names, whatever the caller adds).
+A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` in PEFT's format, and ``dylora.json`` with
+what PEFT has no word for (r_max, the scaling rule, label names, whatever the caller adds).
 """
 
 import json
@@ -38,7 +38,8 @@ class AdapterFiles:
     scaling: str
 
     def rank_and_alpha(self, name: str) -> tuple[int, float]:
-        """A layer's rank and alpha by PEFT's configuration, whose patterns are regular expressions for endings of names."""
+        """A layer's rank and alpha by PEFT's configuration, whose patterns are regular expressions for endings of
+        names."""
         values = []
         for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
             patterns = (self.config.get(pattern) or {}).items()
@@ -75,8 +76,8 @@ def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor]
 
 
 def safetensors_bytes(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file; equal contents give equal bytes, which safetensors' own writer, whose metadata has no order, does
-    not."""
+    """A safetensors file; equal contents give equal bytes, which safetensors' own writer, whose metadata has no order,
+    does not."""
     from safetensors.torch import save
 
     raw = save(tensors, metadata)
@@ -134,8 +135,8 @@ def _refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
             raise ValueError(f"{path} holds {key!r} without {other!r}; the adapter is incomplete.")
         if value.ndim < 2 or (key < other and value.shape[0] != tensors[other].shape[1:2].numel()):
             raise ValueError(
-                f"{path} holds {key!r} and {other!r} of shape {tuple(value.shape)} and {tuple(tensors[other].shape)}, which are "
-                f"no pair of factors; save the adapter anew."
+                f"{path} holds {key!r} and {other!r} of shape {tuple(value.shape)} and {tuple(tensors[other].shape)}, "
+                "which are no pair of factors; save the adapter anew."
             )
 
 
@@ -165,7 +166,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
-    """The contents of adapter_config.json and, where it is there, dylora.json. Raises ValueError for what is no JSON."""
+    """The contents of adapter_config.json and, where it is there, dylora.json. Raises ValueError for what is no
+    JSON."""
     config = _read_json(Path(path, CONFIG))
     fields.check(config, fields.CONFIG, Path(path, CONFIG))
     return config, read_facts(path)
@@ -197,7 +199,8 @@ def scaling_of_file(path: str | os.PathLike) -> str:
 def cut_adapter(
     source: str | os.PathLike, target: str | os.PathLike, rank: int, extra: dict | None = None
 ) -> tuple[dict, dict]:
-    """Copy an adapter's directory cut to ``rank``, without its base model: what ``save_adapter(..., rank)`` would write.
+    """Copy an adapter's directory cut to ``rank``, without its base model: what ``save_adapter(..., rank)`` would
+    write.
 
     ``extra`` is added to ``dylora.json``. Returns the contents of both configurations. Raises FileNotFoundError or
     ValueError; ``target`` is then untouched.

@@ -43,7 +43,8 @@ def export_merged(
     results: RankResults | None = None,
     license: str | None = None,
 ) -> str:
-    """Write the base model with the adapter of ``source`` at ``rank`` merged in, its tokenizer and a card into ``target``.
+    """Write the base model with the adapter of ``source`` at ``rank`` merged in, its tokenizer and a card into
+    ``target``.
 
     ``base``: where the base model is, default: what the adapter names. Returns it. Needs transformers. Raises as
     ``export_adapter``, and ValueError where the base model cannot be had.

@@ -46,7 +46,8 @@ def _truth(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-# Each field's check and what it should be, as it stands in adapter_config.json and dylora.json; null counts as not there.
+# Each field's check and what it should be, as it stands in adapter_config.json and dylora.json; null counts as not
+# there.
 CONFIG = {
     "peft_type": (_text, "a text"),
     "r": (_whole, "a whole number above 0"),

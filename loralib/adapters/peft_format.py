@@ -1,7 +1,7 @@
 """How each layer's factors stand in PEFT's LoRA format, and back.
 
-PEFT computes ``(lora_alpha / R) * B' A'`` (``lora_alpha / sqrt(R)`` with ``use_rslora``). For most layers A' and B' are the
-factors themselves and R is the rank; a MergedLinear becomes one block-diagonal update of rank projections * b, a
+PEFT computes ``(lora_alpha / R) * B' A'`` (``lora_alpha / sqrt(R)`` with ``use_rslora``). For most layers A' and B' are
+the factors themselves and R is the rank; a MergedLinear becomes one block-diagonal update of rank projections * b, a
 convolution one of rank b * (product of the kernel sizes).
 """
 
@@ -15,8 +15,8 @@ from ..gate import scale
 from ..layers import Embedding, LoRALayer, MergedLinear
 
 PREFIX = "base_model.model."
-# Fields of PEFT's configuration under which an adapter is a plain low-rank update of the stored base: those that are read here,
-# and those that say nothing of the numbers. Any other field must be off.
+# Fields of PEFT's configuration under which an adapter is a plain low-rank update of the stored base: those that are
+# read here, and those that say nothing of the numbers. Any other field must be off.
 PLAIN = {
     *(
         "peft_type",
@@ -58,15 +58,16 @@ PLAIN_STARTS = (
 
 
 def refuse_what_is_no_plain_lora(config: dict, path) -> None:
-    """Raise ValueError, with the field's name, for a PEFT adapter whose numbers are no plain low-rank update of its base."""
+    """Raise ValueError, with the field's name, for a PEFT adapter whose numbers are no plain low-rank update of its
+    base."""
     checked = {"bias": config.get("bias", "none") != "none", "init_lora_weights": False}
     checked["init_lora_weights"] = config.get("init_lora_weights", True) not in PLAIN_STARTS
     others = {name: bool(value) for name, value in config.items() if name not in PLAIN and name not in checked}
     for name, is_on in (checked | others).items():
         if is_on:
             raise ValueError(
-                f"{path} was made with {name} = {config[name]!r}, so its numbers are no plain low-rank update of the base "
-                f"model; loralib cannot load it."
+                f"{path} was made with {name} = {config[name]!r}, so its numbers are no plain low-rank update of the "
+                "base model; loralib cannot load it."
             )
 
 
@@ -82,7 +83,8 @@ def keys(layer: LoRALayer, name: str) -> tuple[str, str]:
 
 
 def to_peft(layer: LoRALayer, name: str, A: torch.Tensor, B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A' and B' from the layer's own factors, whole or cut. Raises ValueError where PEFT's format has no place for them."""
+    """A' and B' from the layer's own factors, whole or cut. Raises ValueError where PEFT's format has no place for
+    them."""
     if isinstance(layer, MergedLinear):
         blocks = torch.block_diag(*B.chunk(layer.projections))
         parts = iter(blocks.chunk(layer.projections))

@@ -10,16 +10,17 @@ from .directory import read_directory, write_adapter
 
 
 def squeeze_adapter(source: str | Path, target: str | Path) -> dict[int, float]:
-    """Write the adapter of ``source`` (PEFT's format) to ``target`` with its components ordered; it can then be cut to any
-    rank (``cut_adapter``, ``dylora export``).
+    """Write the adapter of ``source`` (PEFT's format) to ``target`` with its components ordered; it can then be cut to
+    any rank (``cut_adapter``, ``dylora export``).
 
-    With ``lora_B @ lora_A = U S V^T`` in every layer, component j becomes the j-th singular pair, so that the first b are the
-    nearest update of rank b (see ``loralib.order_components``). At its whole rank the adapter is what it was, and each layer
-    keeps its strength at every rank: ``lora_alpha`` follows the rank. Modules saved beside the adapter stay as they are.
+    With ``lora_B @ lora_A = U S V^T`` in every layer, component j becomes the j-th singular pair, so that the first b
+    are the nearest update of rank b (see ``loralib.order_components``). At its whole rank the adapter is what it was,
+    and each layer keeps its strength at every rank: ``lora_alpha`` follows the rank. Modules saved beside the adapter
+    stay as they are.
 
-    Returns {rank b: the share of the update's squared norm, over all layers and with their strengths, that rank b keeps}.
-    No base model is needed. Raises FileNotFoundError or ValueError, also for convolutions, whose factors PEFT's format
-    stores in a form that has no such components.
+    Returns {rank b: the share of the update's squared norm, over all layers and with their strengths, that rank b
+    keeps}. No base model is needed. Raises FileNotFoundError or ValueError, also for convolutions, whose factors PEFT's
+    format stores in a form that has no such components.
     """
     files = read_directory(source)
     tensors = dict(files.tensors)

@@ -1,5 +1,5 @@
-"""Adapters of a model, saved in PEFT's LoRA format, cut to any rank, and loaded; .bin files of microsoft/LoRA and of the
-released DyLoRA code are loaded too.
+"""Adapters of a model, saved in PEFT's LoRA format, cut to any rank, and loaded; .bin files of microsoft/LoRA and of
+the released DyLoRA code are loaded too.
 
 What the files hold is in ``loralib.adapter_files``.
 """
@@ -24,12 +24,13 @@ from .directory import AdapterFiles, read_bin, read_directory, write_adapter
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:
-    """Write the adapter of ``model``, cut to ``rank`` (default: r_max), and its modules to save into directory ``path``.
+    """Write the adapter of ``model``, cut to ``rank`` (default: r_max), and its modules to save into directory
+    ``path``.
 
     The strength of rank ``rank`` is exact under stock PEFT: alpha/b and alpha/r as ``lora_alpha``, alpha/sqrt(b) as
     ``use_rslora``. ``extra`` goes into ``dylora.json``. Raises ValueError for a rank outside 1..r_max, and if biases
-    were set to train (``mark_only_lora_as_trainable(model, bias=...)``), which the format has no place for. The files are
-    written beside their places and renamed together: a process killed while saving leaves a whole adapter.
+    were set to train (``mark_only_lora_as_trainable(model, bias=...)``), which the format has no place for. The files
+    are written beside their places and renamed together: a process killed while saving leaves a whole adapter.
     """
     if not str(path):
         raise ValueError("path is empty; give the directory that the adapter is written to.")
@@ -117,15 +118,16 @@ def _sample(weight: torch.Tensor) -> list[float]:
 def load_adapter(
     model: nn.Module, path: str | os.PathLike, rank: int | None = None, head: str = "require"
 ) -> list[str]:
-    """Load an adapter, cut to ``rank`` if given, into ``model``; return the modules to save that keep their own weights.
+    """Load an adapter, cut to ``rank`` if given, into ``model``; return the modules to save that keep their own
+    weights.
 
     ``path`` is a directory in PEFT's format (ours or PEFT's own; its rank becomes r_max) or a ``.bin`` state dict of
     microsoft/LoRA or the released DyLoRA code. A model without loralib layers gets them from the directory's
     configuration; a ``.bin`` needs a model that has them.
 
-    ``head``: "require" raises if an entry of a module to save is missing or has another shape, and if the file's label names
-    are not those of the model's configuration; "fresh" leaves a module of another shape as it is and takes other labels for
-    a start. The same names in another order are put in the model's order.
+    ``head``: "require" raises if an entry of a module to save is missing or has another shape, and if the file's label
+    names are not those of the model's configuration; "fresh" leaves a module of another shape as it is and takes other
+    labels for a start. The same names in another order are put in the model's order.
 
     Raises FileNotFoundError or ValueError before anything of the model is changed.
     """
@@ -166,8 +168,8 @@ def load_adapter(
         for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
             if not is_inside(key, heads):
                 raise ValueError(
-                    f"{path} holds {key!r}, trained beside the adapter, and the model does not take it; name its module in "
-                    f"modules_to_save (biases cannot be loaded)."
+                    f"{path} holds {key!r}, trained beside the adapter, and the model does not take it; name its "
+                    "module in modules_to_save (biases cannot be loaded)."
                 )
         layers = lora_layers(skeleton)
         if not to_inject:
@@ -283,8 +285,8 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
                 "does not hold it" if given[wrong[0]] is None else f"has it with shape {tuple(given[wrong[0]].shape)}"
             )
             raise ValueError(
-                f"the model needs {wrong[0]!r} of shape {tuple(wanted[wrong[0]].shape)}, and {path} {what}; build the model "
-                f"with the adapter's number of labels, or train the head anew."
+                f"the model needs {wrong[0]!r} of shape {tuple(wanted[wrong[0]].shape)}, and {path} {what}; build the "
+                "model with the adapter's number of labels, or train the head anew."
             )
     return plan, fresh
 
@@ -292,7 +294,8 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
 def _labels_in_order(model: nn.Module, files: AdapterFiles, plan: dict[str, torch.Tensor], head: str) -> None:
     """Put the rows of the file's head in the order of the model's labels, by their names.
 
-    Raises ValueError, with ``head="require"``, if these are other labels; where either side has no names, numbers count.
+    Raises ValueError, with ``head="require"``, if these are other labels; where either side has no names, numbers
+    count.
     """
     source, wanted = labels.told(files.facts.get("labels")), labels.names_of(model)
     if not source or not wanted or not plan:
@@ -301,8 +304,8 @@ def _labels_in_order(model: nn.Module, files: AdapterFiles, plan: dict[str, torc
     if order is None:
         if head == "require":
             raise ValueError(
-                f"{files.path} knows the labels {', '.join(source)}, the model {', '.join(wanted)}; a head answers only for "
-                f"its own."
+                f"{files.path} knows the labels {', '.join(source)}, the model {', '.join(wanted)}; a head answers "
+                "only for its own."
             )
         return
     for key in labels.output_keys(model, len(order)):
@@ -333,6 +336,6 @@ def _check_base(layer: Any, files: AdapterFiles) -> None:
     sample = files.facts.get("base_sample")
     if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
         raise ValueError(
-            f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load that "
-            f"model first."
+            f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "
+            "that model first."
         )

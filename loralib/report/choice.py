@@ -46,8 +46,8 @@ def select_rank(
             below the best; a number is a margin in points of the 0-100 scale.
         points: how many of these points a score of 1 is.
 
-    The choice's standard error is that of the difference between the chosen and the best rank: None with a margin, and where
-    the best is chosen. Raises ValueError where no rank has a score.
+    The choice's standard error is that of the difference between the chosen and the best rank: None with a margin, and
+    where the best is chosen. Raises ValueError where no rank has a score.
     """
     clean = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
     best = int(clean.argmax())
@@ -126,7 +126,8 @@ def choose(
 
 
 def read_predictions(file: Path, results: RankResults, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Logits (samples, ranks, classes) and labels (samples,) of a run. Raises ValueError if they are not those of its table."""
+    """Logits (samples, ranks, classes) and labels (samples,) of a run. Raises ValueError if they are not those of its
+    table."""
     try:
         with np.load(file) as arrays:
             logits, labels = np.asarray(arrays["logits"]), np.asarray(arrays["labels"])
@@ -136,8 +137,8 @@ def read_predictions(file: Path, results: RankResults, split: str) -> tuple[np.n
     wanted = (rows[0].samples, len(rows))
     if logits.ndim != 3 or logits.shape[:2] != wanted or labels.shape != wanted[:1]:
         raise ValueError(
-            f"{file} holds logits {logits.shape} and labels {labels.shape}, the table {wanted[0]} samples at {wanted[1]} ranks; "
-            f"they are of different runs, run the evaluation again."
+            f"{file} holds logits {logits.shape} and labels {labels.shape}, the table {wanted[0]} samples at "
+            f"{wanted[1]} ranks; they are of different runs, run the evaluation again."
         )
     if not (np.issubdtype(logits.dtype, np.floating) and np.isfinite(logits).all() and np.isfinite(labels).all()):
         raise ValueError(f"{file} holds logits or labels that are no finite numbers; run the evaluation again.")
@@ -145,8 +146,8 @@ def read_predictions(file: Path, results: RankResults, split: str) -> tuple[np.n
 
 
 def read_losses(file: Path, results: RankResults, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Each example's loss at every rank, (samples, ranks), and its weight (samples,). Raises ValueError if they are not those
-    of the table."""
+    """Each example's loss at every rank, (samples, ranks), and its weight (samples,). Raises ValueError if they are not
+    those of the table."""
     try:
         with np.load(file) as arrays:
             losses, weights = np.asarray(arrays["losses"]), np.asarray(arrays["weights"])
@@ -170,8 +171,8 @@ def _there(file: Path) -> Path:
 def resampled_scores(results: RankResults, split: str, ranks: Sequence[int] | None = None) -> np.ndarray:
     """The main scores, (resamples, ranks), on bootstrap resamples of the run's stored predictions.
 
-    ``ranks`` are places in the run's list of ranks, default all. Raises FileNotFoundError where there are no predictions, and
-    ValueError where they are of another run or no bootstrap is known for the score.
+    ``ranks`` are places in the run's list of ranks, default all. Raises FileNotFoundError where there are no
+    predictions, and ValueError where they are of another run or no bootstrap is known for the score.
     """
     ranks = range(len(results.splits[split])) if ranks is None else ranks
     file = Path(results.directory or "", f"predictions_{split}.npz")
@@ -191,7 +192,7 @@ def resampled_scores(results: RankResults, split: str, ranks: Sequence[int] | No
     for b, ours, theirs in zip(all_ranks, found, told, strict=True):
         if not np.isclose(ours, theirs, atol=1e-4, equal_nan=True):
             raise ValueError(
-                f"{file} gives {results.metric} {ours:.4f} at rank {b}, the table {theirs:.4f}; they are of different runs, "
-                f"run the evaluation again."
+                f"{file} gives {results.metric} {ours:.4f} at rank {b}, the table {theirs:.4f}; they are of different "
+                "runs, run the evaluation again."
             )
     return bootstrap(predictions[:, list(ranks)], labels, lambda p, y: score(results.metric, p, y, results.metrics))

@@ -20,9 +20,10 @@ SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_ra
 class Curve:
     """The main score, as tables show it, by rank, over ``seeds`` runs.
 
-    ``errors`` are standard errors over the runs, None for one. ``band``, for one run whose predictions are stored: by rank the
-    95 percent interval over examples drawn anew (of a loss: of its difference to the best rank's, since examples differ more
-    than ranks do). ``samples`` are the examples of an evaluation, ``name`` is the method in a few words.
+    ``errors`` are standard errors over the runs, None for one. ``band``, for one run whose predictions are stored: by
+    rank the 95 percent interval over examples drawn anew (of a loss: of its difference to the best rank's, since
+    examples differ more than ranks do). ``samples`` are the examples of an evaluation, ``name`` is the method in a few
+    words.
     """
 
     task: str
@@ -59,8 +60,8 @@ class Curve:
 
     @property
     def spread(self) -> float:
-        """The largest standard error of a point. Without seeds or predictions: what an accuracy of 50 percent over so many
-        examples has; 0 for a loss."""
+        """The largest standard error of a point. Without seeds or predictions: what an accuracy of 50 percent over so
+        many examples has; 0 for a loss."""
         errors = self.errors or [(high - low) / (2 * 1.96) for low, high in self.band or ()]
         if not errors and self.samples and self.metric not in LOWER:
             return (50 if max(map(abs, self.means)) > 1 else 0.5) / self.samples**0.5
@@ -153,7 +154,8 @@ def averages(curves: list[Curve]) -> list[Curve]:
 
 
 def summary_rows(curves: list[Curve], short: bool = False) -> tuple[list[str], list[list[str]]]:
-    """Head and cells of the table of several runs: mean over seeds, with its standard error. ``short``: names in a few words."""
+    """Head and cells of the table of several runs: mean over seeds, with its standard error. ``short``: names in a few
+    words."""
     ranks = sorted({b for curve in curves for b in curve.ranks})
     rows = []
     for curve in curves:

@@ -19,8 +19,8 @@ from matplotlib.ticker import FixedLocator, NullLocator
 from .curves import Curve
 from .results import LOWER, Choice
 
-# Okabe and Ito's colours, which colour-blind readers tell apart (without their yellow, too light for a line), and a marker
-# for each; from the eighth method on the same again with hollow marks and dashes.
+# Okabe and Ito's colours, which colour-blind readers tell apart (without their yellow, too light for a line), and a
+# marker for each; from the eighth method on the same again with hollow marks and dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 PANEL = (4.2, 3.4)  # inches; a figure of one panel is wider
@@ -30,9 +30,9 @@ SPAN = 8  # standard errors that the y axis shows at least
 def plot_curves(curves: list[Curve], path: str | Path, selected: Choice | None = None, kind: str | None = None) -> None:
     """Draw one line per curve and one panel per task.
 
-    Several seeds have bars of one standard error, one seed the band of its bootstrap (95 percent). The y axis spans at least
-    eight standard errors, so that noise does not look like structure. Methods keep colour and marker over all panels, and
-    stand in one legend outside of them. Ranks that are powers of two stand on a log2 axis.
+    Several seeds have bars of one standard error, one seed the band of its bootstrap (95 percent). The y axis spans at
+    least eight standard errors, so that noise does not look like structure. Methods keep colour and marker over all
+    panels, and stand in one legend outside of them. Ranks that are powers of two stand on a log2 axis.
 
     Args:
         selected: the rank to mark, and the rule that chose it.

@@ -1,7 +1,7 @@
 """The result of a run, read and written in one place: ``rank_results.json`` and its tables.
 
-What the files hold is in the README, "What an output directory holds". Scores are 0-1 (a correlation -1-1) here and in the
-file, 0-100 in tables. A score that is not defined is nan here and null in the file.
+What the files hold is in the README, "What an output directory holds". Scores are 0-1 (a correlation -1-1) here and in
+the file, 0-100 in tables. A score that is not defined is nan here and null in the file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ LOWER = ("loss", "perplexity")  # the less the better
 
 @dataclass(frozen=True)
 class RankRow:
-    """One rank on one split: its scores by name, its mean loss (None: there is none), how many examples, how many numbers the
-    adapter has at that rank."""
+    """One rank on one split: its scores by name, its mean loss (None: there is none), how many examples, how many
+    numbers the adapter has at that rank."""
 
     rank: int
     scores: dict[str, float]
@@ -115,7 +115,8 @@ class RankResults:
         return 1 if name in LOWER or any(abs(value) > 1 for value in values if value is not None) else 100
 
     def short_name(self) -> str:
-        """What a legend calls the method: "DyLoRA" where it is the default's, else with what differs; ``method`` tells all."""
+        """What a legend calls the method: "DyLoRA" where it is the default's, else with what differs; ``method`` tells
+        all."""
         if self.sampling is None:
             return self.method
         if self.sampling == "fixed":

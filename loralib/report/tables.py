@@ -103,8 +103,8 @@ def print_table(results: RankResults, console=None) -> None:
 def print_grid(
     heading: str, head: Sequence[str], rows: Sequence[Sequence[str]], left=(), console=None, styles=()
 ) -> None:
-    """A table in the terminal, no wider than it: numbers stay whole, words wrap, and columns that have no room go into a
-    table of their own beneath, with the names repeated.
+    """A table in the terminal, no wider than it: numbers stay whole, words wrap, and columns that have no room go into
+    a table of their own beneath, with the names repeated.
 
     ``left``: the places of the columns of names; all others are numbers. ``styles``: of the rows.
     """

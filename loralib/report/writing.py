@@ -29,7 +29,8 @@ def write_run(results: RankResults, directory: str | Path) -> None:
 
 
 def write_report(runs: list[RankResults], directory: str | Path) -> list[Curve]:
-    """Write rank_results.md and .csv, rank_curve.png, .svg and .pdf and report.html of some runs; returns their curves."""
+    """Write rank_results.md and .csv, rank_curve.png, .svg and .pdf and report.html of some runs; returns their
+    curves."""
     from .plots import plot_curves
 
     directory = Path(directory)

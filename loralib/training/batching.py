@@ -24,9 +24,9 @@ def cell(n: int, cells: int, c: int) -> range:
 def epoch_order(lengths: list[int], global_batch: int, seed: int, epoch: int) -> list[int]:
     """All indices in the order of an epoch: shuffled, then grouped so that an update has examples of like length.
 
-    Shuffled indices are sorted by length within blocks of some updates, cut into updates, and the updates shuffled. Sorting
-    costs mixing, so the blocks are the smallest (1, 2, 4, .. updates) that keep padding under ``PADDING``. The last,
-    incomplete update stays last.
+    Shuffled indices are sorted by length within blocks of some updates, cut into updates, and the updates shuffled.
+    Sorting costs mixing, so the blocks are the smallest (1, 2, 4, .. updates) that keep padding under ``PADDING``. The
+    last, incomplete update stays last.
     """
     generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
     order = torch.randperm(len(lengths), generator=generator)
@@ -125,8 +125,8 @@ class ByLength(Sampler[int]):
 
 
 def lengths_of(dataset, column: str = "length") -> list[int]:
-    """Tokens of each example by its ``column``, else its ``input_ids``; all 1 where neither tells, which leaves the order to
-    the shuffle."""
+    """Tokens of each example by its ``column``, else its ``input_ids``; all 1 where neither tells, which leaves the
+    order to the shuffle."""
     names = getattr(dataset, "column_names", None)
     if names is not None:
         if column in names:
@@ -139,7 +139,8 @@ def lengths_of(dataset, column: str = "length") -> list[int]:
 
 
 def order_within(dataloader) -> list[int] | None:
-    """The order of the ``ByLength`` sampler of a data loader, however accelerate wrapped it; None where it has another."""
+    """The order of the ``ByLength`` sampler of a data loader, however accelerate wrapped it; None where it has
+    another."""
     inner: Any = dataloader
     while inner is not None and not isinstance(inner, ByLength):
         outer = inner

@@ -30,19 +30,20 @@ class EvaluationOfRanks(TrainerPart):
     rank_logits: Any = None  # its preprocess_logits_for_metrics
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """What every rank in ``eval_ranks`` gives, ranks in the last dimension: {"logits": a tensor or several, (batch, ..,
-        ranks), "losses": (batch, ranks + 1)}, and the labels.
+        """What every rank in ``eval_ranks`` gives, ranks in the last dimension: {"logits": a tensor or several, (batch,
+        .., ranks), "losses": (batch, ranks + 1)}, and the labels.
 
-        Each example's losses are its batch's; the last column is its weight, the number of its tokens that count. Logits are
-        what ``preprocess_logits_for_metrics`` makes of a rank's. Where losses alone are wanted there are no logits.
+        Each example's losses are its batch's; the last column is its weight, the number of its tokens that count.
+        Logits are what ``preprocess_logits_for_metrics`` makes of a rank's. Where losses alone are wanted there are no
+        logits.
         """
         if not self.eval_ranks:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         size, step = batch_size(inputs), super().prediction_step
         given = [inputs[name] for name in self.label_names if inputs.get(name) is not None]
-        # A model trained with a rank per example takes them in evaluation too. A pass of several ranks has no loss of one: it
-        # must follow from the logits, as a classifier's does.
+        # A model trained with a rank per example takes them in evaluation too. A pass of several ranks has no loss of
+        # one: it must follow from the logits, as a classifier's does.
         stack = self.bound.schedule.sampling == "example" and not prediction_loss_only and len(given) < 2
         stack = stack and all(labels.ndim == 1 for labels in given)
         losses, logits, labels = [], [], None
@@ -73,8 +74,8 @@ class EvaluationOfRanks(TrainerPart):
         if needed > LOGITS_BUDGET:
             raise ValueError(
                 f"The logits of {self.to_evaluate:,} examples at {len(self.eval_ranks)} ranks would take "
-                f"{needed / 2**30:.1f} GiB; give preprocess_logits_for_metrics (for example their argmax), or measure fewer "
-                f"ranks."
+                f"{needed / 2**30:.1f} GiB; give preprocess_logits_for_metrics (for example their argmax), or measure "
+                "fewer ranks."
             )
 
     def evaluation_loop(

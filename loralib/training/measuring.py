@@ -1,4 +1,5 @@
-"""The part of the trainer that leaves results behind: what ``dylora select``, ``report`` and ``export --rank auto`` read."""
+"""The part of the trainer that leaves results behind: what ``dylora select``, ``report`` and ``export --rank auto``
+read."""
 
 import importlib.metadata
 import math
@@ -30,16 +31,17 @@ class Measurements(TrainerPart):
     def measure_ranks(
         self, dataset=None, metric: str | None = None, split: str = "validation", task: str | None = None
     ):
-        """Evaluate every rank, choose one, and write the adapter and what was found to the output directory: the tables,
-        ``rank_results.json`` and ``predictions_<split>.npz``. Returns the ``RankResults``.
+        """Evaluate every rank, choose one, and write the adapter and what was found to the output directory: the
+        tables, ``rank_results.json`` and ``predictions_<split>.npz``. Returns the ``RankResults``.
 
-        The rank is the smallest within one standard error of the best, by examples drawn anew, where the metric is the loss
-        or a score of ``loralib.report.scores``; for other metrics the best.
+        The rank is the smallest within one standard error of the best, by examples drawn anew, where the metric is the
+        loss or a score of ``loralib.report.scores``; for other metrics the best.
 
         Args:
             dataset: default ``eval_dataset``.
-            metric: a name that ``compute_metrics`` gives, higher is better; or "loss" (default without compute_metrics).
-                Default: its first name. For "loss" each example makes a batch, so that it has a loss of its own.
+            metric: a name that ``compute_metrics`` gives, higher is better; or "loss" (default without
+                compute_metrics). Default: its first name. For "loss" each example makes a batch, so that it has a loss
+                of its own.
             task: what the results are called. Default: the output directory's name.
 
         Raises ValueError for a model without adapter and for a metric that is not there.

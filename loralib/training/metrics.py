@@ -47,7 +47,8 @@ class Scored:
         return tree_map(lambda x: x[:, k] if isinstance(x, np.ndarray) else x, self.predictions)
 
     def loss(self, k: int) -> float | None:
-        """The loss at a rank: of a classifier from its logits, else the mean of the batches' losses by what counts in them."""
+        """The loss at a rank: of a classifier from its logits, else the mean of the batches' losses by what counts in
+        them."""
         at_rank = self.at(k)
         first = at_rank[0] if isinstance(at_rank, (tuple, list)) else at_rank  # further outputs follow the logits
         of_logits = mean_loss(first, self.labels)
@@ -122,7 +123,8 @@ def by_rank(metrics: dict[str, Any], prefix: str) -> dict[int, dict[str, Any]]:
 
 
 def mean_loss(logits: Any, labels: Any) -> float | None:
-    """The mean loss of a classifier (cross-entropy) or of a regression with one output (squared error), from its logits.
+    """The mean loss of a classifier (cross-entropy) or of a regression with one output (squared error), from its
+    logits.
 
     None where the shapes are neither's.
     """

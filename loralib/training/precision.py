@@ -9,11 +9,13 @@ from torch import nn
 
 @contextlib.contextmanager
 def frozen_weights_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within the body the frozen weights of the linear layers are held in ``dtype``; the originals come back afterwards.
+    """Within the body the frozen weights of the linear layers are held in ``dtype``; the originals come back
+    afterwards.
 
-    For work under ``torch.autocast(..., dtype)``, which rounds these weights in every forward pass: done once, the outputs
-    and gradients are the same to the bit, a step saves the rounding, and autograd keeps no copies for the backward pass. Costs
-    the memory of one copy, half the size of the weights. Parameters that train keep their precision.
+    For work under ``torch.autocast(..., dtype)``, which rounds these weights in every forward pass: done once, the
+    outputs and gradients are the same to the bit, a step saves the rounding, and autograd keeps no copies for the
+    backward pass. Costs the memory of one copy, half the size of the weights. Parameters that train keep their
+    precision.
     """
     replaced = []
     for module in model.modules():

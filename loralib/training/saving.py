@@ -1,4 +1,5 @@
-"""The part of the trainer that writes and reads: checkpoints hold the adapter and the modules to save, in PEFT's format."""
+"""The part of the trainer that writes and reads: checkpoints hold the adapter and the modules to save, in PEFT's
+format."""
 
 from pathlib import Path
 

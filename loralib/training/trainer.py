@@ -55,19 +55,19 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
 
     For a model with loralib layers; one without any gets plain training with exact batches.
 
-    Training. Before each micro-batch the model is set to what the schedule says for the step. The examples of an update,
-    their order and (per example) their ranks do not depend on how the update is split into micro-batches and processes, nor
-    do the loss and the gradient: every example weighs 1/n in an update of n.
+    Training. Before each micro-batch the model is set to what the schedule says for the step. The examples of an
+    update, their order and (per example) their ranks do not depend on how the update is split into micro-batches and
+    processes, nor do the loss and the gradient: every example weighs 1/n in an update of n.
 
     Evaluation. One pass over the data gives the predictions of every rank, (samples, ranks, ..), one array or several.
-    ``preprocess_logits_for_metrics`` and ``compute_metrics`` are called once per rank, unchanged, and the scores reported as
-    ``eval_r1_accuracy`` .. ``eval_r8_accuracy``, their mean ``eval_mean_accuracy`` and the area under the rank-quality curve
-    ``eval_aurac_accuracy``. ``eval_r1_loss`` is the mean over all that the loss counts (examples, or tokens), however
-    batches are cut, ``eval_loss`` the mean over ranks; language models have ``eval_r1_perplexity`` too. Without
-    ``compute_metrics`` the losses alone are reported. Predictions come in the data's order.
+    ``preprocess_logits_for_metrics`` and ``compute_metrics`` are called once per rank, unchanged, and the scores
+    reported as ``eval_r1_accuracy`` .. ``eval_r8_accuracy``, their mean ``eval_mean_accuracy`` and the area under the
+    rank-quality curve ``eval_aurac_accuracy``. ``eval_r1_loss`` is the mean over all that the loss counts (examples, or
+    tokens), however batches are cut, ``eval_loss`` the mean over ranks; language models have ``eval_r1_perplexity``
+    too. Without ``compute_metrics`` the losses alone are reported. Predictions come in the data's order.
 
-    ``measure_ranks`` also writes the results, so that ``dylora select``, ``report`` and ``export --rank auto`` work on the
-    output directory.
+    ``measure_ranks`` also writes the results, so that ``dylora select``, ``report`` and ``export --rank auto`` work on
+    the output directory.
 
     Checkpoints hold the adapter and the modules to save, in PEFT's format.
 
@@ -119,8 +119,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             and getattr(self, "padding_free", False)
         ):
             raise ValueError(
-                "A padding-free batch is one row, whose examples cannot have a rank each: give RankSchedule(sampling='step'), "
-                "or leave out padding_free (for packing: packing_strategy='wrapped')."
+                "A padding-free batch is one row, whose examples cannot have a rank each: give "
+                "RankSchedule(sampling='step'), or leave out padding_free (for packing: packing_strategy='wrapped')."
             )
         self._check_enough()
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
@@ -159,7 +159,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.contexts.enter_context(self._checkpointing_at_its_ranks())
 
     def call_model_init(self, trial=None):
-        """As Trainer's, which makes a model anew for each training; its adapter may have another r_max in each trial."""
+        """As Trainer's, which makes a model anew for each training; its adapter may have another r_max in each
+        trial."""
         model = super().call_model_init(trial)
         if getattr(self, "contexts", None) is not None:
             self.contexts.close()
@@ -202,8 +203,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
                 else f" of {self.place.batches.update_size(self.place.update)} examples"
             )
             raise FloatingPointError(
-                f"The {what} is {float(value)} in update {self.state.global_step + 1}{size}, at rank {self._rank_in_words()}; "
-                f"lower the learning rate or look at the data. What was saved before stays."
+                f"The {what} is {float(value)} in update {self.state.global_step + 1}{size}, at rank "
+                f"{self._rank_in_words()}; lower the learning rate or look at the data. What was saved before stays."
             )
 
     def _rank_in_words(self) -> str:
@@ -242,8 +243,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         return (found[0] * weight, *found[1:]) if return_outputs else found * weight
 
     def _ask_loss(self, model, inputs) -> None:
-        """Trainer takes a forward with **kwargs for one that divides its loss by num_items_in_batch, and few do. One whose
-        loss is the same for 1 item and for 2 does not."""
+        """Trainer takes a forward with **kwargs for one that divides its loss by num_items_in_batch, and few do. One
+        whose loss is the same for 1 item and for 2 does not."""
         compute, training = super().compute_loss, model.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()

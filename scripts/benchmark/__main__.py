@@ -5,7 +5,8 @@
     python -m scripts.benchmark --data DIR           # all of it; DIR holds GLUE's rte and cola (default: from the hub)
     python -m scripts.benchmark --device cuda        # on a GPU
 
-Tables and JSON go to results/benchmark (a GPU's beside the CPU's). The environment: bash -c '. scripts/env.sh benchmark'.
+Tables and JSON go to results/benchmark (a GPU's beside the CPU's). The environment: bash -c '. scripts/env.sh
+benchmark'.
 """
 
 import argparse

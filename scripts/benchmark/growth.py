@@ -16,13 +16,15 @@ from .steps import batch, drawn, training_step
 from .timing import alternate, paired_ratio, saved_bytes
 
 WHY = {
-    "r_max": "The update costs r_max / width of what its base layer costs, so the step hardly grows with r_max; beside PEFT's it "
-    "stays where it is, because both do the same products and ours scales r_max columns where PEFT scales the output.",
-    "width": "The base layers' products grow with the square of the width, all else with the width; the adapter's share shrinks.",
-    "length": "Up to some 256 tokens time grows as the text does, beyond it attention's square shows; padding costs as much as "
-    "text, which is why batches are grouped by length.",
-    "evaluation": "Every rank needs its own products, so time grows with r_max; passes hold no more tokens than a batch (or "
-    "2,048), and what the ranks share is kept once, so memory does not.",
+    "r_max": "The update costs r_max / width of what its base layer costs, so the step hardly grows with r_max; "
+    "beside PEFT's it stays where it is, because both do the same products and ours scales r_max columns where PEFT "
+    "scales the output.",
+    "width": "The base layers' products grow with the square of the width, all else with the width; the adapter's "
+    "share shrinks.",
+    "length": "Up to some 256 tokens time grows as the text does, beyond it attention's square shows; padding costs "
+    "as much as text, which is why batches are grouped by length.",
+    "evaluation": "Every rank needs its own products, so time grows with r_max; passes hold no more tokens than a "
+    "batch (or 2,048), and what the ranks share is kept once, so memory does not.",
     "data": "Ordering an epoch sorts lengths, n log n: about half a second for as many examples as MNLI has.",
 }
 
@@ -98,7 +100,8 @@ def reset_peak(device: str) -> None:
 
 
 def memory(name: str, device: str) -> float:
-    """MB in use ("VmRSS") or the peak since ``reset_peak`` ("VmHWM"): the process's, as Linux counts it, or the GPU's."""
+    """MB in use ("VmRSS") or the peak since ``reset_peak`` ("VmHWM"): the process's, as Linux counts it, or the
+    GPU's."""
     if device != "cpu":
         return (torch.cuda.max_memory_allocated() if name == "VmHWM" else torch.cuda.memory_allocated()) / 2**20
     status = Path("/proc/self/status").read_text().splitlines()

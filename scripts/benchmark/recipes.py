@@ -49,7 +49,8 @@ def run_glue(task: str, options: Options, *flags: str) -> tuple[float, dict]:
     with tempfile.TemporaryDirectory() as directory:
         argv = [
             "--model_name_or_path", encoder(), "--task_name", task, "--apply_lora", "--lora_r", str(R_MAX),
-            "--lora_alpha", "16", "--do_train", "--do_eval", "--learning_rate", str(RATE), "--num_train_epochs", str(EPOCHS),
+            "--lora_alpha", "16", "--do_train", "--do_eval", "--learning_rate", str(RATE),
+            "--num_train_epochs", str(EPOCHS),
             "--per_device_train_batch_size", str(BATCH), "--per_device_eval_batch_size", "64", "--warmup_ratio", "0.06",
             "--weight_decay", "0.1", "--output_dir", directory, "--report_to", "none", "--disable_tqdm", "true", *flags,
         ]  # fmt: skip
@@ -63,8 +64,8 @@ def run_glue(task: str, options: Options, *flags: str) -> tuple[float, dict]:
 def released(options: Options) -> Iterator[Row]:
     """Ours, bf16, all ranks measured and the adapter saved each epoch, against the released settings, fp32.
 
-    These pad to 512 tokens, evaluate and save the whole model each epoch, and pass over the data once for each rank at the
-    end. Their side is a part measured and scaled to the same number of examples and epochs.
+    These pad to 512 tokens, evaluate and save the whole model each epoch, and pass over the data once for each rank at
+    the end. Their side is a part measured and scaled to the same number of examples and epochs.
     """
     shape = peers.MINILM
     model = peers.ours(shape, R_MAX, options.device)
@@ -135,8 +136,8 @@ def sweep(options: Options) -> Iterator[Row]:
         yield exact(
             "against a sweep", task, "one DyLoRA training", "8 LoRA trainings with PEFT", "s",
             sum(ours) / len(ours), R_MAX * sum(theirs) / len(theirs), 1 / (0.9 * R_MAX),
-            f"batch {BATCH}, {EPOCHS} epochs, MiniLM, bf16, both sides with length-grouped batches; theirs is 8 times the "
-            f"mean of r = 1 and r = 8, each evaluated once",
+            f"batch {BATCH}, {EPOCHS} epochs, MiniLM, bf16, both sides with length-grouped batches; theirs is 8 times "
+            "the mean of r = 1 and r = 8, each evaluated once",
         )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from .timing import paired_ratio
 class Row:
     """ours / peer of one quantity; below 1 is better. ``limit``: what the project promises of the ratio, if anything.
 
-    ``of_machine``: the processor decides the ratio, as where one precision stands beside another, so what another machine
-    recorded says nothing of ours and ``--check`` holds it to its limit alone.
+    ``of_machine``: the processor decides the ratio, as where one precision stands beside another, so what another
+    machine recorded says nothing of ours and ``--check`` holds it to its limit alone.
     """
 
     case: str

@@ -27,7 +27,8 @@ def batch(rows: int, length: int, device: str) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def run_glues_savings(model, dtype: str):
-    """What DyLoRATrainer does around training and evaluation: the last block for the first token, weights rounded once."""
+    """What DyLoRATrainer does around training and evaluation: the last block for the first token, weights rounded
+    once."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(model.first_token_only())
         if dtype != "fp32":
@@ -131,7 +132,8 @@ def recipe_step(options: Options) -> Iterator[Row]:
 
 
 def saved(options: Options) -> Iterator[Row]:
-    """What autograd keeps for the backward pass. Per step: at r_max, which keeps most. Per example: the gate, 512 bytes, too."""
+    """What autograd keeps for the backward pass. Per step: at r_max, which keeps most. Per example: the gate, 512
+    bytes, too."""
     inputs = batch(16, 64, options.device)
     for shape, dtype in itertools.product(options.shapes(), options.dtypes):
 

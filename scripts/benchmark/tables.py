@@ -12,6 +12,7 @@ import torch
 from loralib.files import write_text
 from loralib.report.tables import markdown_table
 
+from ..pages import page
 from .growth import WHY
 from .rows import Options, Row
 
@@ -113,10 +114,10 @@ def write_readme(directory: Path) -> None:
     lines = [
         "# Speed, beside every peer",
         "",
-        "Made by `python -m scripts.benchmark`. Contenders take turns in one process; a ratio is ours / peer, the median "
-        "over rounds, below 1 where ours is faster or smaller, with a 95 percent interval (bootstrap over "
-        "rounds); counted quantities have none. The peers run at rank 8; the frozen encoder is the floor, "
-        "since it has no backward pass through the encoder.",
+        "Made by `python -m scripts.benchmark`. Contenders take turns in one process; a ratio is ours / peer, the "
+        "median over rounds, below 1 where ours is faster or smaller, with a 95 percent interval (bootstrap over "
+        "rounds); counted quantities have none. The peers run at rank 8; the frozen encoder is the floor, since it "
+        "has no backward pass through the encoder.",
     ]
     for file in sorted(directory.glob("*.json")):
         found = read(file)
@@ -148,4 +149,4 @@ def write_readme(directory: Path) -> None:
             ]
     if not (directory / "cuda.json").exists():
         lines += ["", "No GPU was at hand: `--device cuda` has no table yet."]
-    write_text(directory / "README.md", "\n".join(lines) + "\n")
+    write_text(directory / "README.md", page(lines) + "\n")

@@ -27,7 +27,8 @@ def synchronize(device: str) -> None:
 
 
 def alternate(contenders: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each contender in each round; all run once in every round, in an order drawn anew, after one warm-up."""
+    """Seconds of each contender in each round; all run once in every round, in an order drawn anew, after one
+    warm-up."""
     draw = random.Random(0)
     names = list(contenders)
     found = {name: [] for name in names}

@@ -213,7 +213,8 @@ TRIED = {
 
 
 def even_draw(weights, n: int, seed: str) -> torch.Tensor:
-    """n ranks, rank b about n * weights[b - 1] / sum(weights) times, at most one more or less; their order is random."""
+    """n ranks, rank b about n * weights[b - 1] / sum(weights) times, at most one more or less; their order is
+    random."""
     import random
 
     draw = random.Random(seed)
@@ -280,7 +281,8 @@ class StudyTrainer(DyLoRATrainer):
         return setting
 
     def groups_by_cost(self, order: bool) -> list[tuple[float, dict[int, float]]]:
-        """Ranks below r_max, each with a share in proportion to its loss above that of r_max, on a few training batches."""
+        """Ranks below r_max, each with a share in proportion to its loss above that of r_max, on a few training
+        batches."""
         if not self.method.by_cost:
             return []
         if order:

@@ -12,6 +12,7 @@ from loralib.report.curves import Curve
 from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
+from ..pages import page
 from .cells import chosen_strengths
 from .methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
 
@@ -33,10 +34,10 @@ DRAWN = {
     "matryoshka-mean": "fixed gate, mean",
 }
 PAPER = (
-    "The paper reports, for RoBERTa-base on eight GLUE tasks, an average of 84.22 at rank 1 and 85.44 at rank 8 for one "
-    "DyLoRA, against 54.90 and 85.27 for a LoRA trained at rank 8 and cut; and 83.30 / 84.47 (rank 1 / 8) for uniform "
-    "non-frozen sampling against 81.61 / 83.31 for frozen (arXiv 2210.07558). Encoder, data and budget differ from ours, so "
-    "only the order of methods can be compared."
+    "The paper reports, for RoBERTa-base on eight GLUE tasks, an average of 84.22 at rank 1 and 85.44 at rank 8 for "
+    "one DyLoRA, against 54.90 and 85.27 for a LoRA trained at rank 8 and cut; and 83.30 / 84.47 (rank 1 / 8) for "
+    "uniform non-frozen sampling against 81.61 / 83.31 for frozen (arXiv 2210.07558). Encoder, data and budget differ "
+    "from ours, so only the order of methods can be compared."
 )
 
 
@@ -45,8 +46,8 @@ def title(method: str) -> str:
 
 
 def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
-    """{(task, method): {seed: {rank: score}}}; the sweep's four runs of a seed, each at the strength that is chosen for its rank,
-    are one method, "sweep"."""
+    """{(task, method): {seed: {rank: score}}}; the sweep's four runs of a seed, each at the strength that is chosen for
+    its rank, are one method, "sweep"."""
     found: dict = defaultdict(lambda: defaultdict(dict))
     chosen = {r: names[0] for r, names in SWEEP.items()} | chosen_strengths(records)
     for record in records:
@@ -162,10 +163,13 @@ def headline(found: dict, method: str = DEFAULT) -> list[str]:
         low = mean - stats.t.ppf(0.975, len(both) - 1) * error
         rows.append([name, interval(apart), "yes" if low > -1 else "no"])
     return [
-        f"Mean over {len(AVERAGED)} tasks for each seed, then the paired difference over {len(both)} seeds with its 95 percent "
+        "<!-- --8<-- [start:headline] -->",
+        f"Mean over {len(AVERAGED)} tasks for each seed, then the paired difference over {len(both)} seeds with its 95 "
+        "percent "
         't-interval, in points. "No worse" means that the interval\'s lower end is above -1 point.',
         "",
         markdown_table(["one DyLoRA training at", "minus a LoRA trained for that rank", "no worse"], rows, "lrl"),
+        "<!-- --8<-- [end:headline] -->",
         "",
     ]
 
@@ -181,6 +185,17 @@ def to_curves(found: dict) -> list[Curve]:
     return drawn
 
 
+def averages_to_curves(found: dict) -> list[Curve]:
+    """The main methods that were run on every task of AVERAGED, the mean over these."""
+    drawn = []
+    for method, name in DRAWN.items():
+        if by_seed := averaged(found, method):
+            values = [[curve[b] for b in SHOWN] for curve in by_seed.values()]
+            title = f"mean of {len(AVERAGED)} GLUE tasks"
+            drawn.append(Curve.over_seeds(title, "", name, "score", SHOWN, values, name))
+    return drawn
+
+
 def write_tables(directory: Path, records: list[dict], rates: dict[str, float], budgets: dict) -> None:
     """README.md and curves.png from the records."""
     found = scores(records)
@@ -188,9 +203,9 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         "# Does one DyLoRA run match a LoRA sweep?",
         "",
         "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value "
-        "adapted, r_max 8, alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, bf16 autocast on one CPU "
-        "core a run. Mean ± standard error over seeds; AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, "
-        "order and number of steps.",
+        "adapted, r_max 8, alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, bf16 autocast on "
+        "one CPU core a run. Mean ± standard error over seeds; AURAC over ranks 1, 2, 4, 8. Every method has the same "
+        "encoder, data, order and number of steps.",
         "",
         "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
         "    python -m transformers_dylora.minilm encoder",
@@ -234,6 +249,9 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         + (f", the first {b.validation:,} of validation" if b.validation else "")
         for task, b in budgets.items()
     )  # fmt: skip
-    lines += ["## Limits", "", f"One small encoder; budgets: {budget}. Seeds change the head's and the adapter's start, the "
-              "order of the data and the ranks drawn; the validation set is one. " + PAPER, ""]  # fmt: skip
-    write_text(directory / "README.md", "\n".join(lines))
+    limits = (
+        f"One small encoder; budgets: {budget}. Seeds change the head's and the adapter's start, the order of the data "
+        f"and the ranks drawn; the validation set is one. {PAPER}"
+    )
+    lines += ["## Limits", "", limits, ""]
+    write_text(directory / "README.md", page(lines))

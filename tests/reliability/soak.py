@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from scripts.pages import page
+
 from .. import tiny
 from . import world
 
@@ -261,7 +263,7 @@ def main() -> int:
     kills(folder)
     cases()
     long_run(folder)
-    (ROOT / "results" / "reliability.md").write_text(report())
+    (ROOT / "results" / "reliability.md").write_text(page(report().split("\n")))
     return int(any(line["outcome"] == "lost" for line in done() if "outcome" in line))
 
 

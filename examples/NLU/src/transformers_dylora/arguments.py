@@ -73,8 +73,8 @@ class DataArguments:
     regression: bool | None = field(
         default=None,
         metadata={
-            "help": "Whether the labels of your own files are values and no classes. Default: as the adapter was trained; in "
-            "training, if a label has a fraction."
+            "help": "Whether the labels of your own files are values and no classes. Default: as the adapter was "
+            "trained; in training, if a label has a fraction."
         },
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this many tokens."})
@@ -137,7 +137,8 @@ class ModelArguments:
     lora_scaling: Literal["alpha/b", "alpha/r", "alpha/sqrt(b)"] | None = field(
         default=None,
         metadata={
-            "help": "Strength of the update at rank b. Default: that of --lora_path; else alpha/r. The paper's is alpha/b."
+            "help": "Strength of the update at rank b. Default: that of --lora_path; else alpha/r. The paper's is "
+            "alpha/b."
         },
     )
     lora_target_modules: list[str] | None = field(
@@ -146,7 +147,8 @@ class ModelArguments:
     lora_path: str | None = field(
         default=None,
         metadata={
-            "help": "Start from this adapter: a directory, or a .bin of microsoft/LoRA or released DyLoRA; 'none': from scratch."
+            "help": "Start from this adapter: a directory, or a .bin of microsoft/LoRA or released DyLoRA; 'none': "
+            "from scratch."
         },
     )
     rank_sampling: Literal["example", "step", "matryoshka", "fixed"] = field(
@@ -159,9 +161,9 @@ class ModelArguments:
     full_rank_share: float | None = field(
         default=None,
         metadata={
-            "help": "The share of training, 0 to below 1, that trains all components together; then they are put in the order "
-            "of their importance and ranks are drawn. Default: 0.5 where ranks are drawn at one strength, alpha/r; 0 is the "
-            "paper's way."
+            "help": "The share of training, 0 to below 1, that trains all components together; then they are put in "
+            "the order of their importance and ranks are drawn. Default: 0.5 where ranks are drawn at one strength, "
+            "alpha/r; 0 is the paper's way."
         },
     )
     as_released: bool = field(
@@ -174,8 +176,9 @@ class ModelArguments:
     rank_distribution: Literal["uniform", "geometric", "mixed"] | None = field(
         default=None,
         metadata={
-            "help": "p_B of the paper, or mixed: a third of the examples at r_min, the others at r_min, 2 r_min, 4 r_min, .. "
-            "r_max at once. Default: mixed with --rank_sampling example after --full_rank_share, else uniform."
+            "help": "p_B of the paper, or mixed: a third of the examples at r_min, the others at r_min, 2 r_min, 4 "
+            "r_min, .. r_max at once. Default: mixed with --rank_sampling example after --full_rank_share, else "
+            "uniform."
         },
     )
     matryoshka_reduce: Literal["sum", "mean"] | None = field(
@@ -224,8 +227,8 @@ class ModelArguments:
             for name in ("sampling", "full_rank_share", "frozen"):
                 if changed.get(name, getattr(released, name)) != getattr(released, name):
                     raise UsageError(
-                        f"--as_released means --{SCHEDULE_FLAGS[name]} {getattr(released, name)}; leave out one of it and "
-                        f"--{SCHEDULE_FLAGS[name]} {changed[name]}."
+                        f"--as_released means --{SCHEDULE_FLAGS[name]} {getattr(released, name)}; leave out one of it "
+                        f"and --{SCHEDULE_FLAGS[name]} {changed[name]}."
                     )
             return RankSchedule.paper(**changed)
         except UsageError:
@@ -234,14 +237,16 @@ class ModelArguments:
             raise UsageError(_in_flags(str(error))) from error
 
     def scaling(self) -> str:
-        """The scaling rule: the flag's, else that of the adapter to start from, else what --as_released or the default means.
+        """The scaling rule: the flag's, else that of the adapter to start from, else what --as_released or the default
+        means.
 
         Raises UsageError for an adapter that cannot be read, and for a rule that --as_released does not mean.
         """
         if self.as_released:
             if self.lora_scaling not in (None, "alpha/b"):
                 raise UsageError(
-                    f"--as_released means --lora_scaling alpha/b; leave out one of it and --lora_scaling {self.lora_scaling}."
+                    "--as_released means --lora_scaling alpha/b; leave out one of it and --lora_scaling "
+                    f"{self.lora_scaling}."
                 )
             return "alpha/b"
         if self.lora_scaling is not None:
@@ -329,8 +334,8 @@ class GlueTrainingArguments(TrainingArguments):
         at_once = self.per_device_train_batch_size * max(1, self.world_size)
         if self.global_batch_size < 1 or self.global_batch_size % at_once:
             raise UsageError(
-                f"--global_batch_size {self.global_batch_size} is no multiple of {self.per_device_train_batch_size} per device "
-                f"x {max(1, self.world_size)} processes; change it or --per_device_train_batch_size."
+                f"--global_batch_size {self.global_batch_size} is no multiple of {self.per_device_train_batch_size} "
+                f"per device x {max(1, self.world_size)} processes; change it or --per_device_train_batch_size."
             )
         self.gradient_accumulation_steps = self.global_batch_size // at_once
         self.notes.append(

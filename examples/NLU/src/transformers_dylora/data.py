@@ -55,7 +55,8 @@ def _from_directory(task: Task, directory: Path, cache_dir: str | None) -> datas
 
 
 def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
-    """The rows of a file, or of a split's directory from save_to_disk. What is made of them goes to the cache, not beside."""
+    """The rows of a file, or of a split's directory from save_to_disk. What is made of them goes to the cache, not
+    beside."""
     options: dict = {}
     kind = "arrow" if file.is_dir() else ENDINGS[file.suffix]
     if kind != "arrow" and not file.stat().st_size:
@@ -73,7 +74,8 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
 
 
 def _csv_as_text(file: Path) -> dict:
-    """Options for reading a CSV, of which all cells are text: NA, None and an empty cell are no missing values, 01 is not 1.
+    """Options for reading a CSV, of which all cells are text: NA, None and an empty cell are no missing values, 01 is
+    not 1.
 
     Raises UsageError for a file without rows, and for a row with more or fewer cells than there are columns.
     """
@@ -84,7 +86,8 @@ def _csv_as_text(file: Path) -> dict:
             empty = empty and not row
             if row and len(row) != len(columns):
                 raise UsageError(
-                    f"{file} has {len(row)} cells in line {rows.line_num}, and {len(columns)} columns; quote cells with commas."
+                    f"{file} has {len(row)} cells in line {rows.line_num}, and {len(columns)} columns; quote cells "
+                    "with commas."
                 )
     if empty:
         raise UsageError(f"{file} is empty; it needs at least one example.")
@@ -131,7 +134,8 @@ def load_files(
     The text columns are sentence1 and sentence2 if both are there, else the first one or two others.
 
     Args:
-        labels: those that a model to evaluate knows, in its order; else they are the sorted ones of the first labelled file.
+        labels: those that a model to evaluate knows, in its order; else they are the sorted ones of the first labelled
+            file.
         regression: whether labels are values; None: they are if any of that file's is a number with a fraction.
     """
     splits = datasets.DatasetDict()

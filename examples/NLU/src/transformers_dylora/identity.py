@@ -1,4 +1,5 @@
-"""What makes a run the run it is: the settings that decide its numbers, stored with it, so that it goes on only as itself."""
+"""What makes a run the run it is: the settings that decide its numbers, stored with it, so that it goes on only as
+itself."""
 
 import hashlib
 import json
@@ -92,8 +93,8 @@ def check_continuation(directory: str | Path, settings: dict, anyway: bool) -> l
     others = [f"{name} was {old}, now {new}" for name, (old, new) in apart.items() if name not in LENGTHS]
     if others and not anyway:
         raise UsageError(
-            f"The run in {directory} cannot go on as another: {'; '.join(others)}. Give its own settings, another --output_dir, "
-            f"--overwrite_output_dir to start anew, or --resume_anyway."
+            f"The run in {directory} cannot go on as another: {'; '.join(others)}. Give its own settings, another "
+            "--output_dir, --overwrite_output_dir to start anew, or --resume_anyway."
         )
     return [f"going on with other settings than before: {'; '.join(others)}"] * bool(others) + [
         f"going on longer or shorter than before: {'; '.join(longer)}"

@@ -13,7 +13,8 @@ from .tasks import Task
 
 
 def names_in(kind) -> tuple[str, ...]:
-    """The names that a label column brings along (a ClassLabel, as save_to_disk and Parquet keep it), if they say anything."""
+    """The names that a label column brings along (a ClassLabel, as save_to_disk and Parquet keep it), if they say
+    anything."""
     return told(kind.names) if isinstance(kind, datasets.ClassLabel) else ()
 
 

@@ -95,7 +95,8 @@ def longest_input(args: ModelArguments, tokenizer, pair: bool, wanted: int) -> i
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if min(limits) <= special:
         raise UsageError(
-            f"--max_seq_length is {wanted}, and {special} special tokens leave no room for text; give {special + 1} or more."
+            f"--max_seq_length is {wanted}, and {special} special tokens leave no room for text; give {special + 1} or "
+            "more."
         )
     return min(limits)
 
@@ -119,7 +120,8 @@ def load_config(args: ModelArguments, task: Task, pad_token_id: int | None = Non
 
 
 def known_labels(args: ModelArguments) -> tuple[tuple[str, ...], bool | None]:
-    """What a model that is only measured knows: its label names, and whether it is a regression (None: it does not say).
+    """What a model that is only measured knows: its label names, and whether it is a regression (None: it does not
+    say).
 
     An adapter's ``dylora.json`` tells, else the checkpoint's configuration.
     """
@@ -166,8 +168,8 @@ def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: i
         )
     if needs_head and other_size:
         raise UsageError(
-            f"{args.model_name_or_path} has a head of another size ({other_size[0]}), {task.name} has {task.num_labels} "
-            f"outputs; give a classifier for {task.name}, or add --do_train."
+            f"{args.model_name_or_path} has a head of another size ({other_size[0]}), {task.name} has "
+            f"{task.num_labels} outputs; give a classifier for {task.name}, or add --do_train."
         )
     if not fresh and not other_size:
         notes += _head_by_name(args, model, task, needs_head)
@@ -201,7 +203,8 @@ def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: i
 def _check_loaded(args: ModelArguments, model, missing: list[str], other_size: list[str], unexpected) -> None:
     """Raise UsageError if the checkpoint's weights are not the model that its configuration says.
 
-    The head may be missing or of another size; what a model lists as not its own (a pooler, another head) may be left over.
+    The head may be missing or of another size; what a model lists as not its own (a pooler, another head) may be left
+    over.
     """
     heads = default_head(model)
     lost = next((key for key in missing if not is_inside(key, heads)), None)
@@ -236,8 +239,8 @@ def _head_by_name(args: ModelArguments, model, task: Task, needed: bool) -> list
         return []
     if needed:
         raise UsageError(
-            f"{args.model_name_or_path} knows the labels {', '.join(names)}, {task.name} has {', '.join(task.labels)}; give a "
-            f"classifier for these, or add --do_train."
+            f"{args.model_name_or_path} knows the labels {', '.join(names)}, {task.name} has {', '.join(task.labels)}; "
+            "give a classifier for these, or add --do_train."
         )
     return [
         f"the head of {args.model_name_or_path} knows the labels {', '.join(names)}: here it is no more than a start"

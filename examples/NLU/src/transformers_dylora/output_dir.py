@@ -17,11 +17,11 @@ from .settings import FILE as CONFIG
 
 
 def resume_point(args) -> tuple[str | None, list[str]]:
-    """The checkpoint to go on from, and notes: --resume_from_checkpoint (a path, or true: the last whole one of --output_dir),
-    or the last whole one that an interrupted run left there. None: start anew.
+    """The checkpoint to go on from, and notes: --resume_from_checkpoint (a path, or true: the last whole one of
+    --output_dir), or the last whole one that an interrupted run left there. None: start anew.
 
-    Raises UsageError if there is no such checkpoint, if one that was named is damaged, or if the directory holds other files than
-    a run's and --overwrite_output_dir was not given.
+    Raises UsageError if there is no such checkpoint, if one that was named is damaged, or if the directory holds other
+    files than a run's and --overwrite_output_dir was not given.
     """
     directory = Path(args.output_dir)
     asked = args.resume_from_checkpoint
@@ -43,7 +43,8 @@ def resume_point(args) -> tuple[str | None, list[str]]:
     held = [path for path in directory.iterdir() if not is_temporary(path)] if directory.is_dir() else []
     if last is None and held and not unfinished:
         raise UsageError(
-            f"--output_dir {directory} is not empty and holds no run to go on with; choose another or add --overwrite_output_dir."
+            f"--output_dir {directory} is not empty and holds no run to go on with; choose another or add "
+            "--overwrite_output_dir."
         )
     return last, notes
 
@@ -125,7 +126,8 @@ def clear_run(directory: Path) -> None:
 
 
 def check_output_dir(args, lora_path: str | None) -> None:
-    """Raise UsageError if nothing can be written to --output_dir, or if an adapter to start from would be removed from it."""
+    """Raise UsageError if nothing can be written to --output_dir, or if an adapter to start from would be removed from
+    it."""
     directory = Path(args.output_dir)
     if lora_path and args.do_train and args.overwrite_output_dir and directory.resolve() == Path(lora_path).resolve():
         raise UsageError(f"--overwrite_output_dir would remove --lora_path {lora_path}; give another --output_dir.")

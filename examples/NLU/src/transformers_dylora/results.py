@@ -57,8 +57,8 @@ def how_trained(model_args, training_args, trainer) -> dict:
 def assemble(
     model_args, training_args, task: Task, trainer, splits: dict[str, dict], scaling: str | None, words: list[str]
 ) -> RankResults:
-    """The run's results. ``splits``: {name: {"rows", "logits", "labels"}}, the first one chooses the rank; ``scaling``: the rule
-    in use; ``words``: the command."""
+    """The run's results. ``splits``: {name: {"rows", "logits", "labels"}}, the first one chooses the rank; ``scaling``:
+    the rule in use; ``words``: the command."""
     ranks = trainer.eval_ranks or [0]
     adapted = has_lora(trainer.model)
     facts = how_trained(model_args, training_args, trainer) if adapted else {}
@@ -93,7 +93,8 @@ def assemble(
 
 
 def write_results(output_dir: str, results: RankResults, splits: dict[str, dict]) -> None:
-    """Write the tables, the curve, the logits and one eval_r<b>_results.json a rank (MNLI's second split: eval_mm_r<b>)."""
+    """Write the tables, the curve, the logits and one eval_r<b>_results.json a rank (MNLI's second split:
+    eval_mm_r<b>)."""
     directory = Path(output_dir)
     for name, split in splits.items():
         save_npz(directory / f"predictions_{name}.npz", {key: split[key] for key in ("logits", "labels", "idx")})

@@ -1,10 +1,11 @@
-"""Fine-tune a classifier on GLUE (or your own files) with DyLoRA, and measure every rank: ``dylora train``, run_glue.py.
+"""Fine-tune a classifier on GLUE (or your own files) with DyLoRA, and measure every rank: ``dylora train``,
+run_glue.py.
 
     dylora train --model_name_or_path roberta-base --task_name rte --learning_rate 5e-4 --num_train_epochs 80 \\
         --output_dir rte/model
 
-The recipes (``examples/NLU/roberta_base_rte.sh``, ...) hold the settings of each task. A run reads from top to bottom in
-``run``; its parts are in this package.
+The recipes (``examples/NLU/roberta_base_rte.sh``, ...) hold the settings of each task. A run reads from top to bottom
+in ``run``; its parts are in this package.
 """
 
 import os
@@ -90,7 +91,8 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
         }
     for name, split in [*data["train"].items(), *data["validation"].items()]:
         say(
-            f"{name}: {len(split)} examples, {np.mean(split['length']):.0f} tokens on average, {max(split['length'])} at most"
+            f"{name}: {len(split)} examples, {np.mean(split['length']):.0f} tokens on average, {max(split['length'])} "
+            "at most"
         )
 
     for note in notes:
@@ -166,7 +168,8 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
 
 
 class Begin(TrainerCallback):
-    """After all checks, just before the first step: what an earlier run left makes way, and this one's settings are kept."""
+    """After all checks, just before the first step: what an earlier run left makes way, and this one's settings are
+    kept."""
 
     def __init__(self, settings: dict, flags: dict, anew: bool):
         self.settings, self.flags, self.anew = settings, flags, anew
@@ -194,8 +197,8 @@ def load_data(data_args, model_args, training_args):
     whole = len(raw["train"])
     raw |= held_out(raw["train"])
     note = (
-        f"{len(raw['validation'])} of the {whole} examples of {files['train']}, drawn at random, are held out to measure "
-        f"on; --validation_file names your own"
+        f"{len(raw['validation'])} of the {whole} examples of {files['train']}, drawn at random, are held out to "
+        "measure on; --validation_file names your own"
     )
     return task, raw, [note]
 
@@ -253,7 +256,8 @@ def all_ranks(logits) -> np.ndarray:
 
 
 def measure(trainer, name: str, split, task) -> dict:
-    """One pass over a validation split: its table's rows, and the logits, labels and indices for predictions_<name>.npz."""
+    """One pass over a validation split: its table's rows, and the logits, labels and indices for
+    predictions_<name>.npz."""
     prefix = results.eval_prefix(name)
     output = trainer.predict(split, metric_key_prefix=prefix)
     return {

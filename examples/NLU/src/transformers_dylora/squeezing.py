@@ -1,4 +1,5 @@
-"""What an adapter that was trained elsewhere gives at every rank on one's own data: the measuring half of dylora squeeze."""
+"""What an adapter that was trained elsewhere gives at every rank on one's own data: the measuring half of dylora
+squeeze."""
 
 from pathlib import Path
 
@@ -26,10 +27,11 @@ def measure_adapter(
     """Measure the adapter in ``directory`` at its ranks on a file of examples, and leave ``rank_results.json`` there.
 
     Args:
-        data: CSV or JSON lines; for a classifier one or two text columns and ``label``, for a language model ``prompt`` and
-            ``completion`` (the loss counts the completion) or ``text``.
+        data: CSV or JSON lines; for a classifier one or two text columns and ``label``, for a language model ``prompt``
+            and ``completion`` (the loss counts the completion) or ``text``.
         base: the base model; default: the one that the adapter names.
-        labels: a classifier's label names in the order of its outputs, where neither the adapter nor the base tells them.
+        labels: a classifier's label names in the order of its outputs, where neither the adapter nor the base tells
+            them.
 
     Raises UsageError.
     """
@@ -58,8 +60,8 @@ def measure_adapter(
     names = labels or tuple(files.facts.get("labels", ())) or told_by(model.config)
     if classifier and len(names) != options["num_labels"]:
         raise UsageError(
-            f"The labels are {', '.join(names)}, and the head of {directory} has {options['num_labels']} outputs; name each "
-            f"with --labels."
+            f"The labels are {', '.join(names)}, and the head of {directory} has {options['num_labels']} outputs; name "
+            "each with --labels."
         )
     if classifier and not all(name.isdigit() for name in names):
         model.config.id2label = dict(enumerate(names))
@@ -112,7 +114,8 @@ def completing(data: str, tokenizer, max_length: int):
         raise UsageError(f"{data} cannot be read ({type(error).__name__}); give CSV or JSON lines.") from None
     if not {"prompt", "completion"} <= set(rows.column_names) and "text" not in rows.column_names:
         raise UsageError(
-            f"{data} has the columns {', '.join(rows.column_names)}; a language model needs prompt and completion, or text."
+            f"{data} has the columns {', '.join(rows.column_names)}; a language model needs prompt and completion, or "
+            "text."
         )
 
     def encode(row):

@@ -116,8 +116,9 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel, stock.RobertaForS
     def first_token_only(self):
         """Within the body the last layer computes the first token's row alone, which is all that the classifier reads.
 
-        The same logits and gradients but for rounding, for less time; hidden states and attentions of the last layer then
-        have one row. Without effect for a decoder and for attention kernels whose mask is not (batch, heads, from, to).
+        The same logits and gradients but for rounding, for less time; hidden states and attentions of the last layer
+        then have one row. Without effect for a decoder and for attention kernels whose mask is not (batch, heads, from,
+        to).
         """
         last = self.roberta.encoder.layer[-1]
         before = last.first_token_only
