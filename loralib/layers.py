@@ -57,7 +57,16 @@ class LoRALayer(Merging):
     projections = 1  # MergedLinear: how many of its projections are adapted
     rows = 1  # Conv: rows of lora_A that make one component
 
-    def __init__(self, *args, r=0, lora_alpha=1, lora_dropout=0.0, scaling="alpha/b", merge_weights=True, **kwargs):
+    def __init__(
+        self,
+        *args,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        scaling: str = "alpha/b",
+        merge_weights: bool = True,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
         self.merge_weights = merge_weights
         self.set_up_adapter(r, lora_alpha, lora_dropout, scaling)

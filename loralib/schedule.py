@@ -167,7 +167,8 @@ class BoundSchedule:
 
         Args:
             size: examples in the micro-batch; with ``places``, in the whole update.
-            micro_step, process: which micro-batch of the update, on which process: each draws for itself.
+            micro_step: which micro-batch of the update, from 0.
+            process: on which process; each micro-batch of each process draws for itself.
             places: where the micro-batch's examples stand in the update. Ranks are then drawn for the whole update and
                 cut, so that they do not depend on how it is split.
             ordered: whether components were ordered already. None: they are at the first micro-batch after

@@ -16,4 +16,4 @@ cp results/lm/*.png docs/results/
 cp results/reliability.md docs/results/
 # Material's notice about another project's plans is none of the reader's.
 export NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true
-exec "$python" -m mkdocs build --strict --quiet "$@"
+exec "$python" -m mkdocs build --strict "$@"

@@ -46,8 +46,12 @@ def rows(file: str, limit: int | None):
     return data if limit is None else data.select(range(min(limit, len(data))))
 
 
+def line_parser() -> HfArgumentParser:
+    return HfArgumentParser((Arguments, SFTConfig))
+
+
 def main(argv: list[str] | None = None):
-    args, config = HfArgumentParser((Arguments, SFTConfig)).parse_args_into_dataclasses(argv)
+    args, config = line_parser().parse_args_into_dataclasses(argv)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file)
     model = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=torch.float32)

@@ -146,11 +146,8 @@ def _loading(config: dict, facts: dict, base: str, name: str, merged: bool) -> l
         ]
     lines += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name if merged else base)})"]
     if kind == "SEQ_CLS":
-        score = (
-            "model.config.id2label[model(**inputs).logits.argmax(-1).item()]"
-            if labels
-            else "model(**inputs).logits.item()"
-        )
+        score = "model(**inputs).logits" + (".argmax(-1).item()" if num_labels(facts) > 1 else ".item()")
+        score = f"model.config.id2label[{score}]" if labels else score
         lines += ['inputs = tokenizer("A text.", return_tensors="pt")', f"print({score})"]
     elif kind == "CAUSAL_LM":
         lines += [

@@ -24,7 +24,7 @@ from .rows import Options
 RESULTS = Path(__file__).parents[2] / "results" / "benchmark"
 
 
-def main(argv: list[str] | None = None) -> int:
+def line_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer layers, fewer cases")
     parser.add_argument("--check", action="store_true", help="compare with the recorded ratios instead of recording")
@@ -32,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", help="directory of GLUE tasks, as run_glue.py's --dataset_dir")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
     parser.add_argument("--results", default=str(RESULTS), help="where the tables go")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = line_parser()
     args = parser.parse_args(argv)
     options = Options(args.device, args.quick, args.data)
     cases = QUICK if options.quick else FULL

@@ -27,7 +27,7 @@ from .running import ROOT, run_all, run_cell
 RESULTS = ROOT / "results" / "study"
 
 
-def main(argv: list[str] | None = None) -> None:
+def line_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["rates", "leads", "runs", "tables", "cell"])
     parser.add_argument("cell", nargs="*", metavar="task method seed", help="for cell: which one")
@@ -41,6 +41,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--keep", help="directory for adapters and checkpoints of lora-8")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--results", default=str(RESULTS), help="where runs.jsonl and the tables are")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = line_parser()
     options = parser.parse_args(argv)
     # The workers inherit this: one core each.
     os.environ["OMP_NUM_THREADS"] = "1"
