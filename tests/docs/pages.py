@@ -41,8 +41,9 @@ def commands(page: Path) -> list[str]:
 
 
 def write_data(directory: Path) -> None:
-    """The files that the pages speak of, small; a few steps learn what the labels are."""
-    rows = [(f"w{i * 7 % 90} " + " ".join(["w3", "w5"][i % 2] for _ in range(5)), i % 2) for i in range(120)]
+    """The files that the pages speak of, small; a pretrained encoder learns in a few steps what the labels are, a tiny one too."""
+    kinds = "w3 w3 w3: a terrible, boring and hopeless", "w5 w5 w5: a wonderful, funny and moving"
+    rows = [(f"w{i * 7 % 90} w{i * 3 % 80} {kinds[i % 2]} film, number {i}", i % 2) for i in range(160)]
     for file in ("train.csv", "validation.csv"):
         with open(directory / file, "w", newline="", encoding="utf-8") as out:
             csv.writer(out).writerows([("text", "label"), *rows])

@@ -47,7 +47,7 @@ def finished(tmp_path_factory, roberta_checkpoint):
     write_data(directory)
     train(
         ["--model_name_or_path", str(roberta_checkpoint), "--train_file", str(directory / "train.csv"), "--output_dir",
-         str(directory / "out"), "--num_train_epochs", "2", "--learning_rate", "1e-2", "--report_to", "none", "--use_cpu"]
+         str(directory / "out"), "--num_train_epochs", "8", "--learning_rate", "1e-2", "--report_to", "none", "--use_cpu"]
     )  # fmt: skip
     theirs = AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=2)
     config = LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS")
