@@ -117,6 +117,8 @@ def plot_growth(points: dict[str, list[dict]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from loralib.report.plots import COLOURS, MARKERS
+
     figure = Figure(figsize=(13, 7), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3).flat
@@ -135,17 +137,20 @@ def plot_growth(points: dict[str, list[dict]], path: Path) -> None:
     ]
     for panel, (name, label, lines, x) in zip(panels, drawings, strict=True):
         own = [p["x"] for p in points[name]]
-        for key, title in lines:
-            panel.plot(own, [p[key] for p in points[name]], marker="o", markersize=4, label=title)
+        for (key, title), colour, marker in zip(lines, COLOURS, MARKERS, strict=False):
+            values = [p[key] for p in points[name]]
+            panel.plot(own, values, color=colour, marker=marker, markersize=5, label=title)
         panel.set(xlabel=x, ylabel=label, xscale="log")
         panel.set_xticks(own, [f"{value:,}" for value in own], minor=False)
         panel.set_xticks([], minor=True)
         if name == "r_max":
-            panel.set_ylim(bottom=0)
+            panel.set_ylim(0, 1.25 * panel.dataLim.y1)
         else:
             panel.set_yscale("log")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        panel.grid(alpha=0.25, linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        if len(lines) > 1:
+            panel.legend(fontsize="small", frameon=False, loc="best")
     figure.savefig(path, dpi=120)
 
 
