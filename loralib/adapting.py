@@ -17,6 +17,11 @@ def can_adapt(module: nn.Module) -> bool:
     return _kind(module) is not None
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer: nn.Linear, a subclass, or Hugging Face's Conv1D."""
+    return _kind(module) in (nn.Linear, object)
+
+
 def around(module: Any, **adapter) -> LoRALayer | None:
     """The layer that adapts ``module`` and holds it as its base layer, or None if there is none.
 

@@ -91,10 +91,17 @@ class LoRALayer(Merging):
         return layer.train(base.training)
 
     def set_up_adapter(
-        self, r: int, lora_alpha: float = 1, lora_dropout: float = 0.0, scaling: str = "alpha/b"
+        self,
+        r: int,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        scaling: str = "alpha/b",
+        in_fp32: bool = False,
     ) -> None:
-        """Make lora_A and lora_B on the base weight's device, in its dtype where that is a float, and freeze the
-        base."""
+        """Make lora_A and lora_B on the base weight's device, and freeze the base.
+
+        They have the weight's dtype where that is a float; ``in_fp32``: at least fp32.
+        """
         check_int("r", r, 0, math.inf, "give the maximum rank as an int, 1 or more (0: no adapter).")
         check_scaling(scaling, lora_alpha)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, scaling
@@ -104,6 +111,7 @@ class LoRALayer(Merging):
         if r:
             weight = self.weight
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            dtype = torch.promote_types(dtype, torch.float32) if in_fp32 else dtype
             shape_A, shape_B = self.factor_shapes()
             self.lora_A = nn.Parameter(torch.empty(shape_A, dtype=dtype, device=weight.device))
             self.lora_B = nn.Parameter(torch.empty(shape_B, dtype=dtype, device=weight.device))
@@ -147,7 +155,7 @@ class LoRALayer(Merging):
 
     def add_update(self, h: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
         """h plus the update; a layer may do it in fewer steps."""
-        return h + self.update(x, A, B, gate)
+        return h + self.update(x, A, B, gate).to(h.dtype)
 
     # --- rank ---------------------------------------------------------------------------------------
 
@@ -213,7 +221,7 @@ class LoRALayer(Merging):
 
     def _updated(self, h: torch.Tensor, x: torch.Tensor, state: RankState) -> torch.Tensor:
         """h plus the update of x at ``state``."""
-        x = self.lora_dropout(x)
+        x = self.in_own_dtype(self.lora_dropout(x))
         if state.gate is None:
             return self.add_update(h, x, *self.first_components(state.rank, state.frozen), self.strength())
         gate = self.placed(state.gate.to(device=h.device), x)
@@ -223,7 +231,14 @@ class LoRALayer(Merging):
         value = self.update(x, self.lora_A.detach(), self.lora_B.detach(), gate)
         drawn = torch.arange(1, self.r + 1, device=gate.device) == state.rank.to(gate.device)[:, None]
         gate = self.placed(state.gate.to(device=h.device) * drawn, x)
-        return h + value + only_gradient(self.update(x.detach(), self.lora_A, self.lora_B, gate))
+        drawn_only = only_gradient(self.update(x.detach(), self.lora_A, self.lora_B, gate))
+        return h + (value + drawn_only).to(h.dtype)
+
+    def in_own_dtype(self, x: torch.Tensor) -> torch.Tensor:
+        """x in the factors' dtype, unless autocast sees to that; what it then gives is added in the output's dtype."""
+        if x.dtype == self.lora_A.dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type):
+            return x
+        return x.to(self.lora_A.dtype)
 
     def placed(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The gate in use, (components,) or (batch, components), for the rows of x: see ``Layout.spread``."""
@@ -326,6 +341,8 @@ class Linear(LoRALayer, nn.Linear):
         if isinstance(gate, torch.Tensor):
             z, strength = gated(z, gate), 1
         h = h.expand(*z.shape[:-1], -1)  # one input, many ranks
+        if z.dtype != h.dtype:
+            return h + (F.linear(z, B) * strength).to(h.dtype)
         return torch.addmm(h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1]), B.T, alpha=strength).view(h.shape)
 
     def delta(self, A, B, gate):

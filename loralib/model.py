@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from .acting import keep_off_fast_path, look_again
-from .adapting import around, can_adapt
+from .adapting import around
 from .attending import attend, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .layers import LoRALayer, adapted_layers
 from .state import RankState, set_states
+from .targets import chosen_layers, layer_options, matches
 
 # Classifier classes of transformers: their head is new, trained in full and saved with the adapter.
 _CLASSIFIER = re.compile(r"For(\w*Classification|MultipleChoice|QuestionAnswering)$")
@@ -45,34 +46,33 @@ def has_lora(model: nn.Module) -> bool:
 # --- putting layers in --------------------------------------------------------------------------------
 
 
-def _matches(name: str, targets) -> bool:
-    if isinstance(targets, str):
-        try:
-            return re.fullmatch(targets, name) is not None or name.endswith("." + targets)
-        except re.error as error:
-            raise ValueError(
-                f"target_modules = {targets!r} is no regular expression ({error}); give one, or a list of names."
-            ) from None
-    return any(name == target or name.endswith("." + target) for target in targets)
-
-
 def inject(
     model: nn.Module,
-    target_modules: str | list[str],
+    target_modules: str | list[str] | None,
     r: int = 8,
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     scaling: str = "alpha/r",
     modules_to_save: list[str] | None = None,
+    *,
+    exclude_modules: str | list[str] | None = None,
+    layers_to_transform: int | list[int] | None = None,
+    layers_pattern: str | list[str] | None = None,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> nn.Module:
     """Replace the matching layers of ``model`` in place by loralib's and return the model.
 
     Handles nn.Linear, nn.Embedding, nn.Conv2d, Hugging Face's Conv1D and subclasses that compute the same (see
     ``loralib.adapting``). Each new layer holds the old one as its ``base_layer``, calls it and shares its parameters;
-    their weights are frozen (``mark_only_lora_as_trainable`` freezes the rest of the model). As in PEFT a list gives
-    names or endings of names, a string a regular expression for the whole name (or one ending).
+    their weights are frozen (``mark_only_lora_as_trainable`` freezes the rest of the model). The words are those of
+    PEFT's ``LoraConfig``.
 
     Args:
+        target_modules: a list of names or endings of names; a string, a regular expression for the whole name (or one
+            ending); "all-linear", every linear layer but the output layer; None, the architecture's usual layers, by
+            PEFT's own table, where PEFT is installed.
         r: maximum rank r_max, 1 or more.
         lora_alpha: alpha of the scaling rule, above 0; None: 2 r.
         lora_dropout: dropout probability on the adapter's input.
@@ -80,43 +80,40 @@ def inject(
         modules_to_save: names of modules that train in full and are saved with the adapter. Default: the head of a
             transformers classifier, nothing otherwise. They are never adapted. Weights that they are tied to stay
             frozen.
+        exclude_modules: layers to leave out, named as in ``target_modules``.
+        layers_to_transform: numbers of the layers to adapt; others are left out.
+        layers_pattern: what stands before that number in names, where it is not the last number.
+        rank_pattern: other r for some layers, {ending of names as a regular expression: r}. At rank b a layer runs at
+            min(b, its r).
+        alpha_pattern: other alpha, the same way.
+        autocast_adapter_dtype: keep the factors of bf16 and fp16 layers in fp32 (default); False: in the layer's dtype.
 
-    Raises ValueError if r < 1, if nothing matches (naming what could have), if a layer that matches computes in its own
-    way, or if a module to save does not exist; the model is unchanged then.
+    Raises ValueError if a rank is below 1, if nothing matches (naming what could have), if a layer that matches
+    computes in its own way, or if a module to save does not exist; the model is unchanged then.
     """
-    if not isinstance(target_modules, (str, list, tuple, set)):
+    if target_modules is not None and not isinstance(target_modules, (str, list, tuple, set)):
         raise ValueError(f"target_modules is {target_modules!r}; give names of layers, or a regular expression.")
     check_int("r", r, 1, math.inf, "inject needs a maximum rank of 1 or more.")
     heads = default_head(model) if modules_to_save is None else list(modules_to_save)
     modules = dict(model.named_modules(remove_duplicate=False))
     for head in heads:
-        if not any(_matches(name, [head]) for name in modules):
+        if not any(matches(name, [head]) for name in modules):
             raise ValueError(f"modules_to_save names {head!r}, which {type(model).__name__} does not have.")
-    adapter = dict(
-        r=r, lora_alpha=2 * r if lora_alpha is None else lora_alpha, lora_dropout=lora_dropout, scaling=scaling
-    )
+    names = chosen_layers(model, modules, heads, target_modules, exclude_modules, layers_to_transform, layers_pattern)
     layers: dict[str, LoRALayer] = {}
-    candidates: set[str] = set()
-    for name, module in modules.items():
-        if not name or not can_adapt(module) or is_inside(name, heads):
-            continue
-        if not _matches(name, target_modules):
-            candidates.add(name.rpartition(".")[2])
-            continue
+    for name, (rank, alpha) in layer_options(names, r, lora_alpha, rank_pattern, alpha_pattern).items():
+        module = modules[name]
         if any(layer.base_layer is module for layer in layers.values()):
             continue
-        layer = around(module, **adapter)
+        layer = around(
+            module, r=rank, lora_alpha=alpha, lora_dropout=lora_dropout, scaling=scaling, in_fp32=autocast_adapter_dtype
+        )
         if layer is None:
             raise ValueError(
                 f"{name} is a {type(module).__name__}, which computes in its own way and cannot be adapted; leave it "
                 "out of target_modules."
             )
         layers[name] = layer
-    if not layers:
-        raise ValueError(
-            f"target_modules = {target_modules!r} matches no layer of {type(model).__name__} that can be adapted; "
-            f"it has {', '.join(sorted(candidates)) or 'none'}."
-        )
     tied = _tied(model, heads)
     around_module = {id(layer.base_layer): layer for layer in layers.values()}
     for name, module in modules.items():  # a module under two names is one adapted layer under both

@@ -495,3 +495,24 @@ def test_text_that_is_missing(roberta_checkpoint, tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in content))
     with pytest.raises(UsageError, match="None for sentence2 in example 2"):
         run_glue().main(command(roberta_checkpoint, tmp_path, tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("kind", "layers"), [("distilbert", 12), ("electra", 4), ("gpt2", 2)])
+def test_any_encoder_trains_without_target_modules(kind, layers, roberta_checkpoint, glue, tmp_path, capsys):
+    """DistilBERT is not in PEFT's table (all linear layers), ELECTRA has query and value, GPT-2 is in the table."""
+    import transformers
+
+    sizes = {
+        "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 24},
+        "electra": {"hidden_size": 16, "embedding_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+                    "intermediate_size": 24},
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    }[kind]  # fmt: skip
+    config = transformers.AutoConfig.for_model(kind, vocab_size=120, pad_token_id=0, **sizes)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    transformers.AutoTokenizer.from_pretrained(roberta_checkpoint).save_pretrained(tmp_path / "base")
+    found = run_glue().main(command(tmp_path / "base", glue, tmp_path / "out"))
+    assert found.max_rank == 3 and len(found.splits["validation"]) == 3
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert sum("lora_A" in name for name in weights) == layers
+    assert ("all linear layers" in capsys.readouterr().out) == (kind == "distilbert")

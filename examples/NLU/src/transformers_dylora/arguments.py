@@ -142,7 +142,11 @@ class ModelArguments:
         },
     )
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Which layers to adapt, by the ends of their names. Default: query value."}
+        default=None,
+        metadata={
+            "help": "Which layers to adapt, by the ends of their names, or all-linear. Default: query value, or the "
+            "usual ones of the architecture."
+        },
     )
     lora_path: str | None = field(
         default=None,

@@ -11,6 +11,7 @@ import loralib as lora
 from loralib.adapters.directory import read_facts
 from loralib.adapters.labels import places, reorder_head, told
 from loralib.model import default_head, is_inside
+from loralib.targets import ALL_LINEAR, usual_targets
 
 from .arguments import ModelArguments
 from .errors import UsageError
@@ -176,11 +177,10 @@ def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: i
     if not args.apply_lora:
         return model, notes
     if not overlay:
+        targets, note = _targets(args, model)
+        notes += note
         try:
-            lora.inject(
-                model, args.lora_target_modules or DEFAULT_TARGETS, args.lora_r, args.lora_alpha, args.lora_dropout,
-                args.scaling(),
-            )  # fmt: skip
+            lora.inject(model, targets, args.lora_r, args.lora_alpha, args.lora_dropout, args.scaling())
         except ValueError as error:
             raise UsageError(f"--lora_target_modules: {error}") from error
     lora.mark_only_lora_as_trainable(model)
@@ -198,6 +198,24 @@ def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: i
     notes.append(f"adapter loaded from {args.lora_path}{head}")
     notes += _other_task(args, task, bool(kept), training)
     return model, notes
+
+
+def _targets(args: ModelArguments, model) -> tuple[list[str] | str, list[str]]:
+    """The layers to adapt, and a note on what was found.
+
+    Those of the flag; else query and value where the encoder calls them so, or the usual ones of its architecture by
+    PEFT's table, or all linear layers.
+    """
+    if args.lora_target_modules:
+        return (ALL_LINEAR if args.lora_target_modules == [ALL_LINEAR] else args.lora_target_modules), []
+    endings = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if endings.issuperset(DEFAULT_TARGETS):
+        return DEFAULT_TARGETS, []
+    try:
+        found = usual_targets(model)
+        return found, [f"adapted: {', '.join(found) if isinstance(found, list) else found}, as PEFT does by default"]
+    except ValueError:
+        return ALL_LINEAR, ["adapted: all linear layers; --lora_target_modules names others"]
 
 
 def _check_loaded(args: ModelArguments, model, missing: list[str], other_size: list[str], unexpected) -> None:
