@@ -9,16 +9,15 @@ import torch
 from transformers import Trainer
 
 from ..all_ranks import batch_size
-from ..checkpointing import checkpoint_contexts
 from ..frozen import freeze_undrawn
 from ..gate import check_rank
 from ..model import get_rank, has_lora, max_rank, scaling_of, set_rank
 from ..schedule import BoundSchedule, RankSchedule, Setting
+from .around import AroundTraining
 from .batching import Place
 from .evaluation import EvaluationOfRanks
 from .loading import ExactBatches
 from .measuring import Measurements
-from .precision import frozen_weights_in
 from .saving import AdapterCheckpoints
 
 # What is private in transformers and overridden, called or read in this package;
@@ -50,7 +49,7 @@ def _as_adapted(model):
             model._hf_peft_config_loaded = bool(before)
 
 
-class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoints):
+class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoints, AroundTraining):
     """Put before Trainer or a subclass of it: ``class MyTrainer(DyLoRAMixin, Seq2SeqTrainer)``.
 
     For a model with loralib layers; one without any gets plain training with exact batches.
@@ -151,12 +150,6 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             self.contexts = None
             if self.bound is not None:
                 set_rank(self.model, self.bound.r_max)
-
-    def _enter(self) -> None:
-        """What is around the training of the model as it is now."""
-        assert self.contexts is not None
-        self.contexts.enter_context(self._savings())
-        self.contexts.enter_context(self._checkpointing_at_its_ranks())
 
     def call_model_init(self, trial=None):
         """As Trainer's, which makes a model anew for each training; its adapter may have another r_max in each
@@ -271,49 +264,6 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             freeze_undrawn(optimizer, self.model)
             self.frozen_by = optimizer
         return optimizer
-
-    @contextlib.contextmanager
-    def _savings(self):
-        """What gives the same for less while the model is trained or measured.
-
-        The model's own context in which its last block computes what the classifier reads, if it has one; and frozen
-        weights in autocast's precision (see ``frozen_weights_in``), unless something else looks after the weights.
-        """
-        device = self.args.device.type
-        with (
-            self.accelerator.autocast()
-        ):  # asked, since not every precision that is named is one that autocast uses here
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        others = (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.bf16_full_eval or self.args.fp16_full_eval
-        )
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(getattr(self.model, "first_token_only", contextlib.nullcontext)())
-            if dtype and self.bound is not None and not others:
-                stack.enter_context(frozen_weights_in(self.model, dtype))
-            yield
-
-    @contextlib.contextmanager
-    def _checkpointing_at_its_ranks(self):
-        """Where Trainer turns activation checkpointing on, blocks are computed again at the ranks they ran at."""
-        enable = getattr(self.model, "activation_checkpointing_enable", None)
-        if self.bound is None or enable is None:
-            yield
-            return
-
-        def enable_at_ranks(activation_checkpointing_kwargs=None, **options):
-            given = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-            if given["use_reentrant"]:
-                raise ValueError("Reentrant checkpointing would recompute at other ranks; leave out use_reentrant.")
-            given.setdefault("context_fn", checkpoint_contexts(self.model))
-            enable(activation_checkpointing_kwargs=given, **options)
-
-        model = self.model
-        model.activation_checkpointing_enable = enable_at_ranks
-        try:
-            yield
-        finally:
-            del model.activation_checkpointing_enable
 
 
 class DyLoRATrainer(DyLoRAMixin, Trainer):

@@ -513,7 +513,7 @@ def test_bf16_holds_the_frozen_weights_so_while_it_works_and_gives_them_back(
     runs = []
     for held in (True, False):
         if not held:
-            monkeypatch.setattr("loralib.training.trainer.frozen_weights_in", lambda *_: contextlib.nullcontext())
+            monkeypatch.setattr("loralib.training.around.frozen_weights_in", lambda *_: contextlib.nullcontext())
         t = trainer(roberta_config, roberta_checkpoint, tmp_path, bf16=True)
         weight = t.model.roberta.encoder.layer[0].intermediate.dense.weight
         seen = []
