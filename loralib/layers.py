@@ -293,8 +293,16 @@ def gated(z: torch.Tensor, gate) -> torch.Tensor:
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
-    """The layers of a model that have an adapter, with their names, in the model's order."""
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALayer) and module.r]
+    """The layers of a model that have an adapter, with their names, in the model's order; also those inside of PEFT's
+    layers (see ``loralib.peft``)."""
+    found = []
+    for name, module in model.named_modules():
+        layer = module if isinstance(module, LoRALayer) else None
+        if layer is None and hasattr(type(module), "dylora_layer"):
+            layer = module.dylora_layer
+        if layer is not None and layer.r:
+            found.append((name, layer))
+    return found
 
 
 class Linear(LoRALayer, nn.Linear):

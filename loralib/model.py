@@ -2,9 +2,7 @@
 
 import contextlib
 import copy
-import inspect
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +14,10 @@ from .adapting import around
 from .attending import attend, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
+from .heads import default_head, is_inside, modules_to_save, tied
 from .layers import LoRALayer, adapted_layers
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
-
-# Classifier classes of transformers: their head is new, trained in full and saved with the adapter.
-_CLASSIFIER = re.compile(r"For(\w*Classification|MultipleChoice|QuestionAnswering)$")
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
@@ -114,14 +110,14 @@ def inject(
                 "out of target_modules."
             )
         layers[name] = layer
-    tied = _tied(model, heads)
+    copied = tied(model, heads)
     around_module = {id(layer.base_layer): layer for layer in layers.values()}
     for name, module in modules.items():  # a module under two names is one adapted layer under both
         if id(module) in around_module:
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, around_module[id(module)])
     setattr(model, "lora_modules_to_save", heads)  # noqa: B010  # plain data, which modules are not typed to hold
-    for module, name in tied:
+    for module, name in copied:
         shared = module.get_parameter(name)
         setattr(module, name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
         setattr(model, "lora_untied", True)  # noqa: B010
@@ -129,46 +125,6 @@ def inject(
     keep_off_fast_path(model)
     look_again(model)
     return model
-
-
-def _tied(model: nn.Module, heads: list[str]) -> list[tuple[nn.Module, str]]:
-    """The parameters, as (module, name), of modules to save that a module which stays frozen has too (a tied
-    ``lm_head``).
-
-    They get a copy to train, as in PEFT. Raises ValueError for a model that computes otherwise when they are not tied.
-    """
-    parameters = [
-        (module, name, parameter, is_inside(f"{where}.{name}", heads))
-        for where, module in model.named_modules(remove_duplicate=False)
-        for name, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    frozen = {id(parameter) for _, _, parameter, trains in parameters if not trains}
-    tied = [(module, name) for module, name, parameter, trains in parameters if trains and id(parameter) in frozen]
-    if tied and "tie_word_embeddings" in inspect.unwrap(type(model).forward).__code__.co_names:
-        raise ValueError(
-            f"modules_to_save names a module with tied weights, and {type(model).__name__} computes otherwise without "
-            "the tie; leave it out of modules_to_save and adapt the layer instead."
-        )
-    return tied
-
-
-def default_head(model: nn.Module) -> list[str]:
-    """The direct children of a transformers classifier that are not its base model."""
-    if not any(_CLASSIFIER.search(cls.__name__) for cls in type(model).__mro__):
-        return []
-    base = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
-
-
-def modules_to_save(model: nn.Module) -> list[str]:
-    """The modules that train in full beside the adapter: what ``inject`` was told, else a classifier's head."""
-    return getattr(model, "lora_modules_to_save", default_head(model))
-
-
-def is_inside(name: str, heads: list[str]) -> bool:
-    """Whether a module or parameter name is one of ``heads`` or within it."""
-    return any(f".{head}." in f".{name}." for head in heads)
 
 
 # --- ranks --------------------------------------------------------------------------------------------
@@ -317,7 +273,8 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     """A plain model, no loralib layer left, that computes what ``model`` computes at ``rank`` (default: the one in
     use).
 
-    Works on a copy unless ``inplace``. Raises ValueError while per-example ranks are set and no rank is given.
+    Works on a copy unless ``inplace``. A model of PEFT's is merged by PEFT, and comes back without PEFT's layers.
+    Raises ValueError while per-example ranks are set and no rank is given.
     """
     if not inplace:
         model = copy.deepcopy(model)
@@ -329,6 +286,10 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         if isinstance(rank, torch.Tensor):
             raise TypeError("rank is a tensor; a merged model has one rank, give an int.")
         set_rank(model, rank)
+    by_peft: Any = getattr(model, "merge_and_unload", None)
+    if by_peft is not None:
+        attend_no_more(model)
+        return by_peft()
     stored: list[torch.Tensor] = []
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
         layer.module_name = name

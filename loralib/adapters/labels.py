@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..model import default_head, is_inside
+from ..heads import default_head, is_inside
 
 
 def told(names: Sequence[str] | None) -> tuple[str, ...]:

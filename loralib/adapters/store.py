@@ -17,10 +17,12 @@ from torch import nn
 
 from ..checks import check_int
 from ..gate import scale
+from ..heads import is_inside, modules_to_save
 from ..layers import LoRALayer
-from ..model import has_lora, inject, is_inside, lora_layers, modules_to_save
+from ..model import has_lora, inject, lora_layers
 from . import labels, peft_format
 from .directory import AdapterFiles, read_bin, read_directory, write_adapter
+from .of_peft import is_peft_model, load_peft_adapter, save_peft_adapter
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:
@@ -38,6 +40,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     r_max = max(layer.r for _, layer in layers)
     rank = r_max if rank is None else rank
     check_int("rank", rank, 1, r_max, f"an adapter is saved at a rank from 1 to {r_max}.")
+    if is_peft_model(model):
+        return save_peft_adapter(model, layers, path, rank, extra)
     if getattr(model, "lora_bias", "none") != "none":
         raise ValueError(
             f"bias = {model.lora_bias!r} trained biases, which an adapter's files do not hold; save them with "
@@ -143,6 +147,11 @@ def load_adapter(
     if has_lora(model):
         for _, layer in lora_layers(model):
             layer.check_unmerged()
+        if is_peft_model(model):
+            if rank is not None:
+                raise ValueError("A model of PEFT's keeps its rank; cut the adapter with dylora export, and load that.")
+            load_peft_adapter(model, lora_layers(model), path)
+            return []
     files = read_directory(path) if path.is_dir() else None
     tensors = files.tensors if files else read_bin(path)
 

@@ -10,7 +10,7 @@ from transformers.utils import logging
 import loralib as lora
 from loralib.adapters.directory import read_facts
 from loralib.adapters.labels import places, reorder_head, told
-from loralib.model import default_head, is_inside
+from loralib.heads import default_head, is_inside
 from loralib.targets import ALL_LINEAR, usual_targets
 
 from .arguments import ModelArguments

@@ -1,0 +1,69 @@
+"""Adapters of a model of PEFT's (``loralib.peft``): saved and loaded through PEFT itself."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..layers import LoRALayer
+from .directory import cut_adapter, read_directory, write_adapter
+
+
+def is_peft_model(model: nn.Module) -> bool:
+    """Whether ``get_peft_model`` made it; asked without importing PEFT."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def save_peft_adapter(
+    model, layers: list[tuple[str, LoRALayer]], path: str | os.PathLike, rank: int, extra: dict | None
+) -> None:
+    """As ``save_adapter``: what PEFT would save of the active adapter, with ``dylora.json``, cut to ``rank``."""
+    _, first = layers[0]
+    (adapter,) = active_with_ranks(layers)
+    r_max = max(layer.r for _, layer in layers)
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory, selected_adapters=[adapter], save_embedding_layers=False)
+        own = Path(directory) / adapter if adapter != "default" else Path(directory)
+        files = read_directory(own)
+        bad = next((key for key, value in files.tensors.items() if not torch.isfinite(value).all()), None)
+        if bad is not None:
+            raise ValueError(f"{bad!r} holds numbers that are not finite, and nothing was saved: the training failed.")
+        facts = {
+            "rank": r_max,
+            "r_max": r_max,
+            "lora_alpha": first.lora_alpha,
+            "scaling": first.scaling,
+            **(extra or {}),
+        }
+        write_adapter(own, files.tensors, files.config, facts)
+        cut_adapter(own, path, rank)
+
+
+def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os.PathLike) -> None:
+    """Load a directory of the same rank and targets into the active adapter. Raises ValueError for another one."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    (adapter,) = active_with_ranks(layers)
+    files = read_directory(path)
+    own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    for key in sorted(own.keys() ^ files.tensors.keys()):
+        raise ValueError(f"{path} and the model differ in {key!r}: it was made with other targets or modules to save.")
+    for key, value in own.items():
+        if value.shape != files.tensors[key].shape:
+            raise ValueError(
+                f"{path} holds {key!r} of shape {tuple(files.tensors[key].shape)}, the model has {tuple(value.shape)}; "
+                "give DyLoraConfig the r of the file."
+            )
+    set_peft_model_state_dict(model, files.tensors, adapter_name=adapter)
+
+
+def active_with_ranks(layers: list[tuple[str, LoRALayer]]) -> set[str]:
+    """The active adapters that have ranks. Raises ValueError unless it is one."""
+    names = {getattr(layer, "adapter", "default") for _, layer in layers}
+    if len(names) != 1:
+        raise ValueError(f"The adapters {', '.join(sorted(names))} are active together; set one with set_adapter.")
+    return names
