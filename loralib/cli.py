@@ -34,6 +34,11 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     warn_of_other_loralib()
     try:
+        from .adapters.hub import local
+
+        for name in ("run_directory", "adapter", "directory"):  # directories, or names on the hub
+            if hasattr(args, name):
+                setattr(args, name, str(local(getattr(args, name))))
         return args.run(args) or 0
     except ImportError as error:
         print(f"dylora: {missing(error)}", file=sys.stderr)
@@ -95,11 +100,17 @@ def _parser() -> argparse.ArgumentParser:
         ("merge", _merge, "write a plain transformers model at one rank"),
     ):
         sub = command(name, run, summary, f"dylora {name} rte/model --rank auto --to rte-{name}")
-        sub.add_argument("run_directory", metavar="RUN", help="output directory of a run, or any adapter's directory")
+        sub.add_argument(
+            "run_directory", metavar="RUN", help="output directory of a run, any adapter's, or its name on the hub"
+        )
         sub.add_argument("--rank", required=True, help="a rank, or auto: what `dylora select` chooses")
         sub.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory, or an earlier export")
         _add_choice(sub)
         _add_license(sub)
+        if name == "export":
+            sub.add_argument(
+                "--for", dest="server", choices=["vllm"], help="check that this server would serve it right"
+            )
         if name == "merge":
             sub.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
 
@@ -231,8 +242,13 @@ def _export(args) -> None:
 
     free_directory(args.to, EXPORTED)
     rank, results = _rank_of(args)
-    export_adapter(args.run_directory, args.to, rank, results, args.license)
+    export_adapter(args.run_directory, args.to, rank, results, args.license, args.server)
     print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
+    if args.server == "vllm":
+        from .adapters.directory import read_configs
+        from .adapters.serving import check_for_vllm
+
+        print(f"for vLLM: --enable-lora --max-lora-rank {check_for_vllm(read_configs(args.to)[0], args.to)}")
 
 
 def _merge(args) -> None:

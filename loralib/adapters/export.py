@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from ..model import merge
 from ..report.results import RankResults
 from .card import AUTO, model_card, num_labels
 from .directory import EXTRA, cut_adapter, read_facts
+from .serving import check_for_vllm
 from .store import load_adapter
 
 EXPORTED, MERGED = "dylora export", "dylora merge"
@@ -21,15 +23,20 @@ def export_adapter(
     rank: int,
     results: RankResults | None = None,
     license: str | None = None,
+    server: str | None = None,
 ) -> None:
     """Write the adapter of ``source`` cut to ``rank`` into ``target``, in PEFT's format, with its tokenizer and a card.
 
-    ``results`` are shown in the card, ``license`` is its licence. No base model is needed. Raises FileNotFoundError or
-    ValueError, also where ``target`` holds anything but an earlier export; it is untouched then.
+    ``results`` are shown in the card, ``license`` is its licence; ``server`` "vllm" checks that vLLM would serve it
+    right (``loralib.adapters.serving``). No base model is needed. Raises FileNotFoundError or ValueError, also where
+    ``target`` holds anything but an earlier export; it is untouched then.
     """
     directory = free_directory(target, EXPORTED)
     if directory == Path(source).resolve():
         raise ValueError(f"--to {target} is the adapter itself; give another directory.")
+    if server is not None:
+        with tempfile.TemporaryDirectory() as trial:
+            check_for_vllm(cut_adapter(source, trial, rank)[0], source)
     config, facts = cut_adapter(source, directory, rank, extra={"made_by": EXPORTED})
     copy_tokenizer(Path(source), directory)
     write_text(directory / "README.md", model_card(config, facts, results, str(target), license=license))

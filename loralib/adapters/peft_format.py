@@ -76,8 +76,14 @@ def expansion(layer: LoRALayer) -> int:
     return math.prod(layer.kernel_size) if isinstance(layer, Convolution) else layer.projections
 
 
+def clean(name: str) -> str:
+    """The name of a module or parameter without what torch.compile puts into it."""
+    return name.replace("_orig_mod.", "")
+
+
 def keys(layer: LoRALayer, name: str) -> tuple[str, str]:
     """The names of A' and B' in a file."""
+    name = clean(name)
     kind = "lora_embedding_{}" if isinstance(layer, Embedding) else "lora_{}.weight"
     return f"{PREFIX}{name}.{kind.format('A')}", f"{PREFIX}{name}.{kind.format('B')}"
 

@@ -22,6 +22,8 @@ from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers
 from . import labels, peft_format
 from .directory import AdapterFiles, read_bin, read_directory, write_adapter
+from .hub import local
+from .kinds import label_facts, task_type
 from .of_peft import is_peft_model, load_peft_adapter, save_peft_adapter
 
 
@@ -36,7 +38,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     """
     if not str(path):
         raise ValueError("path is empty; give the directory that the adapter is written to.")
-    layers = lora_layers(model)
+    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    layers = [(peft_format.clean(name), layer) for name, layer in lora_layers(model)]
     r_max = max(layer.r for _, layer in layers)
     rank = r_max if rank is None else rank
     check_int("rank", rank, 1, r_max, f"an adapter is saved at a rank from 1 to {r_max}.")
@@ -49,7 +52,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         )
     tensors, config = peft_format.entries(layers, rank)
     heads = modules_to_save(model)
-    tensors |= {peft_format.PREFIX + key: value for key, value in model.state_dict().items() if is_inside(key, heads)}
+    state = {peft_format.clean(key): value for key, value in model.state_dict().items()}
+    tensors |= {peft_format.PREFIX + key: value for key, value in state.items() if is_inside(key, heads)}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
     if bad is not None:
@@ -74,37 +78,16 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     }
     facts |= {"base_sample": _base_sample(layers)}
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
-    facts |= ({"projections": merged} if merged else {}) | _labels(model) | (extra or {})
+    facts |= ({"projections": merged} if merged else {}) | label_facts(model) | (extra or {})
     write_adapter(path, tensors, config, facts)
-
-
-def _labels(model: nn.Module) -> dict:
-    """How many labels a transformers classifier has, and their names."""
-    config = getattr(model, "config", None)
-    if task_type(model) not in ("SEQ_CLS", "TOKEN_CLS") or config is None:
-        return {}
-    return {"num_labels": config.num_labels, "labels": [str(config.id2label[i]) for i in range(config.num_labels)]}
-
-
-def task_type(model: nn.Module) -> str | None:
-    """PEFT's name for what the model's class does, None if it has none."""
-    names = " ".join(cls.__name__ for cls in type(model).__mro__)
-    kinds = {
-        "ForSequenceClassification": "SEQ_CLS",
-        "ForTokenClassification": "TOKEN_CLS",
-        "ForQuestionAnswering": "QUESTION_ANS",
-        "ForCausalLM": "CAUSAL_LM",
-        "LMHeadModel": "CAUSAL_LM",
-        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
-    }
-    return next((kind for ending, kind in kinds.items() if ending in names), None)
 
 
 def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list[str]:
     """The shortest list of names that PEFT matches with the adapted layers and no others."""
     adapted = {name for name, _ in layers}
     endings = {name.rpartition(".")[2] for name in adapted}
-    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name and name not in adapted}
+    every = {peft_format.clean(name) for name, _ in model.named_modules()}
+    others = {name.rpartition(".")[2] for name in every if name and name not in adapted}
     return sorted(adapted if endings & others else endings)
 
 
@@ -125,9 +108,9 @@ def load_adapter(
     """Load an adapter, cut to ``rank`` if given, into ``model``; return the modules to save that keep their own
     weights.
 
-    ``path`` is a directory in PEFT's format (ours or PEFT's own; its rank becomes r_max) or a ``.bin`` state dict of
-    microsoft/LoRA or the released DyLoRA code. A model without loralib layers gets them from the directory's
-    configuration; a ``.bin`` needs a model that has them.
+    ``path`` is a directory in PEFT's format (ours or PEFT's own; its rank becomes r_max), the name of such a repository
+    on the hub ("owner/name"), or a ``.bin`` state dict of microsoft/LoRA or the released DyLoRA code. A model without
+    loralib layers gets them from the directory's configuration; a ``.bin`` needs a model that has them.
 
     ``head``: "require" raises if an entry of a module to save is missing or has another shape, and if the file's label
     names are not those of the model's configuration; "fresh" leaves a module of another shape as it is and takes other
@@ -135,9 +118,9 @@ def load_adapter(
 
     Raises FileNotFoundError or ValueError before anything of the model is changed.
     """
-    path = Path(path)
     if head not in ("require", "fresh"):
         raise ValueError(f"head is {head!r}; choose 'require' or 'fresh'.")
+    path = local(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give an adapter's directory or a .bin file.")
     if path.suffix == ".safetensors":
@@ -156,6 +139,7 @@ def load_adapter(
     tensors = files.tensors if files else read_bin(path)
 
     to_inject = []
+    model = getattr(model, "_orig_mod", model)
     skeleton = model
     if not has_lora(model):
         if files is None:
@@ -283,7 +267,8 @@ def _head_plan(model: nn.Module, tensors, path: Path, head: str) -> tuple[dict[s
     state = model.state_dict()
     for module in modules_to_save(model):
         wanted = {key: value for key, value in state.items() if is_inside(key, [module])}
-        given = {key: tensors.get(peft_format.PREFIX + key, tensors.get(key)) for key in wanted}
+        names = {key: peft_format.clean(key) for key in wanted}
+        given = {key: tensors.get(peft_format.PREFIX + name, tensors.get(name)) for key, name in names.items()}
         wrong = [key for key in wanted if given[key] is None or given[key].shape != wanted[key].shape]
         if not wrong:
             plan |= given

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import denumpify_detensorize, has_length
 
-from ..adapters.store import task_type
+from ..adapters.kinds import task_type
 from ..all_ranks import at_ranks, batch_size, share_between_ranks
 from ..schedule import BoundSchedule
 from .batching import order_within

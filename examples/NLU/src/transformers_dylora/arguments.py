@@ -13,6 +13,7 @@ import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from loralib.adapters.directory import scaling_of_file
+from loralib.adapters.hub import local
 from loralib.schedule import RankSchedule
 
 from .errors import UsageError
@@ -151,8 +152,8 @@ class ModelArguments:
     lora_path: str | None = field(
         default=None,
         metadata={
-            "help": "Start from this adapter: a directory, or a .bin of microsoft/LoRA or released DyLoRA; 'none': "
-            "from scratch."
+            "help": "Start from this adapter: a directory, a name on the hub, or a .bin of microsoft/LoRA or released "
+            "DyLoRA; 'none': from scratch."
         },
     )
     rank_sampling: Literal["example", "step", "matryoshka", "fixed"] = field(
@@ -195,9 +196,15 @@ class ModelArguments:
     def __post_init__(self):
         if self.lora_path in ("none", "None", ""):
             self.lora_path = None
+        if self.lora_path:
+            try:
+                self.lora_path = str(local(self.lora_path, self.token))
+            except FileNotFoundError as error:
+                raise UsageError(f"--lora_path: {error}") from error
         if self.lora_path and not os.path.exists(self.lora_path):
             raise UsageError(
-                f"--lora_path {self.lora_path} does not exist; give an adapter's directory, a .bin file or 'none'."
+                f"--lora_path {self.lora_path} does not exist; give an adapter's directory, its name on the hub, a "
+                ".bin file or 'none'."
             )
         if self.lora_path and not self.apply_lora:
             raise UsageError("--lora_path loads an adapter; add --apply_lora.")
