@@ -27,7 +27,7 @@ def around(module: Any, **adapter) -> LoRALayer | None:
 
     nn.Linear, Hugging Face's Conv1D, nn.Embedding, nn.Conv2d, and their subclasses so far as these compute what they
     do: a Linear W0 x + bias, an Embedding its row times ``embed_scale``. That is tried out on one input, where the
-    weights are there. ``adapter``: r, lora_alpha, lora_dropout, scaling.
+    weights are there. Layers of bitsandbytes are taken as they are. ``adapter``: r, lora_alpha, lora_dropout, scaling.
     """
     kind = _kind(module)
     if kind is None or not _computes_as(kind, module):
@@ -57,11 +57,16 @@ def _kind(module: nn.Module) -> type | None:
     return next((kind for kind in (nn.Linear, nn.Embedding) if isinstance(module, kind)), None)
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes, whose weight is stored in 8 or 4 bits."""
+    return type(module).__module__.startswith("bitsandbytes.nn") and isinstance(module, nn.Linear)
+
+
 @torch.no_grad()
 def _computes_as(kind: type, module: Any) -> bool:
     """Whether a subclass gives, for one input, what the plain type gives: then one update is right for both."""
     weight = module.weight
-    if type(module) is kind or kind is object or weight.is_meta:
+    if type(module) is kind or kind is object or weight.is_meta or is_quantised(module):
         return True
     if not weight.is_floating_point():
         return False

@@ -10,6 +10,12 @@ from torch import nn
 from .state import RankState
 
 
+def unpack(base: nn.Module) -> None:
+    """Have a layer of bitsandbytes hold its weight as it was stored: on a CPU the first pass packs it in another way,
+    which its own dequantisation does not know. Its ``state_dict`` undoes that in place."""
+    base.state_dict()
+
+
 class Merging(nn.Module):
     """The part of a layer that merges: what it needs of the layer stands first."""
 
@@ -66,6 +72,12 @@ class Merging(nn.Module):
         """
         if self.r == 0 or self.is_merged:
             return
+        if not self.weight.is_floating_point():
+            raise RuntimeError(
+                f"{self.described()} is quantised, and its weight has no place for the update; loralib.merge(model, "
+                "rank) "
+                "makes a plain layer of it."
+            )
         merged = self.weight + self.delta_weight().to(self.weight.dtype)
         self._base_weight = [self.weight]
         self.weight = nn.Parameter(merged, requires_grad=False)
@@ -80,8 +92,11 @@ class Merging(nn.Module):
     def to_plain(self) -> nn.Module:
         """The plain layer that computes what this one computes at the rank in use; it takes over the parameters.
 
-        For a layer around another that is the very module it was put around.
+        For a layer around another that is the very module it was put around; around a quantised one a new nn.Linear, in
+        the precision that the quantised one computes in.
         """
+        if self._base is not None and not self.weight.is_floating_point():
+            return self._dequantised().train(self.training)
         self.merge()
         if self._base is not None:
             plain = self._base
@@ -94,6 +109,24 @@ class Merging(nn.Module):
             if getattr(self, name, None) is not None:
                 setattr(plain, name, getattr(self, name))
         return plain.train(self.training)
+
+    @torch.no_grad()
+    def _dequantised(self) -> nn.Module:
+        """nn.Linear with the weight as the quantised layer stands for it, and the update added."""
+        from peft.utils.integrations import dequantize_module_weight
+
+        base: Any = self._base
+        unpack(base)
+        weight = dequantize_module_weight(base)
+        dtype = getattr(base, "compute_dtype", None) or (weight.dtype if weight.is_floating_point() else torch.float32)
+        merged = weight.to(torch.float32)
+        if self.r:
+            merged = merged + self.delta_weight().to(merged)
+        plain = nn.Linear(merged.shape[1], merged.shape[0], bias=self.bias is not None, device="meta")
+        plain.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.to(dtype), requires_grad=False)
+        return plain
 
     def new_plain(self) -> nn.Module:
         """An empty layer of the plain type with this one's shapes and options."""

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -290,6 +291,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     if by_peft is not None:
         attend_no_more(model)
         return by_peft()
+    _say_what_it_costs(model)
     stored: list[torch.Tensor] = []
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
         layer.module_name = name
@@ -308,3 +310,18 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     if untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # tied again on loading, one of the two weights would be lost
     return model
+
+
+def _say_what_it_costs(model: nn.Module) -> None:
+    """Warn where merging makes quantised layers whole: they take more memory then."""
+    before = after = 0
+    for _, layer in adapted_layers(model):
+        if not layer.weight.is_floating_point():
+            before += layer.weight.numel() * layer.weight.element_size()
+            after += layer.lora_A.shape[1] * layer.lora_B.shape[0] * 2
+    if before:
+        warnings.warn(
+            f"Merging makes the quantised layers whole: {before / 2**20:.1f} MiB become {after / 2**20:.1f} MiB at two "
+            "bytes a number.",
+            stacklevel=3,
+        )

@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import layers
 from .gate import check_scaling
+from .merging import unpack
 from .recomputation import watch
 from .state import RankState
 
@@ -240,6 +241,14 @@ class HasRanks(_Any):
         """The layer of ours for the first active adapter that has ranks, or None."""
         inner = self.__dict__.get("dylora_layers", {})
         return next((inner[name] for name in self.active_adapters if name in inner), None)
+
+    def merge(self, *args, **kwargs) -> None:
+        unpack(self.get_base_layer())
+        super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        unpack(self.get_base_layer())
+        super().unmerge()
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

@@ -76,7 +76,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         "lora_alpha": peft_format.tidy(first.lora_alpha),
         "scaling": first.scaling,
     }
-    facts |= {"base_sample": _base_sample(layers)}
+    facts |= _base_sample(layers)
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
     facts |= ({"projections": merged} if merged else {}) | label_facts(model) | (extra or {})
     write_adapter(path, tensors, config, facts)
@@ -91,10 +91,12 @@ def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list
     return sorted(adapted if endings & others else endings)
 
 
-def _base_sample(layers: list[tuple[str, LoRALayer]]) -> list[float]:
-    """16 values of the last adapted layer's W0, by which a file tells its base model from another of the same shape."""
+def _base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
+    """16 values of the last adapted layer's W0, by which a file tells its base model from another of the same shape;
+    nothing of a quantised one, whose numbers are no weights."""
     layer = layers[-1][1]
-    return _sample((layer._base_weight or [layer.weight])[0])
+    weight = (layer._base_weight or [layer.weight])[0]
+    return {"base_sample": _sample(weight)} if weight.is_floating_point() else {}
 
 
 def _sample(weight: torch.Tensor) -> list[float]:
@@ -327,7 +329,7 @@ def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) ->
 
 def _check_base(layer: Any, files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
-    sample = files.facts.get("base_sample")
+    sample = files.facts.get("base_sample") if layer.weight.is_floating_point() else None
     if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
         raise ValueError(
             f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "

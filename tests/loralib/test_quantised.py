@@ -1,0 +1,133 @@
+"""Bases of bitsandbytes in 4 and 8 bits, on a CPU, for real: after lora.inject and inside PEFT."""
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import loralib as lora
+from loralib.model import lora_layers
+from loralib.peft import DyLoraConfig
+
+bnb = pytest.importorskip("bitsandbytes")
+IDS = torch.arange(12).reshape(3, 4) + torch.arange(3)[:, None] * 7
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+
+
+def whole():
+    """A model as wide as a kernel for 4 bits wants it."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=120)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
+
+
+def quantised(bits):
+    model = whole()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            if bits == 4:
+                made = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
+            else:
+                made = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=False, has_fp16_weights=False)
+            made.load_state_dict(module.state_dict(), strict=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, made)
+    return model.to("cpu").eval()
+
+
+def adapted(model, door):
+    torch.manual_seed(1)
+    if door == "peft":
+        return get_peft_model(model, DyLoraConfig(r=4, lora_alpha=8, target_modules=TARGETS))
+    lora.inject(model, TARGETS, r=4, lora_alpha=8)
+    lora.mark_only_lora_as_trainable(model)
+    return model
+
+
+def strong(model):
+    generator = torch.Generator().manual_seed(1)
+    for _, layer in lora_layers(model):
+        layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+def out(model, rank=None):
+    if rank is None:
+        return model(input_ids=IDS).logits
+    with lora.use_rank(model, rank):
+        return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("door", ["inject", "peft"])
+def test_it_trains_to_the_loss_of_a_whole_base(bits, door):
+    losses = {}
+    for name, base in (("whole", whole()), ("quantised", quantised(bits))):
+        model = adapted(base, door)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in lora.RankSchedule().resolve(4, steps=60).over([IDS] * 60, model.train(), optimizer):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        with torch.no_grad():
+            losses[name] = float(model.eval()(input_ids=IDS, labels=IDS).loss)
+        mixed = out(model, torch.tensor([1, 2, 4]))
+        for row, rank in enumerate((1, 2, 4)):
+            torch.testing.assert_close(mixed[row], out(model, rank)[row], atol=0.05, rtol=0.05)
+    assert losses["whole"] < 4.0 and abs(losses["whole"] - losses["quantised"]) < 0.05 * losses["whole"], losses
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_stock_pefts_lora_at_r_max(bits, tmp_path):
+    model = strong(adapted(quantised(bits), "inject"))
+    lora.save_adapter(model, tmp_path / "a")
+    stock = PeftModel.from_pretrained(quantised(bits), tmp_path / "a").eval()
+    torch.testing.assert_close(out(stock), out(model, 4), atol=1e-4, rtol=1e-3)
+    inside = PeftModel.from_pretrained(
+        quantised(bits), tmp_path / "a", config=DyLoraConfig.from_pretrained(str(tmp_path / "a"))
+    ).eval()
+    for rank in (0, 1, 3, torch.tensor([1, 4, 2])):
+        torch.testing.assert_close(out(inside, rank), out(model, rank), atol=1e-4, rtol=1e-3)
+    assert not isinstance(LoraConfig.from_pretrained(str(tmp_path / "a")), DyLoraConfig)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_its_adapter_loads_on_the_whole_base_and_back(bits, tmp_path):
+    model = strong(adapted(quantised(bits), "inject"))
+    lora.save_adapter(model, tmp_path / "a")
+    other = whole()
+    lora.load_adapter(other, tmp_path / "a")
+    for (_, one), (_, twin) in zip(lora_layers(model), lora_layers(other), strict=True):
+        assert torch.equal(one.lora_A, twin.lora_A) and torch.equal(one.lora_B, twin.lora_B)
+    lora.save_adapter(other, tmp_path / "b")
+    again = quantised(bits)
+    lora.load_adapter(again, tmp_path / "b")
+    torch.testing.assert_close(out(again, 2), out(model, 2))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_merging_dequantises_and_says_what_it_costs(bits):
+    model = strong(adapted(quantised(bits), "inject"))
+    wanted = out(model, 3)
+    with pytest.warns(UserWarning, match=r"makes the quantised layers whole: [\d.]+ MiB become"):
+        merged = lora.merge(model, rank=3)
+    layer = merged.model.layers[0].self_attn.q_proj
+    assert type(layer) is nn.Linear and layer.weight.is_floating_point()
+    torch.testing.assert_close(out(merged), wanted, atol=0.1, rtol=0.1)
+    assert float((out(merged) - wanted).norm() / wanted.norm()) < (0.02 if bits == 4 else 0.05)
+    torch.testing.assert_close(out(model, 3), wanted)  # the model itself stays quantised
+    with pytest.raises(RuntimeError, match="quantised, and its weight has no place for the update"):
+        lora_layers(model)[0][1].merge()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_pefts_merging_after_a_pass_is_right_too(bits):
+    model = strong(adapted(quantised(bits), "peft"))
+    wanted = out(model, 3)  # on a CPU this packs 4-bit weights
+    lora.set_rank(model, 3)
+    model.merge_adapter()
+    assert float((out(model) - wanted).norm() / wanted.norm()) < 0.2  # quantised again, with the update
+    model.unmerge_adapter()
+    assert float((out(model) - wanted).norm() / wanted.norm()) < 0.2
