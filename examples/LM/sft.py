@@ -1,18 +1,20 @@
 #!/usr/bin/env python
 """Fine-tune a language model on prompts and completions with TRL and DyLoRA, and measure every rank.
 
-    python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train train.jsonl --validation validation.jsonl
-    --output_dir out
+    python sft.py --model HuggingFaceTB/SmolLM2-135M-Instruct --train train.jsonl \\
+        --validation validation.jsonl --output_dir out
 
 Each line of the files holds {"prompt": .., "completion": ..}. The directory then holds the adapter and the table of all
 ranks: `dylora select out`, `dylora report out`, `dylora export out --rank auto --to adapter`.
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, HfArgumentParser, set_seed
 from trl import SFTConfig, SFTTrainer
 
 import loralib as lora
@@ -30,9 +32,15 @@ class Arguments:
     gguf_file: str | None = field(
         default=None, metadata={"help": "The weights' name in the directory, if they are GGUF."}
     )
+    bits: Literal["16", "8", "4"] = field(
+        default="16", metadata={"help": "Store the base model in so many bits (bitsandbytes; 4 is nf4)."}
+    )
+    peft: bool = field(default=False, metadata={"help": "Adapt the model inside PEFT, by DyLoraConfig."})
     lora_r: int = field(default=16, metadata={"help": "r_max: the adapter works at every rank from 1 to this."})
     eval_ranks: str = field(default="1,2,4,8,16", metadata={"help": "The ranks to measure."})
-    targets: str = field(default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "The layers to adapt."})
+    targets: str = field(
+        default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "The layers to adapt, or all-linear."}
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use the first N training examples."})
     max_val_samples: int | None = field(default=None, metadata={"help": "Use the first N validation examples."})
 
@@ -46,6 +54,16 @@ def rows(file: str, limit: int | None):
     return data if limit is None else data.select(range(min(limit, len(data))))
 
 
+def load(args: Arguments):
+    """The base model, quantised if asked."""
+    options = {"gguf_file": args.gguf_file, "dtype": torch.float32}
+    if args.bits != "16":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=args.bits == "8", load_in_4bit=args.bits == "4", bnb_4bit_quant_type="nf4"
+        )
+    return AutoModelForCausalLM.from_pretrained(args.model, **options)
+
+
 def line_parser() -> HfArgumentParser:
     return HfArgumentParser((Arguments, SFTConfig))
 
@@ -54,9 +72,16 @@ def main(argv: list[str] | None = None):
     args, config = line_parser().parse_args_into_dataclasses(argv)
     set_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model, gguf_file=args.gguf_file)
-    model = AutoModelForCausalLM.from_pretrained(args.model, gguf_file=args.gguf_file, dtype=torch.float32)
-    lora.inject(model, args.targets.split(","), r=args.lora_r)
-    lora.mark_only_lora_as_trainable(model)
+    model = load(args)
+    targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
+    if args.peft:
+        from loralib.peft import DyLoraConfig
+
+        options = {"r": args.lora_r, "lora_alpha": 2 * args.lora_r, "target_modules": targets}
+        model = get_peft_model(model, DyLoraConfig(**options, task_type="CAUSAL_LM"))
+    else:
+        lora.inject(model, targets, r=args.lora_r)
+        lora.mark_only_lora_as_trainable(model)
     trainer = LanguageTrainer(
         model=model,
         args=config,
