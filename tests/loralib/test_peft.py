@@ -174,6 +174,17 @@ def test_several_adapters_a_plain_one_beside():
     assert lora.max_rank(model) == 4
 
 
+def test_ranks_on_layers_of_a_plain_adapter_are_refused_and_not_trained_plainly():
+    model = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"]))
+    assert not lora.model.has_lora(model)
+    model.add_adapter("late", DyLoraConfig(r=2, target_modules=["q_proj"]))
+    assert not lora.model.has_lora(model)  # the plain one is active
+    model.set_adapter("late")
+    for use in (lora.model.has_lora, lambda m: lora.set_rank(m, 1)):
+        with pytest.raises(ValueError, match="add the DyLoraConfig's adapter to the model first"):
+            use(model)
+
+
 def test_scale_layer_scales_every_rank():
     model = within("llama", target_modules=["q_proj"])
     doubled = within("llama", target_modules=["q_proj"], lora_alpha=16)
