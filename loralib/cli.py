@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     squeeze.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
     squeeze.add_argument("--labels", help="a classifier's label names, in the order of its outputs, as in no,yes")
-    _add_choice(squeeze)
+    _add_choice(squeeze, of_splits=False)
     _add_license(squeeze)
 
     inspect = command("inspect", _inspect, "what an adapter's directory holds", "dylora inspect rte/model")
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_choice(parser) -> None:
+def _add_choice(parser, of_splits: bool = True) -> None:
     parser.add_argument(
         "--within",
         default="1se",
@@ -152,7 +152,8 @@ def _add_choice(parser) -> None:
     parser.add_argument(
         "--max-parameters", type=int, metavar="N", help="only ranks whose adapter has at most N parameters"
     )
-    parser.add_argument("--split", help="the split to choose on (default: the run's first)")
+    if of_splits:
+        parser.add_argument("--split", help="the split to choose on (default: the run's first)")
 
 
 def _add_license(parser) -> None:
@@ -198,7 +199,7 @@ def _select(args) -> None:
 def _chosen(args, results: RankResults) -> Choice:
     from .report.choice import choose
 
-    return choose(results, args.split, _within(args.within), args.max_parameters)
+    return choose(results, getattr(args, "split", None), _within(args.within), args.max_parameters)
 
 
 def _why(results: RankResults, chosen: Choice) -> str:
@@ -242,13 +243,12 @@ def _export(args) -> None:
 
     free_directory(args.to, EXPORTED)
     rank, results = _rank_of(args)
-    export_adapter(args.run_directory, args.to, rank, results, args.license, args.server)
+    config = export_adapter(args.run_directory, args.to, rank, results, args.license, args.server)
     print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
     if args.server == "vllm":
-        from .adapters.directory import read_configs
         from .adapters.serving import check_for_vllm
 
-        print(f"for vLLM: --enable-lora --max-lora-rank {check_for_vllm(read_configs(args.to)[0], args.to)}")
+        print(f"for vLLM: --enable-lora --max-lora-rank {check_for_vllm(config, args.to)}")
 
 
 def _merge(args) -> None:
@@ -269,6 +269,8 @@ def _squeeze(args) -> None:
 
     if args.rank is None and args.data is None:
         raise ValueError("Give the rank with --rank, or --data to choose it by.")
+    if args.data is None and (args.base or args.labels):
+        raise ValueError("--base and --labels are for measuring; give --data, or leave them out.")
     free_directory(args.to, EXPORTED)
     with tempfile.TemporaryDirectory() as directory:
         kept = squeeze_adapter(args.adapter, directory)

@@ -19,7 +19,6 @@ how its base runs and how its factors act on an input and on the weight.
 """
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -303,21 +302,7 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
             layer = module.dylora_layer
         if layer is not None and layer.r:
             found.append((name, layer))
-    if not found:
-        _refuse_ranks_without_layers(model)
     return found
-
-
-def _refuse_ranks_without_layers(model: nn.Module) -> None:
-    """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on layers made for a plain one."""
-    configs: Any = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapters", []) if configs else []
-    for adapter in active if isinstance(active, list) else []:
-        if hasattr(configs.get(adapter), "rank_scaling"):
-            raise ValueError(
-                f"The adapter {adapter!r} of a DyLoraConfig lies in layers that PEFT made for a plain LoraConfig, and "
-                "has no ranks there; add the DyLoraConfig's adapter to the model first."
-            )
 
 
 class Linear(LoRALayer, nn.Linear):

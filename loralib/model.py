@@ -30,6 +30,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     for name, layer in layers:
         layer.module_name = name
     if not layers:
+        _refuse_ranks_without_layers(model)
         raise ValueError(
             f"{type(model).__name__} has no loralib layer with r > 0; call loralib.inject(model, ...) first."
         )
@@ -37,7 +38,23 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 
 def has_lora(model: nn.Module) -> bool:
-    return bool(adapted_layers(model))
+    """Whether the model has an adapter. Raises ValueError for one of PEFT's that should have ranks and has none."""
+    found = bool(adapted_layers(model))
+    if not found:
+        _refuse_ranks_without_layers(model)
+    return found
+
+
+def _refuse_ranks_without_layers(model: nn.Module) -> None:
+    """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on layers made for a plain one."""
+    configs: Any = getattr(model, "peft_config", {})
+    active = getattr(model, "active_adapters", []) if configs else []
+    for adapter in active if isinstance(active, list) else []:
+        if hasattr(configs.get(adapter), "rank_scaling"):
+            raise ValueError(
+                f"The adapter {adapter!r} of a DyLoraConfig lies in layers that PEFT made for a plain LoraConfig, and "
+                "has no ranks there; add the DyLoraConfig's adapter to the model first."
+            )
 
 
 # --- putting layers in --------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ held to the installed release by tests/loralib/test_peft.py.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -253,13 +252,6 @@ class HasRanks(_Any):
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self.__dict__.get("dylora_layers", {}).pop(adapter_name, None)
-
-    def __deepcopy__(self, memo):
-        # Both hold the other: copied together, they still do.
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return twin
 
 
 class Linear(HasRanks, stock.Linear):

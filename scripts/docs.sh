@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Build the documentation site into site/, strictly: a broken link or reference fails. PYTHON: an interpreter that has the docs
-# extra (default: the repository's .venv, which is made if missing). Arguments go to mkdocs build.
+# Build the documentation site into site/, strictly: a broken link or reference fails. PYTHON: an interpreter that has
+# the docs extra (default: the repository's .venv, which is made if missing). Arguments go to mkdocs build.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -n "${PYTHON:-}" ]; then
@@ -15,5 +15,5 @@ cp results/lm/README.md docs/results/language-model.md
 cp results/lm/*.png docs/results/
 cp results/reliability.md docs/results/
 # Material's notice about another project's plans is none of the reader's.
-export NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true
+export NO_MKDOCS_2_WARNING=1
 exec "$python" -m mkdocs build --strict "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Build the wheel and the source package into dist/ and check them: their metadata, and that the wheel, installed in an empty
-# environment outside of the repository, trains, saves and cuts an adapter. PYTHON: an interpreter with the test extra
-# (default: the repository's .venv, made if missing). Nothing is uploaded; what then remains to do is printed.
+# Build the wheel and the source package into dist/ and check them: their metadata, and that the wheel, installed in an
+# empty environment outside of the repository, trains, saves and cuts an adapter. PYTHON: an interpreter with the test
+# extra (default: the repository's .venv, made if missing). Nothing is uploaded; what remains to do is printed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -n "${PYTHON:-}" ]; then

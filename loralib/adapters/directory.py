@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,13 @@ def _refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
             raise ValueError(f"{path} holds numbers that are not finite ({key!r}): its training failed; train it anew.")
 
 
+def refuse_failed_training(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError for numbers that are not finite among those to save."""
+    bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise ValueError(f"{bad!r} holds numbers that are not finite, and nothing was saved: the training failed.")
+
+
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
     """A state dict through torch.load(weights_only=True), names without DistributedDataParallel's ``module.``."""
     try:
@@ -197,13 +204,17 @@ def scaling_of_file(path: str | os.PathLike) -> str:
 
 
 def cut_adapter(
-    source: str | os.PathLike, target: str | os.PathLike, rank: int, extra: dict | None = None
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    rank: int,
+    extra: dict | None = None,
+    check: Callable[..., object] | None = None,
 ) -> tuple[dict, dict]:
     """Copy an adapter's directory cut to ``rank``, without its base model: what ``save_adapter(..., rank)`` would
     write.
 
-    ``extra`` is added to ``dylora.json``. Returns the contents of both configurations. Raises FileNotFoundError or
-    ValueError; ``target`` is then untouched.
+    ``extra`` is added to ``dylora.json``; ``check(config, source)`` may refuse the configuration that would be written.
+    Returns the contents of both configurations. Raises FileNotFoundError or ValueError; ``target`` is then untouched.
     """
     files = read_directory(source)
     check_int("rank", rank, 1, files.rank, f"the adapter in {files.path} can be cut to 1..{files.rank}.")
@@ -227,6 +238,8 @@ def cut_adapter(
     config = files.config | peft_format.patterns(sizes)
     facts = {**files.facts, "rank": rank, "scaling": files.scaling, "r_max": files.facts.get("r_max", files.rank)}
     facts |= extra or {}
+    if check is not None:
+        check(config, source)
     write_adapter(target, tensors, config, facts)
     return config, facts
 

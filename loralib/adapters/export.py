@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +23,21 @@ def export_adapter(
     results: RankResults | None = None,
     license: str | None = None,
     server: str | None = None,
-) -> None:
+) -> dict:
     """Write the adapter of ``source`` cut to ``rank`` into ``target``, in PEFT's format, with its tokenizer and a card.
 
     ``results`` are shown in the card, ``license`` is its licence; ``server`` "vllm" checks that vLLM would serve it
-    right (``loralib.adapters.serving``). No base model is needed. Raises FileNotFoundError or ValueError, also where
-    ``target`` holds anything but an earlier export; it is untouched then.
+    right (``loralib.adapters.serving``). No base model is needed. Returns the contents of adapter_config.json. Raises
+    FileNotFoundError or ValueError, also where ``target`` holds anything but an earlier export; it is untouched then.
     """
     directory = free_directory(target, EXPORTED)
     if directory == Path(source).resolve():
         raise ValueError(f"--to {target} is the adapter itself; give another directory.")
-    if server is not None:
-        with tempfile.TemporaryDirectory() as trial:
-            check_for_vllm(cut_adapter(source, trial, rank)[0], source)
-    config, facts = cut_adapter(source, directory, rank, extra={"made_by": EXPORTED})
+    check = check_for_vllm if server == "vllm" else None
+    config, facts = cut_adapter(source, directory, rank, {"made_by": EXPORTED}, check)
     copy_tokenizer(Path(source), directory)
     write_text(directory / "README.md", model_card(config, facts, results, str(target), license=license))
+    return config
 
 
 def export_merged(

@@ -6,11 +6,10 @@ import os
 import tempfile
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ..layers import LoRALayer
-from .directory import cut_adapter, read_directory, write_adapter
+from .directory import cut_adapter, read_directory, refuse_failed_training, write_adapter
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -22,16 +21,16 @@ def save_peft_adapter(
     model, layers: list[tuple[str, LoRALayer]], path: str | os.PathLike, rank: int, extra: dict | None
 ) -> None:
     """As ``save_adapter``: what PEFT would save of the active adapter, with ``dylora.json``, cut to ``rank``."""
+    from peft import get_peft_model_state_dict
+
     _, first = layers[0]
-    (adapter,) = active_with_ranks(layers)
+    adapter = active_with_ranks(layers)
+    refuse_failed_training(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
     r_max = max(layer.r for _, layer in layers)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory, selected_adapters=[adapter], save_embedding_layers=False)
         own = Path(directory) / adapter if adapter != "default" else Path(directory)
         files = read_directory(own)
-        bad = next((key for key, value in files.tensors.items() if not torch.isfinite(value).all()), None)
-        if bad is not None:
-            raise ValueError(f"{bad!r} holds numbers that are not finite, and nothing was saved: the training failed.")
         facts = {
             "rank": r_max,
             "r_max": r_max,
@@ -47,7 +46,7 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
     """Load a directory of the same rank and targets into the active adapter. Raises ValueError for another one."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    (adapter,) = active_with_ranks(layers)
+    adapter = active_with_ranks(layers)
     files = read_directory(path)
     own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     for key in sorted(own.keys() ^ files.tensors.keys()):
@@ -61,9 +60,9 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
     set_peft_model_state_dict(model, files.tensors, adapter_name=adapter)
 
 
-def active_with_ranks(layers: list[tuple[str, LoRALayer]]) -> set[str]:
-    """The active adapters that have ranks. Raises ValueError unless it is one."""
+def active_with_ranks(layers: list[tuple[str, LoRALayer]]) -> str:
+    """The active adapter that has ranks. Raises ValueError unless it is one."""
     names = {getattr(layer, "adapter", "default") for _, layer in layers}
     if len(names) != 1:
         raise ValueError(f"The adapters {', '.join(sorted(names))} are active together; set one with set_adapter.")
-    return names
+    return names.pop()

@@ -21,7 +21,7 @@ from ..heads import is_inside, modules_to_save
 from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers
 from . import labels, peft_format
-from .directory import AdapterFiles, read_bin, read_directory, write_adapter
+from .directory import AdapterFiles, read_bin, read_directory, refuse_failed_training, write_adapter
 from .hub import local
 from .kinds import label_facts, task_type
 from .of_peft import is_peft_model, load_peft_adapter, save_peft_adapter
@@ -55,9 +55,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     state = {peft_format.clean(key): value for key, value in model.state_dict().items()}
     tensors |= {peft_format.PREFIX + key: value for key, value in state.items() if is_inside(key, heads)}
     tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
-    if bad is not None:
-        raise ValueError(f"{bad!r} holds numbers that are not finite, and nothing was saved: the training failed.")
+    refuse_failed_training(tensors)
     _, first = layers[0]
     config |= {
         "peft_type": "LORA",

@@ -1,9 +1,21 @@
 """Layers of every kind, an input for each, and the dense formula they are checked against."""
 
+import contextlib
+
 import torch
 from torch import nn
 
 import loralib as lora
+
+IDS = torch.arange(12).reshape(3, 4) + torch.arange(3)[:, None] * 7  # three examples for a language model
+
+
+@torch.no_grad()
+def logits_at(model, rank=None) -> torch.Tensor:
+    """What the model gives for IDS, at ``rank`` or at the rank that is set."""
+    with contextlib.nullcontext() if rank is None else lora.use_rank(model, rank):
+        return model(input_ids=IDS).logits
+
 
 KINDS = ("linear", "fan_in_fan_out", "merged", "embedding", "conv1d", "conv2d", "conv3d")
 

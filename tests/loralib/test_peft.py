@@ -15,8 +15,10 @@ import loralib as lora
 from loralib.model import lora_layers
 from loralib.peft import DyLoraConfig, layer_classes
 
+from .helpers import IDS
+from .helpers import logits_at as out
+
 SMALL = dict(vocab_size=120, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-IDS = torch.arange(12).reshape(3, 4) + torch.arange(3)[:, None] * 7
 TARGETS = {"llama": ["q_proj", "v_proj", "embed_tokens"], "bert": ["query", "value"], "gpt2": ["c_attn"],
            "mixtral": ["q_proj", "o_proj"]}  # fmt: skip
 
@@ -57,14 +59,6 @@ def beside(kind, model, tmp_path, scaling="alpha/r"):
     lora.load_adapter(other, tmp_path / "twin")
     assert {layer.scaling for _, layer in lora_layers(other)} == {scaling}
     return other.eval()
-
-
-@torch.no_grad()
-def out(model, rank=None):
-    if rank is None:
-        return model(input_ids=IDS).logits
-    with lora.use_rank(model, rank):
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("kind", TARGETS)

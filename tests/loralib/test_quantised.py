@@ -10,8 +10,10 @@ import loralib as lora
 from loralib.model import lora_layers
 from loralib.peft import DyLoraConfig
 
+from .helpers import IDS
+from .helpers import logits_at as out
+
 bnb = pytest.importorskip("bitsandbytes")
-IDS = torch.arange(12).reshape(3, 4) + torch.arange(3)[:, None] * 7
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -50,14 +52,6 @@ def strong(model):
     for _, layer in lora_layers(model):
         layer.lora_B.data.copy_(torch.randn(layer.lora_B.shape, generator=generator) * 0.1)
     return model.eval()
-
-
-@torch.no_grad()
-def out(model, rank=None):
-    if rank is None:
-        return model(input_ids=IDS).logits
-    with lora.use_rank(model, rank):
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -165,6 +165,6 @@ def test_frozen_training_on_a_narrow_base():
     ids = torch.arange(12).reshape(2, 6)
     model(ids, labels=ids).loss.backward()
     for _, layer in lora_layers(model):
-        assert layer.lora_B.grad[:, 1].abs().sum() >= 0 and not layer.lora_B.grad[:, [0, 2, 3]].any()
+        assert layer.lora_B.grad[:, 1].abs().sum() > 0 and not layer.lora_B.grad[:, [0, 2, 3]].any()
     lora.set_rank(model, torch.tensor([2, 3]), frozen=True)
     assert model(ids, labels=ids).logits.dtype == torch.bfloat16

@@ -75,7 +75,7 @@ def test_a_file_that_holds_no_settings_is_named(text, sentence, tmp_path):
         expanded([str(tmp_path / "b.yaml")])
 
 
-@pytest.mark.parametrize("flag", ["--token", "--hub_token", "--push_to_hub_token", "--hub-token"])
+@pytest.mark.parametrize("flag", ["--token", "--hub_token", "--push_to_hub_token", "--hub-token", "--hub_tok"])
 def test_no_token_is_written_down(flag):
     for words in ([flag, "secret", "--seed", "1"], [f"{flag}=secret", "--seed", "1"]):
         assert "secret" not in " ".join(without_tokens(words)) and "--seed 1" in " ".join(without_tokens(words))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -126,6 +127,13 @@ def test_what_is_missing_is_named_with_the_smallest_extra(code, sentence, python
     shutil.copyfile(ROOT / "results/cola/rank_results.json", tmp_path / "run/rank_results.json")
     done = run(python, "-c", code, cwd=tmp_path)
     assert sentence in done.stderr
+
+
+def test_the_description_leads_nowhere_outside_of_the_repository(python):
+    (file,) = python.parents[1].glob("lib/python*/site-packages/dylora-*.dist-info/METADATA")
+    text = file.read_text(encoding="utf-8")
+    assert "Description-Content-Type: text/markdown" in text and "Train one LoRA adapter" in text
+    assert not re.findall(r"\]\((?!https?://)[^)]*\)", text) and "](https://arxiv.org/abs/2210.07558)" in text
 
 
 def test_a_choice_by_a_margin_needs_no_extra(python, tmp_path):

@@ -73,6 +73,9 @@ def test_the_command_cuts_without_data_and_wants_a_rank(roberta_checkpoint, tmp_
     foreign(roberta_checkpoint, tmp_path / "theirs")
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small")]) == 2
     assert "Give the rank with --rank, or --data to choose it by." in capsys.readouterr().err
+    idle = ["--rank", "2", "--labels", "no,yes"]
+    assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), *idle]) == 2
+    assert "give --data, or leave them out" in capsys.readouterr().err
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), "--rank", "2"]) == 0
     assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 2
     card = (tmp_path / "small/README.md").read_text()
@@ -100,6 +103,22 @@ def test_a_classifier_is_measured_and_a_rank_chosen(roberta_checkpoint, tmp_path
         hits = [model(**tokenizer(t, return_tensors="pt")).logits.argmax().item() == (y == "yes") for t, y in rows]
     card = (tmp_path / "small/README.md").read_text()
     assert f"| 4 | {100 * sum(hits) / 12:.2f} |" in card and "yes" in card
+
+
+def test_a_head_of_two_layers_has_as_many_outputs_as_labels(tmp_path):
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+    from transformers_dylora.squeezing import outputs
+
+    import loralib as lora
+    from loralib.adapters.directory import read_directory
+
+    config = DistilBertConfig(vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=24, num_labels=3)
+    model = lora.inject(DistilBertForSequenceClassification(config), ["q_lin"], r=2)
+    lora.save_adapter(model, tmp_path / "a")
+    files = read_directory(tmp_path / "a")
+    assert "pre_classifier" in "".join(files.tensors) and outputs(files) == 3
+    files.facts.pop("num_labels")  # as PEFT saves it
+    assert outputs(files) == 3
 
 
 def test_a_language_model_is_measured_by_the_loss_of_its_completions(llama_checkpoint, tmp_path, capsys, monkeypatch):

@@ -68,7 +68,8 @@ def without_tokens(words: list[str]) -> list[str]:
     shown, secret = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
-        is_token = flag.startswith("--") and flag[2:].replace("-", "_") in SECRETS
+        name = flag[2:].replace("-", "_")  # an abbreviation, too: argparse takes what begins one flag alone
+        is_token = flag.startswith("--") and bool(name) and any(secret.startswith(name) for secret in SECRETS)
         shown.append(
             f"{flag}=TOKEN" if is_token and equals else "TOKEN" if secret and not flag.startswith("--") else word
         )

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWith
 import loralib as lora
 from loralib.adapters.card import AUTO
 from loralib.adapters.directory import AdapterFiles, read_directory
+from loralib.adapters.labels import told
 from loralib.report.results import RankResults
 from loralib.sampling import RankSampler
 from loralib.trainer import DyLoRATrainer
@@ -57,7 +58,8 @@ def measure_adapter(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    names = labels or tuple(files.facts.get("labels", ())) or told_by(model.config)
+    names = labels or told(files.facts.get("labels")) or told((model.config.id2label or {}).values())
+    names = names or tuple(map(str, range(options.get("num_labels", 0))))
     if classifier and len(names) != options["num_labels"]:
         raise UsageError(
             f"The labels are {', '.join(names)}, and the head of {directory} has {options['num_labels']} outputs; name "
@@ -66,7 +68,7 @@ def measure_adapter(
     if classifier and not all(name.isdigit() for name in names):
         model.config.id2label = dict(enumerate(names))
         model.config.label2id = {name: i for i, name in enumerate(names)}
-    lora.load_adapter(model, directory, head="fresh")  # the names are settled here
+    lora.load_adapter(model, directory)
     r_max = lora.max_rank(model)
     dataset, collator, compute = (
         classifying(data, tokenizer, names, max_length) if classifier else completing(data, tokenizer, max_length)
@@ -85,17 +87,14 @@ def measure_adapter(
 
 
 def outputs(files: AdapterFiles) -> int:
-    """How many labels the classifier's head has, by the last matrix that was saved beside the adapter."""
-    heads = [value for key, value in files.tensors.items() if ".lora_" not in key and key.endswith("weight")]
+    """How many labels the classifier's head has: what the adapter tells, or else the rows of the narrowest matrix that
+    was saved beside it (layers of the head before the last are as wide as the model)."""
+    if files.facts.get("num_labels"):
+        return files.facts["num_labels"]
+    heads = [len(value) for key, value in files.tensors.items() if ".lora_" not in key and key.endswith("weight")]
     if not heads:
         raise UsageError(f"{files.path} holds no trained head; a classifier's adapter has one in modules_to_save.")
-    return len(heads[-1])
-
-
-def told_by(config) -> tuple[str, ...]:
-    """The base's own label names, or numbers where they say nothing."""
-    names = [config.id2label[i] for i in range(config.num_labels)]
-    return tuple(str(i) if name == f"LABEL_{i}" else name for i, name in enumerate(names))
+    return min(heads)
 
 
 def classifying(data: str, tokenizer, names: tuple[str, ...], max_length: int):
