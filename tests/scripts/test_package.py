@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +133,7 @@ def test_what_is_missing_is_named_with_the_smallest_extra(code, sentence, python
 def test_the_description_leads_nowhere_outside_of_the_repository(python):
     (file,) = python.parents[1].glob("lib/python*/site-packages/dylora-*.dist-info/METADATA")
     text = file.read_text(encoding="utf-8")
+    Metadata.from_email(text, validate=True)  # as an index would
     assert "Description-Content-Type: text/markdown" in text and "Train one LoRA adapter" in text
     assert not re.findall(r"\]\((?!https?://)[^)]*\)", text) and "](https://arxiv.org/abs/2210.07558)" in text
 
