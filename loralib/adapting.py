@@ -8,6 +8,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .convolution import Conv2d
 from .layers import Embedding, Linear, LoRALayer
+from .quantised import is_quantised
 
 CONV_GEOMETRY = (*nn.Conv2d.__constants__, "transposed", "_reversed_padding_repeated_twice")
 
@@ -27,7 +28,8 @@ def around(module: Any, **adapter) -> LoRALayer | None:
 
     nn.Linear, Hugging Face's Conv1D, nn.Embedding, nn.Conv2d, and their subclasses so far as these compute what they
     do: a Linear W0 x + bias, an Embedding its row times ``embed_scale``. That is tried out on one input, where the
-    weights are there. Layers of bitsandbytes are taken as they are. ``adapter``: r, lora_alpha, lora_dropout, scaling.
+    weights are there. Quantised linear layers of bitsandbytes and torchao are taken as they are. ``adapter``: r,
+    lora_alpha, lora_dropout, scaling.
     """
     kind = _kind(module)
     if kind is None or not _computes_as(kind, module):
@@ -57,8 +59,8 @@ def _kind(module: nn.Module) -> type | None:
     return next((kind for kind in (nn.Linear, nn.Embedding) if isinstance(module, kind)), None)
 
 
-def is_quantised(module: nn.Module) -> bool:
-    """Whether it is a linear layer of bitsandbytes, whose weight is stored in 8 or 4 bits."""
+def _of_bitsandbytes(module: nn.Module) -> bool:
+    """Whether it is a linear layer of bitsandbytes: a subclass that computes what nn.Linear does."""
     return type(module).__module__.startswith("bitsandbytes.nn") and isinstance(module, nn.Linear)
 
 
@@ -66,10 +68,10 @@ def is_quantised(module: nn.Module) -> bool:
 def _computes_as(kind: type, module: Any) -> bool:
     """Whether a subclass gives, for one input, what the plain type gives: then one update is right for both."""
     weight = module.weight
-    if type(module) is kind or kind is object or weight.is_meta or is_quantised(module):
+    if is_quantised(weight) or _of_bitsandbytes(module):
+        return type(module) is nn.Linear or _of_bitsandbytes(module)
+    if type(module) is kind or kind is object or weight.is_meta:
         return True
-    if not weight.is_floating_point():
-        return False
     try:
         if kind is nn.Linear:
             x = torch.linspace(-1, 1, module.in_features, dtype=weight.dtype, device=weight.device)[None]

@@ -7,13 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .quantised import dequantised, is_quantised
 from .state import RankState
-
-
-def unpack(base: nn.Module) -> None:
-    """Have a layer of bitsandbytes hold its weight as it was stored: on a CPU the first pass packs it in another way,
-    which its own dequantisation does not know. Its ``state_dict`` undoes that in place."""
-    base.state_dict()
 
 
 class Merging(nn.Module):
@@ -72,7 +67,7 @@ class Merging(nn.Module):
         """
         if self.r == 0 or self.is_merged:
             return
-        if not self.weight.is_floating_point():
+        if is_quantised(self.weight):
             raise RuntimeError(
                 f"{self.described()} is quantised, and its weight has no place for the update; loralib.merge(model, "
                 "rank) "
@@ -95,7 +90,7 @@ class Merging(nn.Module):
         For a layer around another that is the very module it was put around; around a quantised one a new nn.Linear, in
         the precision that the quantised one computes in.
         """
-        if self._base is not None and not self.weight.is_floating_point():
+        if is_quantised(self.weight):
             return self._dequantised().train(self.training)
         self.merge()
         if self._base is not None:
@@ -113,15 +108,11 @@ class Merging(nn.Module):
     @torch.no_grad()
     def _dequantised(self) -> nn.Module:
         """nn.Linear with the weight as the quantised layer stands for it, and the update added."""
-        from peft.utils.integrations import dequantize_module_weight
-
-        base: Any = self._base
-        unpack(base)
-        weight = dequantize_module_weight(base)
-        dtype = getattr(base, "compute_dtype", None) or (weight.dtype if weight.is_floating_point() else torch.float32)
+        weight, dtype = dequantised(self if self._base is None else self._base)
         merged = weight.to(torch.float32)
         if self.r:
             merged = merged + self.delta_weight().to(merged)
+        merged = merged.T if getattr(self, "fan_in_fan_out", False) else merged
         plain = nn.Linear(merged.shape[1], merged.shape[0], bias=self.bias is not None, device="meta")
         plain.weight = nn.Parameter(merged.to(dtype), requires_grad=False)
         if self.bias is not None:

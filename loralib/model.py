@@ -17,6 +17,7 @@ from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, tied
 from .layers import LoRALayer, adapted_layers
+from .quantised import is_quantised, keep_gradients, stored_bytes
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
 
@@ -24,13 +25,14 @@ from .targets import chosen_layers, layer_options, matches
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The adapted layers with their names, in the model's order; each learns its name for error messages.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are none, or if one of PEFT's should have ranks and has none.
     """
+    _refuse_layers_without_ranks(model)
+    keep_gradients(model)
     layers = adapted_layers(model)
     for name, layer in layers:
         layer.module_name = name
     if not layers:
-        _refuse_ranks_without_layers(model)
         raise ValueError(
             f"{type(model).__name__} has no loralib layer with r > 0; call loralib.inject(model, ...) first."
         )
@@ -39,21 +41,23 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 def has_lora(model: nn.Module) -> bool:
     """Whether the model has an adapter. Raises ValueError for one of PEFT's that should have ranks and has none."""
-    found = bool(adapted_layers(model))
-    if not found:
-        _refuse_ranks_without_layers(model)
-    return found
+    _refuse_layers_without_ranks(model)
+    return bool(adapted_layers(model))
 
 
-def _refuse_ranks_without_layers(model: nn.Module) -> None:
-    """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on layers made for a plain one."""
+def _refuse_layers_without_ranks(model: nn.Module) -> None:
+    """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on a layer made for a plain one:
+    the layer would run at its full rank whatever is set."""
     configs: Any = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapters", []) if configs else []
-    for adapter in active if isinstance(active, list) else []:
-        if hasattr(configs.get(adapter), "rank_scaling"):
+    active: Any = getattr(model, "active_adapters", []) if configs else []
+    active = active if isinstance(active, list) else []
+    ranked = {name for name in active if hasattr(configs.get(name), "rank_scaling")}
+    for name, module in model.named_modules() if ranked else ():
+        factors = {*getattr(module, "lora_A", ()), *getattr(module, "lora_embedding_A", ())}
+        for adapter in ranked & factors - set(module.__dict__.get("dylora_layers", ())):
             raise ValueError(
-                f"The adapter {adapter!r} of a DyLoraConfig lies in layers that PEFT made for a plain LoraConfig, and "
-                "has no ranks there; add the DyLoraConfig's adapter to the model first."
+                f"The adapter {adapter!r} of a DyLoraConfig lies in {name!r}, which PEFT made for a plain LoraConfig, "
+                "and has no ranks there; add the DyLoraConfig's adapter to the model first."
             )
 
 
@@ -128,6 +132,7 @@ def inject(
                 "out of target_modules."
             )
         layers[name] = layer
+    keep_gradients(model)
     copied = tied(model, heads)
     around_module = {id(layer.base_layer): layer for layer in layers.values()}
     for name, module in modules.items():  # a module under two names is one adapted layer under both
@@ -333,8 +338,8 @@ def _say_what_it_costs(model: nn.Module) -> None:
     """Warn where merging makes quantised layers whole: they take more memory then."""
     before = after = 0
     for _, layer in adapted_layers(model):
-        if not layer.weight.is_floating_point():
-            before += layer.weight.numel() * layer.weight.element_size()
+        if is_quantised(layer.weight):
+            before += stored_bytes(layer.weight)
             after += layer.lora_A.shape[1] * layer.lora_B.shape[0] * 2
     if before:
         warnings.warn(

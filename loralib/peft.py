@@ -22,12 +22,13 @@ from peft import LoraConfig
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import layer as stock
 from peft.tuners.lora.layer import LoraVariant
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import layers
 from .gate import check_scaling
-from .merging import unpack
+from .quantised import is_quantised, unpack
 from .recomputation import watch
 from .state import RankState
 
@@ -258,6 +259,22 @@ class Linear(HasRanks, stock.Linear):
     """PEFT's linear layer, with ranks."""
 
 
+class LinearOfTorchao(HasRanks, TorchaoLoraLinear):
+    """The same on a weight of torchao's."""
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        # What PEFT adds to this kind of weight, and takes out again, without asking the variant.
+        inner = self.__dict__.get("dylora_layers", {})
+        return inner[adapter].delta_weight().detach() if adapter in inner else super().get_delta_weight(adapter)
+
+
+def linear(base_layer, adapter_name, config, **kwargs):
+    """The class for an nn.Linear, which says nothing of what its weight is."""
+    inner = base_layer.get_base_layer() if hasattr(base_layer, "get_base_layer") else base_layer
+    kind = LinearOfTorchao if is_quantised(inner.weight) else Linear
+    return kind(base_layer, adapter_name, config=config, **kwargs)
+
+
 class LinearOnConv1D(HasRanks, stock.Linear):
     """The same on Hugging Face's Conv1D, whose weight is stored (in, out)."""
 
@@ -289,7 +306,6 @@ def layer_classes() -> dict[type, Any]:
         found[bnb.nn.Linear8bitLt] = type("Linear8bitLt", (HasRanks, stock_bnb.Linear8bitLt), {})
         if is_bnb_4bit_available():
             found[bnb.nn.Linear4bit] = type("Linear4bit", (HasRanks, stock_bnb.Linear4bit), {})
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-    return (
-        found | {nn.Embedding: Embedding} | dict.fromkeys(kinds, refuse) | {nn.Linear: Linear, Conv1D: LinearOnConv1D}
-    )
+    # nn.MultiheadAttention is refused before the linear layers are looked at, any other module after.
+    plain = {nn.MultiheadAttention: refuse, nn.Embedding: Embedding, nn.Linear: linear, Conv1D: LinearOnConv1D}
+    return found | plain | {nn.Module: refuse}

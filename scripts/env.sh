@@ -27,5 +27,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     # microsoft/LoRA's package has our import name: beside, where only what compares with it looks.
     "$python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$venv/peers" loralib==0.1.2
   fi
+  if [ "$1" = test ]; then
+    # Beside too: where torchao is found, every import of transformers takes three times as long.
+    "$python" -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target "$venv/torchao" \
+      -c "$root/constraints.txt" torchao
+  fi
   printf '%s' "$wanted" > "$stamp"
 fi

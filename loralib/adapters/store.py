@@ -1,7 +1,7 @@
 """Adapters of a model, saved in PEFT's LoRA format, cut to any rank, and loaded; .bin files of microsoft/LoRA and of
 the released DyLoRA code are loaded too.
 
-What the files hold is in ``loralib.adapter_files``.
+What the files hold is in ``loralib.adapters.directory``.
 """
 
 import copy
@@ -20,6 +20,7 @@ from ..gate import scale
 from ..heads import is_inside, modules_to_save
 from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers
+from ..quantised import is_quantised
 from . import labels, peft_format
 from .directory import AdapterFiles, read_bin, read_directory, refuse_failed_training, write_adapter
 from .hub import local
@@ -94,7 +95,7 @@ def _base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
     nothing of a quantised one, whose numbers are no weights."""
     layer = layers[-1][1]
     weight = (layer._base_weight or [layer.weight])[0]
-    return {"base_sample": _sample(weight)} if weight.is_floating_point() else {}
+    return {"base_sample": _sample(weight)} if not is_quantised(weight) else {}
 
 
 def _sample(weight: torch.Tensor) -> list[float]:
@@ -327,7 +328,7 @@ def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) ->
 
 def _check_base(layer: Any, files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
-    sample = files.facts.get("base_sample") if layer.weight.is_floating_point() else None
+    sample = files.facts.get("base_sample") if not is_quantised(layer.weight) else None
     if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
         raise ValueError(
             f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "

@@ -168,10 +168,11 @@ def test_several_adapters_a_plain_one_beside():
     assert lora.max_rank(model) == 4
 
 
-def test_ranks_on_layers_of_a_plain_adapter_are_refused_and_not_trained_plainly():
+@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "v_proj"]])
+def test_ranks_on_layers_of_a_plain_adapter_are_refused_and_not_trained_plainly(targets):
     model = get_peft_model(build(), LoraConfig(r=2, target_modules=["q_proj"]))
     assert not lora.model.has_lora(model)
-    model.add_adapter("late", DyLoraConfig(r=2, target_modules=["q_proj"]))
+    model.add_adapter("late", DyLoraConfig(r=2, target_modules=targets))
     assert not lora.model.has_lora(model)  # the plain one is active
     model.set_adapter("late")
     for use in (lora.model.has_lora, lambda m: lora.set_rank(m, 1)):

@@ -1,4 +1,16 @@
-"""Bases of bitsandbytes in 4 and 8 bits, on a CPU, for real: after lora.inject and inside PEFT."""
+"""Bases of bitsandbytes in 4 and 8 bits and of torchao in int8, on a CPU, for real: after inject and inside PEFT.
+
+torchao makes every import of transformers three times as slow, so it stands beside the environment, and one test runs
+its cases in a process that sees it.
+"""
+
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,11 +21,16 @@ from torch import nn
 import loralib as lora
 from loralib.model import lora_layers
 from loralib.peft import DyLoraConfig
+from loralib.quantised import dequantised, is_quantised, keep_gradients
 
 from .helpers import IDS
 from .helpers import logits_at as out
 
 bnb = pytest.importorskip("bitsandbytes")
+BESIDE = Path(sys.prefix) / "torchao"  # scripts/env.sh puts it there
+HERE = importlib.util.find_spec("torchao") is not None
+KINDS = ["torchao"] if HERE else ["nf4", "int8"]
+EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -24,11 +41,18 @@ def whole():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
 
 
-def quantised(bits):
+def quantised(kind):
     model = whole()
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        with tempfile.TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
+            config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+            return transformers.AutoModelForCausalLM.from_pretrained(directory, quantization_config=config).eval()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            if bits == 4:
+            if kind == "nf4":
                 made = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
             else:
                 made = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=False, has_fp16_weights=False)
@@ -54,11 +78,11 @@ def strong(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@EVERY_KIND
 @pytest.mark.parametrize("door", ["inject", "peft"])
-def test_it_trains_to_the_loss_of_a_whole_base(bits, door):
+def test_it_trains_to_the_loss_of_a_whole_base(kind, door):
     losses = {}
-    for name, base in (("whole", whole()), ("quantised", quantised(bits))):
+    for name, base in (("whole", whole()), ("quantised", quantised(kind))):
         model = adapted(base, door)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in lora.RankSchedule().resolve(4, steps=60).over([IDS] * 60, model.train(), optimizer):
@@ -73,52 +97,98 @@ def test_it_trains_to_the_loss_of_a_whole_base(bits, door):
     assert losses["whole"] < 4.0 and abs(losses["whole"] - losses["quantised"]) < 0.05 * losses["whole"], losses
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_it_is_stock_pefts_lora_at_r_max(bits, tmp_path):
-    model = strong(adapted(quantised(bits), "inject"))
+def gradients(model):
+    model.train().zero_grad()
+    lora.set_rank(model, 3)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return [layer.lora_B.grad.clone() for _, layer in lora_layers(model)]
+
+
+def made_whole(model):
+    """The same model with the weights that the quantised ones stand for."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantised(module.weight):
+            weight, _ = dequantised(module)
+            plain = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            plain.weight = nn.Parameter(weight.float(), requires_grad=False)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, plain)
+    return model
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("door", ["inject", "peft"])
+def test_gradients_are_those_of_the_whole_weights_before_and_after_an_evaluation(kind, door):
+    base = quantised(kind)
+    model, twin = (strong(adapted(one, door)) for one in (base, made_whole(base)))
+    wanted = gradients(twin)
+    for _ in range(2):
+        for got, expected in zip(gradients(model), wanted, strict=True):
+            assert float((got - expected).norm() / expected.norm()) < (0.05 if kind == "int8" else 1e-3)
+        model.eval()
+        with torch.no_grad():
+            model(input_ids=IDS)
+
+
+@EVERY_KIND
+def test_it_is_stock_pefts_lora_at_r_max(kind, tmp_path):
+    model = strong(adapted(quantised(kind), "inject"))
     lora.save_adapter(model, tmp_path / "a")
-    stock = PeftModel.from_pretrained(quantised(bits), tmp_path / "a").eval()
+    stock = PeftModel.from_pretrained(quantised(kind), tmp_path / "a").eval()
+    keep_gradients(stock)  # packed weights are multiplied in bf16
     torch.testing.assert_close(out(stock), out(model, 4), atol=1e-4, rtol=1e-3)
     inside = PeftModel.from_pretrained(
-        quantised(bits), tmp_path / "a", config=DyLoraConfig.from_pretrained(str(tmp_path / "a"))
+        quantised(kind), tmp_path / "a", config=DyLoraConfig.from_pretrained(str(tmp_path / "a"))
     ).eval()
     for rank in (0, 1, 3, torch.tensor([1, 4, 2])):
         torch.testing.assert_close(out(inside, rank), out(model, rank), atol=1e-4, rtol=1e-3)
     assert not isinstance(LoraConfig.from_pretrained(str(tmp_path / "a")), DyLoraConfig)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_its_adapter_loads_on_the_whole_base_and_back(bits, tmp_path):
-    model = strong(adapted(quantised(bits), "inject"))
+@EVERY_KIND
+def test_its_adapter_loads_on_the_whole_base_and_back(kind, tmp_path):
+    model = strong(adapted(quantised(kind), "inject"))
     lora.save_adapter(model, tmp_path / "a")
     other = whole()
     lora.load_adapter(other, tmp_path / "a")
     for (_, one), (_, twin) in zip(lora_layers(model), lora_layers(other), strict=True):
         assert torch.equal(one.lora_A, twin.lora_A) and torch.equal(one.lora_B, twin.lora_B)
     lora.save_adapter(other, tmp_path / "b")
-    again = quantised(bits)
+    again = quantised(kind)
     lora.load_adapter(again, tmp_path / "b")
     torch.testing.assert_close(out(again, 2), out(model, 2))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_merging_dequantises_and_says_what_it_costs(bits):
-    model = strong(adapted(quantised(bits), "inject"))
+@EVERY_KIND
+def test_merging_dequantises_and_says_what_it_costs(kind):
+    model = strong(adapted(quantised(kind), "inject"))
     wanted = out(model, 3)
     with pytest.warns(UserWarning, match=r"makes the quantised layers whole: [\d.]+ MiB become"):
         merged = lora.merge(model, rank=3)
     layer = merged.model.layers[0].self_attn.q_proj
     assert type(layer) is nn.Linear and layer.weight.is_floating_point()
     torch.testing.assert_close(out(merged), wanted, atol=0.1, rtol=0.1)
-    assert float((out(merged) - wanted).norm() / wanted.norm()) < (0.02 if bits == 4 else 0.05)
+    assert float((out(merged) - wanted).norm() / wanted.norm()) < (0.02 if kind == "nf4" else 0.05)
     torch.testing.assert_close(out(model, 3), wanted)  # the model itself stays quantised
     with pytest.raises(RuntimeError, match="quantised, and its weight has no place for the update"):
         lora_layers(model)[0][1].merge()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_pefts_merging_after_a_pass_is_right_too(bits):
-    model = strong(adapted(quantised(bits), "peft"))
+@pytest.mark.skipif(HERE, reason="this process is the other one")
+def test_all_this_with_torchao():
+    if not BESIDE.is_dir():
+        pytest.skip("torchao is not beside the environment; scripts/test.sh puts it there")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", __file__]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(BESIDE)}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+
+
+@EVERY_KIND
+def test_pefts_merging_after_a_pass_is_right_too(kind):
+    model = strong(adapted(quantised(kind), "peft"))
     wanted = out(model, 3)  # on a CPU this packs 4-bit weights
     lora.set_rank(model, 3)
     model.merge_adapter()

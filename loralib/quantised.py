@@ -1,0 +1,54 @@
+"""Base layers whose weight is stored in fewer bits: by bitsandbytes (4 and 8 bits) or torchao (int8)."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether a base weight's stored numbers are not its values. torchao's tensors call themselves floats."""
+    return not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
+
+
+def stored_bytes(weight: Any) -> int:
+    """What a quantised weight takes in memory, scales included where the tensor holds them."""
+    names = [*getattr(weight, "tensor_data_names", ()), *getattr(weight, "optional_tensor_data_names", ())]
+    parts = [getattr(weight, name, None) for name in names] or [weight]
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+def unpack(base: nn.Module) -> None:
+    """Have a layer of bitsandbytes hold its weight as it was stored: on a CPU the first pass packs it in another way,
+    which its own dequantisation does not know. Its ``state_dict`` undoes that in place."""
+    if type(base).__module__.startswith("bitsandbytes."):
+        base.state_dict()
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Turn that packing off in the whole model, and undo it: a packed layer passes no gradient on, without a word, so
+    that a training after an evaluation would learn through none of them (bitsandbytes 0.50)."""
+    if "bitsandbytes" not in sys.modules:
+        return
+    for module in model.modules():
+        base: Any = module.__dict__.get("_base", module)  # an injected layer's is no child of it
+        if getattr(base, "support_avx512bf16_for_cpu", False):
+            base.support_avx512bf16_for_cpu = False
+            unpack(base)
+
+
+@torch.no_grad()
+def dequantised(base: Any) -> tuple[torch.Tensor, torch.dtype]:
+    """The weight (out, in) that a quantised linear layer stands for, and the dtype that it computes in.
+
+    PEFT knows the ways of storing; it is needed here alone.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    unpack(base)
+    weight = dequantize_module_weight(base)
+    dtype = weight.dtype if weight.is_floating_point() else torch.float32
+    return weight, getattr(base, "compute_dtype", None) or dtype
