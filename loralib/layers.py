@@ -19,6 +19,8 @@ how its base runs and how its factors act on an input and on the weight.
 """
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -155,7 +157,7 @@ class LoRALayer(Merging):
 
     def add_update(self, h: torch.Tensor, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, gate) -> torch.Tensor:
         """h plus the update; a layer may do it in fewer steps."""
-        return h + self.update(x, A, B, gate).to(h.dtype)
+        return (h + self.update(x, A, B, gate)).to(h.dtype)
 
     # --- rank ---------------------------------------------------------------------------------------
 
@@ -295,9 +297,14 @@ def gated(z: torch.Tensor, gate) -> torch.Tensor:
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The layers of a model that have an adapter, with their names, in the model's order; also those inside of PEFT's
     layers (see ``loralib.peft``)."""
+    return adapted_among(model.named_modules())
+
+
+def adapted_among(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, LoRALayer]]:
+    """The same of named modules."""
     found = []
-    for name, module in model.named_modules():
-        layer = module if isinstance(module, LoRALayer) else None
+    for name, module in modules:
+        layer: Any = module if isinstance(module, LoRALayer) else None
         if layer is None and hasattr(type(module), "dylora_layer"):
             layer = module.dylora_layer
         if layer is not None and layer.r:
@@ -349,8 +356,8 @@ class Linear(LoRALayer, nn.Linear):
         if isinstance(gate, torch.Tensor):
             z, strength = gated(z, gate), 1
         h = h.expand(*z.shape[:-1], -1)  # one input, many ranks
-        if z.dtype != h.dtype:
-            return h + (F.linear(z, B) * strength).to(h.dtype)
+        if z.dtype != h.dtype:  # the sum takes the finer of the two
+            return (h + F.linear(z if strength == 1 else z * strength, B)).to(h.dtype)
         return torch.addmm(h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1]), B.T, alpha=strength).view(h.shape)
 
     def delta(self, A, B, gate):

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import math
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,8 +15,8 @@ from .attending import attend, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, tied
-from .layers import LoRALayer, adapted_layers
-from .quantised import is_quantised, keep_gradients, stored_bytes
+from .layers import LoRALayer, adapted_among, adapted_layers
+from .quantised import keep_gradients, say_what_merging_costs
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
 
@@ -27,9 +26,10 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
     Raises ValueError if there are none, or if one of PEFT's should have ranks and has none.
     """
-    _refuse_layers_without_ranks(model)
-    keep_gradients(model)
-    layers = adapted_layers(model)
+    modules = list(model.named_modules())  # this runs in every step: one walk for all
+    _refuse_layers_without_ranks(model, modules)
+    keep_gradients(module for _, module in modules)
+    layers = adapted_among(modules)
     for name, layer in layers:
         layer.module_name = name
     if not layers:
@@ -41,20 +41,21 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 def has_lora(model: nn.Module) -> bool:
     """Whether the model has an adapter. Raises ValueError for one of PEFT's that should have ranks and has none."""
-    _refuse_layers_without_ranks(model)
-    return bool(adapted_layers(model))
+    modules = list(model.named_modules())
+    _refuse_layers_without_ranks(model, modules)
+    return bool(adapted_among(modules))
 
 
-def _refuse_layers_without_ranks(model: nn.Module) -> None:
+def _refuse_layers_without_ranks(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
     """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on a layer made for a plain one:
     the layer would run at its full rank whatever is set."""
     configs: Any = getattr(model, "peft_config", {})
     active: Any = getattr(model, "active_adapters", []) if configs else []
     active = active if isinstance(active, list) else []
     ranked = {name for name in active if hasattr(configs.get(name), "rank_scaling")}
-    for name, module in model.named_modules() if ranked else ():
-        factors = {*getattr(module, "lora_A", ()), *getattr(module, "lora_embedding_A", ())}
-        for adapter in ranked & factors - set(module.__dict__.get("dylora_layers", ())):
+    for name, module in modules if ranked else ():
+        factors: Any = module._modules.get("lora_A") or module._modules.get("lora_embedding_A") or ()
+        for adapter in ranked.intersection(factors).difference(module.__dict__.get("dylora_layers", ())):
             raise ValueError(
                 f"The adapter {adapter!r} of a DyLoraConfig lies in {name!r}, which PEFT made for a plain LoraConfig, "
                 "and has no ranks there; add the DyLoraConfig's adapter to the model first."
@@ -132,7 +133,7 @@ def inject(
                 "out of target_modules."
             )
         layers[name] = layer
-    keep_gradients(model)
+    keep_gradients(model.modules())
     copied = tied(model, heads)
     around_module = {id(layer.base_layer): layer for layer in layers.values()}
     for name, module in modules.items():  # a module under two names is one adapted layer under both
@@ -313,7 +314,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     if by_peft is not None:
         attend_no_more(model)
         return by_peft()
-    _say_what_it_costs(model)
+    say_what_merging_costs(layer for _, layer in adapted_layers(model))
     stored: list[torch.Tensor] = []
     for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
         layer.module_name = name
@@ -332,18 +333,3 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     if untied and getattr(config, "tie_word_embeddings", False):
         config.tie_word_embeddings = False  # tied again on loading, one of the two weights would be lost
     return model
-
-
-def _say_what_it_costs(model: nn.Module) -> None:
-    """Warn where merging makes quantised layers whole: they take more memory then."""
-    before = after = 0
-    for _, layer in adapted_layers(model):
-        if is_quantised(layer.weight):
-            before += stored_bytes(layer.weight)
-            after += layer.lora_A.shape[1] * layer.lora_B.shape[0] * 2
-    if before:
-        warnings.warn(
-            f"Merging makes the quantised layers whole: {before / 2**20:.1f} MiB become {after / 2**20:.1f} MiB at two "
-            "bytes a number.",
-            stacklevel=3,
-        )

@@ -242,6 +242,11 @@ class HasRanks(_Any):
         inner = self.__dict__.get("dylora_layers", {})
         return next((inner[name] for name in self.active_adapters if name in inner), None)
 
+    def _cast_input_dtype(self, x, dtype):
+        # A layer of ours casts where it must (under autocast it need not); this is for adapters without ranks.
+        inner = self.__dict__.get("dylora_layers", {})
+        return x if all(name in inner for name in self.active_adapters) else super()._cast_input_dtype(x, dtype)
+
     def merge(self, *args, **kwargs) -> None:
         unpack(self.get_base_layer())
         super().merge(*args, **kwargs)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +23,21 @@ def stored_bytes(weight: Any) -> int:
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
+def say_what_merging_costs(layers: Iterable[Any]) -> None:
+    """Warn where merging makes quantised layers whole: they take more memory then."""
+    before = after = 0
+    for layer in layers:
+        if is_quantised(layer.weight):
+            before += stored_bytes(layer.weight)
+            after += layer.lora_A.shape[1] * layer.lora_B.shape[0] * 2
+    if before:
+        warnings.warn(
+            f"Merging makes the quantised layers whole: {before / 2**20:.1f} MiB become {after / 2**20:.1f} MiB at two "
+            "bytes a number.",
+            stacklevel=4,
+        )
+
+
 def unpack(base: nn.Module) -> None:
     """Have a layer of bitsandbytes hold its weight as it was stored: on a CPU the first pass packs it in another way,
     which its own dequantisation does not know. Its ``state_dict`` undoes that in place."""
@@ -28,14 +45,14 @@ def unpack(base: nn.Module) -> None:
         base.state_dict()
 
 
-def keep_gradients(model: nn.Module) -> None:
-    """Turn that packing off in the whole model, and undo it: a packed layer passes no gradient on, without a word, so
+def keep_gradients(modules: Iterable[nn.Module]) -> None:
+    """Turn that packing off in a model's modules, and undo it: a packed layer passes no gradient on, without a word, so
     that a training after an evaluation would learn through none of them (bitsandbytes 0.50)."""
     if "bitsandbytes" not in sys.modules:
         return
-    for module in model.modules():
+    for module in modules:
         base: Any = module.__dict__.get("_base", module)  # an injected layer's is no child of it
-        if getattr(base, "support_avx512bf16_for_cpu", False):
+        if base.__dict__.get("support_avx512bf16_for_cpu", False):
             base.support_avx512bf16_for_cpu = False
             unpack(base)
 

@@ -17,7 +17,7 @@ class RankState:
         rank: an int, a LongTensor (batch,) with one rank per example, or None where the gate came from no rank.
         gate: None for an int rank; else the factors of the components, (r,) or (batch, r), scaling included.
         frozen: component b alone gets a gradient (paper, eq. 10).
-        learn: where the examples of a batch stand is learnt (``loralib.probing``), not taken to be the first dimension.
+        learn: where a batch's examples stand is learnt (``loralib.learning``), not taken to be the first dimension.
 
     Raises ValueError for a frozen state without a rank.
     """

@@ -17,6 +17,7 @@ from . import peers as peers
 from . import recipes as recipes
 from . import steps as steps
 from .evaluation import all_ranks
+from .language import language_steps
 from .peers import R_MAX
 from .rows import Options, Row, exact, median, timed
 from .timing import alternate
@@ -108,6 +109,7 @@ QUICK = {
     "saved": steps.saved,
     "recipe-step": steps.recipe_step,
     "steps": steps.steps,
+    "language-steps": language_steps,
     "all-ranks": all_ranks,
     "compiled": steps.compiled,
     "checkpoints": checkpoints,

@@ -224,6 +224,7 @@ def test_the_installed_peft_has_what_is_used():
     for name, wanted in signatures.items():
         assert list(inspect.signature(getattr(stock.LoraVariant, name)).parameters) == wanted, name
     assert list(inspect.signature(stock.LoraLayer.resolve_lora_variant).parameters) == ["self", "config", "kwargs"]
+    assert list(inspect.signature(stock.LoraLayer._cast_input_dtype).parameters) == ["self", "x", "dtype"]
     assert hasattr(LoraConfig, "_register_custom_module")
     for kind in layer_classes().values():
         if isinstance(kind, type):

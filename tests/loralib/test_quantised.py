@@ -136,7 +136,7 @@ def test_it_is_stock_pefts_lora_at_r_max(kind, tmp_path):
     model = strong(adapted(quantised(kind), "inject"))
     lora.save_adapter(model, tmp_path / "a")
     stock = PeftModel.from_pretrained(quantised(kind), tmp_path / "a").eval()
-    keep_gradients(stock)  # packed weights are multiplied in bf16
+    keep_gradients(stock.modules())  # packed weights are multiplied in bf16
     torch.testing.assert_close(out(stock), out(model, 4), atol=1e-4, rtol=1e-3)
     inside = PeftModel.from_pretrained(
         quantised(kind), tmp_path / "a", config=DyLoraConfig.from_pretrained(str(tmp_path / "a"))
