@@ -5,6 +5,7 @@ from torch import nn
 
 from .layers import LoRALayer
 from .model import lora_layers
+from .sharding import put, whole
 
 
 def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -24,25 +25,28 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     kept: dict[tuple, torch.Tensor] = {}
 
     def tensors():
-        """(key, layer's number, tensor with the component as second dimension): each factor and its momenta."""
+        """(key, layer's number, tensor, its whole, this with the component as second dimension): each factor and its
+        momenta."""
         for i, layer in enumerate(layers):
             for factor, by_component in (("lora_A", layer.split_A), ("lora_B", layer.split_B)):
                 parameter = getattr(layer, factor)
                 state = {"": parameter, **optimizer.state.get(parameter, {})}
                 for name, tensor in state.items():
                     if isinstance(tensor, torch.Tensor) and tensor.shape == parameter.shape:
-                        yield (i, factor, name), i, by_component(tensor.detach())
+                        value = whole(tensor.detach())
+                        yield (i, factor, name), i, tensor.detach(), value, by_component(value)
 
     @torch.no_grad()
     def before(*_):
         undrawn[:] = [(~_has_gradient(layer)).nonzero().squeeze(1) for layer in layers]
-        kept.update((key, view[:, undrawn[i]].clone()) for key, i, view in tensors())
+        kept.update((key, view[:, undrawn[i]].clone()) for key, i, _, _, view in tensors())
 
     @torch.no_grad()
     def after(*_):
-        for key, i, view in tensors():
+        for key, i, tensor, value, view in tensors():
             # A momentum that this step created starts at zero for what was not drawn, as if the step had not been.
             view[:, undrawn[i]] = kept.get(key, torch.zeros((), dtype=view.dtype, device=view.device))
+            put(tensor, value)
         kept.clear()
 
     optimizer.register_step_pre_hook(before)
@@ -54,5 +58,5 @@ def _has_gradient(layer: LoRALayer) -> torch.Tensor:
     found = torch.zeros(layer.r, dtype=torch.bool, device=layer.lora_A.device)
     for factor, by_component in ((layer.lora_A, layer.split_A), (layer.lora_B, layer.split_B)):
         if factor.grad is not None:
-            found |= (by_component(factor.grad) != 0).transpose(0, 1).flatten(1).any(1)
+            found |= (by_component(whole(factor.grad)) != 0).transpose(0, 1).flatten(1).any(1)
     return found

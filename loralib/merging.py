@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .quantised import dequantised, is_quantised
+from .sharding import is_sharded
 from .state import RankState
 
 
@@ -70,8 +71,12 @@ class Merging(nn.Module):
         if is_quantised(self.weight):
             raise RuntimeError(
                 f"{self.described()} is quantised, and its weight has no place for the update; loralib.merge(model, "
-                "rank) "
-                "makes a plain layer of it."
+                "rank) makes a plain layer of it."
+            )
+        if is_sharded(self.weight):
+            raise RuntimeError(
+                f"{self.described()} is spread over processes by FSDP, which would not see a new weight; "
+                "loralib.merge(model, rank) gives a whole model."
             )
         merged = self.weight + self.delta_weight().to(self.weight.dtype)
         self._base_weight = [self.weight]

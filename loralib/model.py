@@ -17,6 +17,7 @@ from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, tied
 from .layers import LoRALayer, adapted_among, adapted_layers
 from .quantised import keep_gradients, say_what_merging_costs
+from .sharding import at_rest, is_sharded, whole_copy
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
 
@@ -118,6 +119,11 @@ def inject(
     for head in heads:
         if not any(matches(name, [head]) for name in modules):
             raise ValueError(f"modules_to_save names {head!r}, which {type(model).__name__} does not have.")
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is spread over processes already, and FSDP would not see what is put in now: call "
+            "inject before fully_shard."
+        )
     names = chosen_layers(model, modules, heads, target_modules, exclude_modules, layers_to_transform, layers_pattern)
     layers: dict[str, LoRALayer] = {}
     for name, (rank, alpha) in layer_options(names, r, lora_alpha, rank_pattern, alpha_pattern).items():
@@ -161,8 +167,8 @@ def max_rank(model: nn.Module) -> int:
 
 def adapter_parameters(model: nn.Module, rank: int) -> int:
     """How many numbers the adapter has when cut to ``rank``."""
-    sizes = [layer.first_components(min(rank, layer.r)) for _, layer in lora_layers(model)]
-    return sum(A.numel() + B.numel() for A, B in sizes)
+    layers = [layer for _, layer in lora_layers(model)]
+    return sum((layer.lora_A.numel() + layer.lora_B.numel()) // layer.r * min(rank, layer.r) for layer in layers)
 
 
 def scaling_of(model: nn.Module) -> str:
@@ -297,11 +303,15 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     """A plain model, no loralib layer left, that computes what ``model`` computes at ``rank`` (default: the one in
     use).
 
-    Works on a copy unless ``inplace``. A model of PEFT's is merged by PEFT, and comes back without PEFT's layers.
-    Raises ValueError while per-example ranks are set and no rank is given.
+    Works on a copy unless ``inplace``. A model of PEFT's is merged by PEFT, and comes back without PEFT's layers. Of a
+    model under FSDP2 every process gets a whole copy on its CPU (all call this together). Raises ValueError while
+    per-example ranks are set and no rank is given, and for ``inplace`` under FSDP2.
     """
+    sharded = at_rest(model)
+    if sharded and inplace:
+        raise ValueError("The model is spread over processes by FSDP, and merging makes it whole: leave out inplace.")
     if not inplace:
-        model = copy.deepcopy(model)
+        model = whole_copy(model) if sharded else copy.deepcopy(model)
         # Accelerate and TRL put a forward of their own on a model, which runs the original from a copy too.
         model.__dict__.pop("forward", None)
     if rank is not None:

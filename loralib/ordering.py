@@ -1,10 +1,13 @@
 """Components in the order of their importance, so that the first b of a trained adapter are its best b."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from .layers import Embedding, LoRALayer
 from .model import lora_layers
+from .sharding import at_rest, put, whole
 
 # Optimizer state that follows the gradient, and state that follows its square, by torch's names.
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")
@@ -21,10 +24,9 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
 
     At r_max the model computes what it did, to rounding, and ``lora_B'[:, :b] @ lora_A'[:b]`` is the nearest matrix of
     rank b (Eckart-Young); with ``scaling="alpha/r"`` rank b runs at the strength of r_max. Rows of lora_A keep their
-    mean
-    length: a component with two short factors would hardly train on. In an Embedding lora_B keeps it, since lora_A is
-    the factor that starts at zero. A MergedLinear is ordered projection by projection; a component of a convolution has
-    as many singular values as rows of lora_A.
+    mean length: a component with two short factors would hardly train on. In an Embedding lora_B keeps it, since lora_A
+    is the factor that starts at zero. A MergedLinear is ordered projection by projection; a component of a convolution
+    has as many singular values as rows of lora_A.
 
     ``optimizer`` is the one that trains the adapter; its momenta go along. With lora_A' = R lora_A the gradients are
     R^-T dA and dB R^T, and so are their running means; running means of squares follow as if entries were independent,
@@ -34,19 +36,27 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     layers = lora_layers(model)
     for _, layer in layers:
         layer.check_unmerged()
+    at_rest(model)
     for _, layer in layers:
         (kept, see_kept), (other, see_other) = _factors(layer)
-        result = ordered(see_kept(kept).cpu().double(), see_other(other).cpu().double())
+        result = ordered(see_kept(whole(kept)).cpu().double(), see_other(whole(other)).cpu().double())
         precision = torch.promote_types(kept.dtype, torch.float32)
         new_kept, new_other, R = (_of_first_process(value.to(kept.device, precision)) for value in result)
-        see_kept(kept).copy_(new_kept)
-        see_other(other).copy_(new_other)
+        _rewrite(kept, see_kept, lambda _, new=new_kept: new)
+        _rewrite(other, see_other, lambda _, new=new_other: new)
         if optimizer is not None:
             back = torch.linalg.pinv(R.cpu()).to(R.device).mT
             for state, turn in _moments(optimizer, kept, back):
-                see_kept(state).copy_(turn @ see_kept(state))
+                _rewrite(state, see_kept, lambda old, turn=turn: turn @ old)
             for state, turn in _moments(optimizer, other, R.mT):
-                see_other(state).copy_(see_other(state) @ turn)
+                _rewrite(state, see_other, lambda old, turn=turn: old @ turn)
+
+
+def _rewrite(tensor: torch.Tensor, see: Callable, change: Callable) -> None:
+    """Replace what ``see`` sees of a tensor by ``change`` of it."""
+    value = whole(tensor).clone()
+    see(value).copy_(change(see(value)))
+    put(tensor, value)
 
 
 def _factors(layer: LoRALayer):
@@ -62,8 +72,7 @@ def ordered(kept: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torc
     """kept' = R kept with orthogonal rows of one length, other' with kept' other' = kept other, and R.
 
     Shapes: kept (..., n, d), other (..., m, n), R (..., n, n). Where n is more than m or d, the components beyond these
-    are
-    zero: the product has no use for them.
+    are zero: the product has no use for them.
     """
     n = kept.shape[-2]
     Q_kept, R_kept = torch.linalg.qr(kept.mT)

@@ -6,9 +6,11 @@ import os
 import tempfile
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..layers import LoRALayer
+from ..sharding import at_rest, is_first_process, put, whole
 from .directory import cut_adapter, read_directory, refuse_failed_training, write_adapter
 
 
@@ -25,10 +27,16 @@ def save_peft_adapter(
 
     _, first = layers[0]
     adapter = active_with_ranks(layers)
-    refuse_failed_training(get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
+    state = {
+        key: whole(value) if "lora_" in key or "modules_to_save" in key else value
+        for key, value in model.state_dict().items()
+    }
+    refuse_failed_training(get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False))
+    if at_rest(model) and not is_first_process():
+        return
     r_max = max(layer.r for _, layer in layers)
     with tempfile.TemporaryDirectory() as directory:
-        model.save_pretrained(directory, selected_adapters=[adapter], save_embedding_layers=False)
+        model.save_pretrained(directory, selected_adapters=[adapter], save_embedding_layers=False, state_dict=state)
         own = Path(directory) / adapter if adapter != "default" else Path(directory)
         files = read_directory(own)
         facts = {
@@ -44,7 +52,7 @@ def save_peft_adapter(
 
 def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os.PathLike) -> None:
     """Load a directory of the same rank and targets into the active adapter. Raises ValueError for another one."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model_state_dict
 
     adapter = active_with_ranks(layers)
     files = read_directory(path)
@@ -57,7 +65,9 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
                 f"{path} holds {key!r} of shape {tuple(files.tensors[key].shape)}, the model has {tuple(value.shape)}; "
                 "give DyLoraConfig the r of the file."
             )
-    set_peft_model_state_dict(model, files.tensors, adapter_name=adapter)
+    with torch.no_grad():
+        for key, value in own.items():
+            put(value, files.tensors[key])
 
 
 def active_with_ranks(layers: list[tuple[str, LoRALayer]]) -> str:

@@ -13,6 +13,7 @@ import torch
 from ..convolution import Convolution
 from ..gate import scale
 from ..layers import Embedding, LoRALayer, MergedLinear
+from ..sharding import whole
 
 PREFIX = "base_model.model."
 # Fields of PEFT's configuration under which an adapter is a plain low-rank update of the stored base: those that are
@@ -139,7 +140,7 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
     sizes: dict[str, tuple[int, float]] = {}
     for name, layer in layers:
         b = min(rank, layer.r)
-        factors = (factor.detach() for factor in layer.first_components(b))
+        factors = layer.cut(whole(layer.lora_A.detach()), whole(layer.lora_B.detach()), b)
         tensors.update(zip(keys(layer, name), to_peft(layer, name, *factors), strict=True))
         R = b * expansion(layer)
         strength = scale(b, layer.r, layer.lora_alpha, layer.scaling)

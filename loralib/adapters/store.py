@@ -21,6 +21,7 @@ from ..heads import is_inside, modules_to_save
 from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers
 from ..quantised import is_quantised
+from ..sharding import at_rest, is_first_process, put, whole
 from . import labels, peft_format
 from .directory import AdapterFiles, read_bin, read_directory, refuse_failed_training, write_adapter
 from .hub import local
@@ -35,15 +36,23 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     The strength of rank ``rank`` is exact under stock PEFT: alpha/b and alpha/r as ``lora_alpha``, alpha/sqrt(b) as
     ``use_rslora``. ``extra`` goes into ``dylora.json``. Raises ValueError for a rank outside 1..r_max, and if biases
     were set to train (``mark_only_lora_as_trainable(model, bias=...)``), which the format has no place for. The files
-    are written beside their places and renamed together: a process killed while saving leaves a whole adapter.
+    are written beside their places and renamed together: a process killed while saving leaves a whole adapter. For a
+    model under FSDP2 all processes call this together, and the first one writes the whole adapter.
     """
     if not str(path):
         raise ValueError("path is empty; give the directory that the adapter is written to.")
     model = getattr(model, "_orig_mod", model)  # of a compiled model
+    sharded = at_rest(model)
     layers = [(peft_format.clean(name), layer) for name, layer in lora_layers(model)]
     r_max = max(layer.r for _, layer in layers)
     rank = r_max if rank is None else rank
     check_int("rank", rank, 1, r_max, f"an adapter is saved at a rank from 1 to {r_max}.")
+    for name, layer in layers:
+        if not layer.lora_A.numel() or not layer.lora_B.numel():
+            raise ValueError(
+                f"layer {name!r} has factors without numbers, as DeepSpeed's ZeRO stage 3 leaves them; gather them "
+                "first (deepspeed.zero.GatheredParameters)."
+            )
     if is_peft_model(model):
         return save_peft_adapter(model, layers, path, rank, extra)
     if getattr(model, "lora_bias", "none") != "none":
@@ -55,7 +64,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     heads = modules_to_save(model)
     state = {peft_format.clean(key): value for key, value in model.state_dict().items()}
     tensors |= {peft_format.PREFIX + key: value for key, value in state.items() if is_inside(key, heads)}
-    tensors = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    tensors = {key: whole(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
     refuse_failed_training(tensors)
     _, first = layers[0]
     config |= {
@@ -78,7 +87,8 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     facts |= _base_sample(layers)
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
     facts |= ({"projections": merged} if merged else {}) | label_facts(model) | (extra or {})
-    write_adapter(path, tensors, config, facts)
+    if not sharded or is_first_process():
+        write_adapter(path, tensors, config, facts)
 
 
 def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list[str]:
@@ -100,7 +110,7 @@ def _base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
 
 def _sample(weight: torch.Tensor) -> list[float]:
     places = [i * (weight.numel() - 1) // 15 for i in range(16)]
-    return weight.detach().flatten()[places].float().tolist()
+    return whole(weight.detach()).flatten()[places].float().tolist()
 
 
 def load_adapter(
@@ -141,6 +151,7 @@ def load_adapter(
 
     to_inject = []
     model = getattr(model, "_orig_mod", model)
+    at_rest(model)
     skeleton = model
     if not has_lora(model):
         if files is None:
@@ -175,7 +186,7 @@ def load_adapter(
     state = model.state_dict()
     with torch.no_grad():
         for name, value in (plan | head_plan).items():
-            state[name].copy_(value)
+            put(state[name], value)
     return fresh
 
 

@@ -24,14 +24,23 @@ class AdapterCheckpoints(TrainerPart):
     def _save(self, output_dir=None, state_dict=None):
         if self.bound is None:
             return super()._save(output_dir, state_dict)
+        output_dir = Path(output_dir or self.args.output_dir)
+        if self.args.should_save or self.is_fsdp_enabled:  # under FSDP all processes gather, and one writes
+            facts = self.training_facts() | {"ordered": self.ordered}
+            save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
         if not self.args.should_save:  # every process comes here, one writes
             return None
-        output_dir = Path(output_dir or self.args.output_dir)
-        facts = self.training_facts() | {"ordered": self.ordered}
-        save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As Trainer's, which under FSDP would gather the whole model first, or save nothing."""
+        if self.bound is None or not self.is_fsdp_enabled:
+            return super().save_model(output_dir, _internal_call)
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def training_facts(self) -> dict:
         """How ranks are trained, as ``dylora.json`` and ``rank_results.json`` tell it; nothing without an adapter."""

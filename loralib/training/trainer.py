@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..all_ranks import batch_size
 from ..frozen import freeze_undrawn
@@ -95,17 +96,11 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.asked = schedule or RankSchedule(), eval_ranks
         self.contexts: contextlib.ExitStack | None = None  # around a training
         self._bind()
-        ordering = self.bound is not None and self.bound.schedule.full_rank_share
-        if ordering and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError("DeepSpeed and FSDP keep no whole factors to order; give full_rank_share=0 there.")
+        self._refuse_scattered_factors()
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
                 f"GPU: torchrun --nproc_per_node={self.args.n_gpu} ..."
-            )
-        if self.is_fsdp_enabled and self.args.device.type == "cpu":
-            raise ValueError(
-                "FSDP needs GPUs: accelerate has none for CPUs; leave it out, several processes share a batch."
             )
         if self.args.train_sampling_strategy == "batch_rebalance" or self.args.batch_eval_metrics:
             raise ValueError(
@@ -128,6 +123,21 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.ordered = False  # whether the components were put in order in this training
         self.knows_loss = False  # whether the model was asked if its loss divides by num_items_in_batch
         self.frozen_by = None  # the optimizer that freeze_undrawn watches
+
+    def _refuse_scattered_factors(self) -> None:
+        """Raise ValueError where a training keeps factors in a form that can be neither ordered nor saved."""
+        if self.args.fsdp and not self.is_fsdp_enabled:  # accelerate would go on without a word
+            raise ValueError(
+                "FSDP needs GPUs: accelerate has none for CPUs; leave it out, several processes share a batch."
+            )
+        if self.bound is None:
+            return
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP1 keeps no factors, only flat parts of them: use FSDP2 (fsdp_version: 2).")
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("DeepSpeed's ZeRO stage 3 keeps no whole factors: use stage 1 or 2, or FSDP2.")
+        if self.is_deepspeed_enabled and self.bound.schedule.full_rank_share:
+            raise ValueError("DeepSpeed keeps its own copy of what would be ordered; give full_rank_share=0 there.")
 
     def _bind(self) -> None:
         """Settle the schedule and the ranks to measure for the model's adapter."""

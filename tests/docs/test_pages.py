@@ -3,8 +3,10 @@
 import importlib.util
 import re
 import shlex
+import socket
 
 import pytest
+import torch
 
 from .pages import PAGES, ROOT, WRITTEN, commands, fenced, name, write_data
 
@@ -65,11 +67,23 @@ def test_its_python_runs(page, finished, tmp_path, monkeypatch, roberta_checkpoi
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     here = {"roberta-base": roberta_checkpoint, "HuggingFaceTB/SmolLM2-135M-Instruct": llama_checkpoint}
     before = BEFORE.get(name(page))
+    if "init_process_group" in page.read_text(encoding="utf-8"):
+        one = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+        for variable, value in one.items():  # as torchrun sets them
+            monkeypatch.setenv(variable, str(value))
     names = {"__name__": "page"}
     for block in [*(fenced(ROOT / before, "python")[:2] if before else []), *fenced(page, "python")]:
         for hub, local in here.items():
             block = block.replace(f'"{hub}"', repr(str(local)))
         exec(compile(block, name(page), "exec"), names)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def flags_after(words, start):

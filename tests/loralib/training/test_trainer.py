@@ -20,6 +20,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.training_args import ParallelMode
 
 import loralib as lora
 from loralib.trainer import DyLoRATrainer
@@ -447,8 +448,11 @@ def test_settings_that_contradict_each_other(options, message, roberta_config, r
         trainer(roberta_config, roberta_checkpoint, tmp_path, **options)
 
 
-@pytest.mark.parametrize("name", ["is_fsdp_enabled", "is_deepspeed_enabled"])
-def test_sharded_factors_cannot_be_ordered(name, roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("is_fsdp_enabled", "FSDP1 keeps no factors"), ("is_deepspeed_enabled", "give full_rank_share=0")],
+)
+def test_factors_that_cannot_be_ordered(name, message, roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
     create = DyLoRATrainer.create_accelerator_and_postprocess
 
     def create_sharded(self):
@@ -456,8 +460,21 @@ def test_sharded_factors_cannot_be_ordered(name, roberta_config, roberta_checkpo
         setattr(self, name, True)
 
     monkeypatch.setattr(DyLoRATrainer, "create_accelerator_and_postprocess", create_sharded)
-    with pytest.raises(ValueError, match="give full_rank_share=0"):
+    with pytest.raises(ValueError, match=message):
         trainer(roberta_config, roberta_checkpoint, tmp_path)
+
+
+def test_zero_3_is_refused(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("loralib.training.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ValueError, match="ZeRO stage 3 keeps no whole factors"):
+        trainer(roberta_config, roberta_checkpoint, tmp_path, full_rank_share=0)
+
+
+def test_fsdp_on_a_cpu_is_refused_and_not_left_out(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+    # transformers asks for several processes first, and goes on without FSDP then.
+    monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
+    with pytest.raises(ValueError, match="FSDP needs GPUs"):
+        trainer(roberta_config, roberta_checkpoint, tmp_path, fsdp="full_shard")
 
 
 def test_resuming_and_evaluating_change_nothing_in_the_real_model(roberta_checkpoint, roberta_config, tmp_path):
