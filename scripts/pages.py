@@ -1,5 +1,6 @@
 """Markdown that scripts write: prose in lines that fit a terminal and a diff."""
 
+import re
 import textwrap
 
 WIDTH = 116
@@ -12,7 +13,7 @@ def page(lines: list[str]) -> str:
         if len(line) <= WIDTH or line.startswith(("|", "    ", "#", "!", "<", "```")):
             found.append(line)
         else:
-            indent = "  " if line.startswith("- ") else ""
+            indent = " " * (match.end() if (match := re.match(r"(-|\d+\.) ", line)) else 0)
             found += textwrap.wrap(
                 line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
             )
