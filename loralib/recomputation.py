@@ -2,8 +2,7 @@
 
 A checkpointed block keeps no activations; in the backward pass it runs a second time and reads whatever rank the model
 has by then. Two forward passes at different ranks before one backward pass, or ``use_rank`` left before it, would give
-wrong
-gradients: such a recomputation raises here. ``loralib.checkpoint_contexts`` makes it right.
+wrong gradients: such a recomputation raises here. ``loralib.checkpoint_contexts`` makes it right.
 """
 
 from __future__ import annotations

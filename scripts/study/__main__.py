@@ -1,10 +1,10 @@
 """Does one DyLoRA run match a whole LoRA sweep? Train and measure the methods of methods.py on GLUE data.
 
-    python -m scripts.study rates  --encoder DIR --data DIR     # choose each method's learning rate, on a tenth of
-    train python -m scripts.study leads  --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of
-    train python -m scripts.study runs   --encoder DIR --data DIR     # every task, method and seed, on validation
-    python -m scripts.study tables                              # results/study: tables, curves, cost python -m
-    scripts.study cell rte mixed 0 --encoder DIR --data DIR       # one run again; prints what it found
+    python -m scripts.study rates  --encoder DIR --data DIR     # choose each method's rate, on a tenth of train
+    python -m scripts.study leads  --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of train
+    python -m scripts.study runs   --encoder DIR --data DIR     # every task, method and seed, on validation
+    python -m scripts.study tables                              # results/study: tables, curves, cost
+    python -m scripts.study cell rte mixed 0 --encoder DIR --data DIR       # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
 run_glue.py's --dataset_dir (without --data: from the hub). Runs are appended to results/study/runs.jsonl, one line

@@ -247,8 +247,35 @@ def test_a_cell_that_is_none_says_which_there_are(given, tiny, capsys):
     assert "a task (cola, rte" in capsys.readouterr().err
 
 
+# One of each kind of variant.
+VARIANTS = [
+    *("ordered-0.3", "ordered-geometric", "mixed-0.8", "thirds-0.8", "by-cost-0.8", "ordered-gate", "ordered-distil"),
+    *(
+        "strengths-1/k",
+        "anneal-constant",
+        "plus-constant",
+        "orthogonal-constant",
+        "shuffled-constant",
+        "distil-constant",
+        "mean-constant",
+    ),
+]
+
+
+def test_no_kind_of_variant_is_left_out():
+    def kind(method):
+        plain = study_methods.Method("")
+        own = {name for name in vars(plain) if getattr(method, name) != getattr(plain, name)}
+        return frozenset(own - {"title", "alpha", "scaling", "schedule"}), method.schedule.sampling
+
+    tried = {kind(method) for method in study_methods.TRIED.values()}
+    assert tried <= {kind(study_methods.TRIED[name]) for name in VARIANTS} | {
+        kind(study_methods.METHODS["matryoshka-1"])
+    }
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", study_methods.TRIED)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_trains(name, tiny, tmp_path, roberta_checkpoint):
     (found,) = running.run_cell(
         cells.Cell("rte", name, 0, 1e-3, "held_out"), str(roberta_checkpoint), str(tmp_path / "glue")

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -473,7 +474,7 @@ def test_zero_3_is_refused(roberta_config, roberta_checkpoint, tmp_path, monkeyp
 def test_fsdp_on_a_cpu_is_refused_and_not_left_out(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
     # transformers asks for several processes first, and goes on without FSDP then.
     monkeypatch.setattr(TrainingArguments, "parallel_mode", ParallelMode.DISTRIBUTED)
-    with pytest.raises(ValueError, match="FSDP needs GPUs"):
+    with mock.patch.dict(os.environ), pytest.raises(ValueError, match="FSDP needs GPUs"):  # it sets some
         trainer(roberta_config, roberta_checkpoint, tmp_path, fsdp="full_shard")
 
 
