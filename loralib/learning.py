@@ -21,6 +21,7 @@ from .checks import check_int
 from .gate import rank_gate
 from .layers import LoRALayer, adapted_layers
 from .layout import ALIKE, CHANGING, UNREACHED, Call, Layout, LayoutError, Seen, agreed, calls, distinct, infer
+from .quantised import row_by_row
 from .state import RankState
 
 SINGLES = 4  # examples of a batch that run one by one
@@ -189,7 +190,8 @@ def _aside(model: nn.Module) -> Iterator[None]:
             model.eval()
             for layer, _ in states:
                 layer.state = RankState(layer.r)
-            yield
+            with row_by_row(model.modules()):
+                yield
         finally:
             _learning = outer
             if wrapper is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -63,9 +65,43 @@ def dequantised(base: Any) -> tuple[torch.Tensor, torch.dtype]:
 
     PEFT knows the ways of storing; it is needed here alone.
     """
+    if _in_8_bits(base):  # PEFT would move the weight, and the layer lose its scales (bitsandbytes 0.50)
+        scales = base.weight.SCB if base.state.SCB is None else base.state.SCB
+        return base.weight.data.float() * (scales.to(base.weight.device)[:, None] / 127), torch.float32
     from peft.utils.integrations import dequantize_module_weight
 
     unpack(base)
     weight = dequantize_module_weight(base)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
     return weight, getattr(base, "compute_dtype", None) or dtype
+
+
+@contextlib.contextmanager
+def row_by_row(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within, 8-bit layers of bitsandbytes compute with the values that their weights stand for.
+
+    LLM.int8 rounds what goes in to 8 bits, too: a last digit, which depends on the rows of a batch, becomes a step of
+    8 bits and grows from layer to layer, until a row in a batch and the same alone have little in common.
+    """
+    found: list[Any] = []
+    for module in modules:
+        base: Any = module.__dict__.get("_base", module)
+        if _in_8_bits(base):
+            found.append(base)
+            base.forward = functools.partial(_as_whole, base)
+    try:
+        yield
+    finally:
+        for base in found:
+            base.__dict__.pop("forward", None)
+
+
+def _in_8_bits(base: Any) -> bool:
+    """Whether it is a layer of bitsandbytes with LLM.int8 weights."""
+    return "bitsandbytes" in sys.modules and type(base._parameters.get("weight")).__name__ == "Int8Params"
+
+
+def _as_whole(base: Any, x: torch.Tensor) -> torch.Tensor:
+    weight, _ = dequantised(base)
+    bias = None if base.bias is None else base.bias.to(x.dtype)
+    return nn.functional.linear(x, weight.to(x.dtype), bias)

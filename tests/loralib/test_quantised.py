@@ -4,6 +4,7 @@ torchao makes every import of transformers three times as slow, so it stands bes
 its cases in a process that sees it.
 """
 
+import contextlib
 import copy
 import importlib.util
 import os
@@ -19,9 +20,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import loralib as lora
+from loralib.layout import LayoutError
 from loralib.model import lora_layers
 from loralib.peft import DyLoraConfig
-from loralib.quantised import dequantised, is_quantised, keep_gradients
+from loralib.quantised import dequantised, is_quantised, keep_gradients, row_by_row
 
 from .helpers import IDS
 from .helpers import logits_at as out
@@ -34,10 +36,10 @@ EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def whole():
+def whole(layers=2):
     """A model as wide as a kernel for 4 bits wants it."""
     torch.manual_seed(0)
-    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, vocab_size=120)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=layers, num_attention_heads=2, vocab_size=120)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_key_value_heads=2)).eval()
 
 
@@ -55,7 +57,9 @@ def quantised(kind):
             if kind == "nf4":
                 made = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, quant_type="nf4")
             else:
-                made = bnb.nn.Linear8bitLt(module.in_features, module.out_features, bias=False, has_fp16_weights=False)
+                made = bnb.nn.Linear8bitLt(
+                    module.in_features, module.out_features, bias=False, has_fp16_weights=False, threshold=6.0
+                )
             made.load_state_dict(module.state_dict(), strict=False)
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
@@ -144,6 +148,35 @@ def test_it_is_stock_pefts_lora_at_r_max(kind, tmp_path):
     for rank in (0, 1, 3, torch.tensor([1, 4, 2])):
         torch.testing.assert_close(out(inside, rank), out(model, rank), atol=1e-4, rtol=1e-3)
     assert not isinstance(LoraConfig.from_pretrained(str(tmp_path / "a")), DyLoraConfig)
+
+
+@pytest.mark.skipif(HERE, reason="only LLM.int8 rounds what goes in")
+@pytest.mark.parametrize("door", ["inject", "peft"])
+def test_rounding_to_8_bits_is_not_taken_for_another_layout(door, monkeypatch):
+    """A last digit that depends on the batch becomes a step of 8 bits, and layers grow it."""
+    deep = whole(layers=8)
+    for parameter in deep.model.layers.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    monkeypatch.setattr(sys.modules[__name__], "whole", lambda: copy.deepcopy(deep))
+    model = adapted(quantised("int8"), door)
+    assert out(model, torch.tensor([1, 4, 2])).shape[0] == 3
+    monkeypatch.setattr("loralib.learning.row_by_row", lambda modules: contextlib.nullcontext())
+    with pytest.raises(LayoutError):
+        out(adapted(quantised("int8"), door), torch.tensor([1, 4, 2]))
+
+
+@pytest.mark.skipif(HERE, reason="only LLM.int8 rounds what goes in")
+def test_8_bits_are_looked_at_as_the_values_that_they_stand_for():
+    layer = bnb.nn.Linear8bitLt(64, 32, bias=True, has_fp16_weights=False)
+    layer.load_state_dict(nn.Linear(64, 32).state_dict())
+    layer, x = layer.to("cpu"), torch.randn(3, 64)
+    for _ in range(2):  # a pass moves the scales elsewhere
+        with torch.no_grad(), row_by_row([layer]):
+            weight, _ = dequantised(layer)
+            torch.testing.assert_close(layer(x), nn.functional.linear(x, weight, layer.bias))
+        before = layer(x)
+        assert torch.equal(layer(x), before) and 0 < float((before - x @ weight.T - layer.bias).norm()) < 0.1
 
 
 @EVERY_KIND
