@@ -12,8 +12,11 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from loralib.report.choice import aurac
+
 from .cells import BATCH, BUDGETS, Budget, Cell, read_records
-from .methods import CUTS, METHODS, MIXED, PARTS, R_MAX, TRIED, StudyTrainer
+from .methods import CUTS, METHODS, MIXED, PARTS, R_MAX, SWEEP, TRIED, StudyTrainer
+from .reducing import LOOKED_AT, cut, with_the_most_important
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,7 +86,8 @@ def run_cell(cell: Cell, encoder: str, data: str | None, keep: str | None = None
             for name in CUTS:
                 cut(model, name, encoder, directory, task)
                 own = Cell(cell.task, name, cell.seed, cell.rate, cell.split)
-                records.append(record(own, trainer, measured, task) | facts)
+                take = record_reduced if name == "cut-fisher" else record
+                records.append(take(own, trainer, measured, task) | facts)
     return records
 
 
@@ -132,38 +136,19 @@ def record(cell: Cell, trainer, measured, task) -> dict:
     }
 
 
-def cut(model, name: str, encoder: str, directory: str, task) -> None:
-    """Change the trained lora-8 in place, so that its ranks are what the way ``name`` of cutting gives."""
-    from loralib.model import lora_layers
-
-    layers = dict(lora_layers(model))
-    if name == "cut-svd":
-        for path, (A, B) in svd_components(model, encoder, directory, task).items():
-            layer = layers[path]
-            layer.lora_A.data.copy_(A)
-            layer.lora_B.data.copy_(B * layer.r / layer.lora_alpha)
-    for layer in layers.values():
-        layer.scaling = "alpha/b" if name == "cut-alpha/b" else "alpha/r"
-
-
-def svd_components(model, encoder: str, directory: str, task) -> dict:
-    """lora_A and lora_B of every layer after peft's reduction at r_max: its first b components are that at rank b."""
-    from peft import PeftModel, convert_to_lora
-    from transformers import AutoModelForSequenceClassification
-
-    import loralib as lora
-
-    lora.save_adapter(model, Path(directory) / "adapter")
-    stock = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=task.num_labels)
-    adapted = PeftModel.from_pretrained(stock, str(Path(directory) / "adapter"))
-    config, state = convert_to_lora(adapted, rank=lora.max_rank(model))
-    strength = config.lora_alpha / config.r
+def record_reduced(cell: Cell, trainer, measured, task) -> dict:
+    """The scores of the model reduced to the parameters of ranks 1, 2, 4 and 8 by the importance of its components."""
+    looked_at = trainer.train_dataset.shuffle(seed=0)
+    looked_at = looked_at.select(range(min(LOOKED_AT, len(looked_at))))
+    ranks, trainer.eval_ranks = trainer.eval_ranks, [R_MAX]
     found = {}
-    for key, A in state.items():
-        if key.endswith(".lora_A.weight"):
-            B = state[key.replace(".lora_A.", ".lora_B.")]
-            found[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = (A, B * strength)
-    return found
+    for b in with_the_most_important(trainer.model, trainer.get_eval_dataloader(looked_at), SWEEP):
+        found[b] = record(cell, trainer, measured, task)
+    trainer.eval_ranks = ranks
+    scores = {str(b): each["scores"][str(R_MAX)] for b, each in found.items()}
+    seconds = sum(each["evaluation_seconds"] for each in found.values())
+    area = round(aurac(list(found), list(scores.values())), 4)
+    return found[R_MAX] | {"scores": scores, "aurac": area, "evaluation_seconds": round(seconds, 1)}
 
 
 def commit() -> str:

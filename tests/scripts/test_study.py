@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from transformers_dylora.tasks import TASKS
 
 import loralib as lora
+from loralib.model import lora_layers
 from scripts.study import __main__ as study
-from scripts.study import cells, running
+from scripts.study import cells, reducing, running
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
 
@@ -176,7 +177,7 @@ def test_the_reduction_by_svd_is_pefts_at_every_rank(roberta_checkpoint, tmp_pat
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)
-    found = running.svd_components(model, str(roberta_checkpoint), str(tmp_path), TASKS["rte"])
+    found = reducing.svd_components(model, str(roberta_checkpoint), str(tmp_path), TASKS["rte"])
     base = AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=2)
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
     assert len(found) == 4
@@ -186,6 +187,59 @@ def test_the_reduction_by_svd_is_pefts_at_every_rank(roberta_checkpoint, tmp_pat
             key = f"base_model.model.{path}.lora_"
             wanted = config.lora_alpha / config.r * state[f"{key}B.weight"] @ state[f"{key}A.weight"]
             torch.testing.assert_close(B[:, :b] @ A[:b], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_importance_is_the_mean_square_of_each_examples_own_derivative():
+    model, inputs = encoder_with_adapters()
+    labels = torch.tensor([0, 1, 1, 0])
+    batches = [
+        {"input_ids": inputs[:3], "labels": labels[:3]},
+        {"input_ids": inputs[3:], "labels": labels[3:]},
+    ]
+    found = reducing.importance(model, batches)
+    for _, layer in lora_layers(model):
+        strength = layer.strength()
+        for j in range(layer.r):
+            squares = []
+            for i in range(4):
+                losses = []
+                for step in (-1e-2, 1e-2):
+                    gate = torch.full((layer.r,), strength, dtype=torch.float64)
+                    gate[j] += step
+                    layer.set_gate(gate)
+                    logits = model(input_ids=inputs[i : i + 1]).logits
+                    losses.append(torch.nn.functional.cross_entropy(logits, labels[i : i + 1]).item())
+                squares.append(((losses[1] - losses[0]) / 2e-2) ** 2)
+                layer.set_rank(layer.r)
+            assert float(found[layer][j]) == pytest.approx(sum(squares) / 4, rel=2e-2, abs=1e-9)
+
+
+def encoder_with_adapters():
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=50)
+    model = RobertaForSequenceClassification(RobertaConfig(**sizes, num_labels=2, max_position_embeddings=20)).double()
+    lora.inject(model.eval(), ["query", "value"], r=3)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B)
+    return model, torch.randint(5, 50, (4, 7))
+
+
+def test_a_model_is_reduced_to_its_most_important_components_and_whole_again():
+    model, inputs = encoder_with_adapters()
+    batches = [{"input_ids": inputs, "labels": torch.tensor([0, 1, 1, 0])}]
+    scores = reducing.importance(model, batches)
+    before, layers = model(input_ids=inputs).logits, [layer for _, layer in lora_layers(model)]
+    for b in reducing.with_the_most_important(model, batches, (1, 2, 3)):
+        kept = {layer: layer.lora_B.detach().abs().sum(0) > 0 for layer in layers}
+        assert sum(int(each.sum()) for each in kept.values()) == b * len(layers)
+        left = [float(s) for layer in layers for s, k in zip(scores[layer], kept[layer], strict=True) if k]
+        gone = [float(s) for layer in layers for s, k in zip(scores[layer], kept[layer], strict=True) if not k]
+        assert not gone or min(left) >= max(gone)
+        if b == 3:
+            torch.testing.assert_close(model(input_ids=inputs).logits, before)
+    torch.testing.assert_close(model(input_ids=inputs).logits, before)
 
 
 @pytest.fixture
