@@ -109,7 +109,7 @@ CUTS = {
     "cut-alpha/b": "LoRA trained at rank 8, cut, alpha/b",
     "cut-alpha/r": "LoRA trained at rank 8, cut, alpha/r",
     "cut-svd": "LoRA trained at rank 8, reduced by SVD",
-    "cut-fisher": "the same with components chosen over all layers, at the parameters of each rank",
+    "cut-fisher": "LoRA trained at rank 8, components kept by Fisher information over all layers",
 }
 TRIED = {
     "matryoshka-sum": Method(

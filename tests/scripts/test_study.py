@@ -159,6 +159,20 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
         assert shown in at[name] and at[name].endswith("| no |" if worse else "| yes |")
 
 
+def test_leads_are_paired_differences_from_the_reduction_by_svd():
+    def line(method, run, score, **others):
+        task, seed = cells.LEAD_RUNS[run]
+        own = {"task": task, "seed": seed, "method": method, "split": "held_out", "rate": cells.TRIED_RATE}
+        return own | {"scores": dict.fromkeys("1248", score)} | others
+
+    lines = [line("cut-svd", 0, 50.0), line("cut-svd", 1, 70.0), line("mixed-0.8", 0, 51.0), line("mixed-0.8", 1, 74.0)]
+    lines += [line("mixed-0.8", 2, 99.0)]  # without its peer
+    lines += [line("mixed-0.8", 0, 0.0, split="validation"), line("halves-0.8", 0, 9.0), line("lora-8", 0, 9.0)]
+    (row,) = [text for text in "\n".join(study_tables.lead_table(lines)).splitlines() if "+" in text or "-0" in text]
+    assert "after 0.8 of the training, then mixed" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
+    assert study_tables.lead_table(lines[:1]) == []
+
+
 def test_averages_are_over_methods_that_every_task_has():
     lines = curve_lines("example", 0, dict.fromkeys((1, 2, 4, 8), 40.0))
     lines.append(lines[0] | {"task": "rte", "scores": dict.fromkeys("1248", 90.0)})
