@@ -14,6 +14,7 @@ from .gate import check_rank
 from .layers import LoRALayer
 from .layout import LayoutError, same
 from .model import lora_layers, max_rank, use_rank
+from .sharding import is_sharded_model
 
 # A small batch leaves a machine idle between its products: ranks are stacked into one pass while it stays within this
 # many tokens. Measured on a CPU (results/benchmark, "All ranks"): at 192 tokens all together take 0.64 to 0.78 of the
@@ -60,7 +61,9 @@ def at_ranks(
     ranks = [check_rank(b, r_max) for b in ranks]
     run = run or (lambda batch: model(**batch))
     stack = not any("label" in name for name in inputs) if stack is None else stack
-    plan = passes(inputs, ranks, stack and model not in _one_by_one)
+    # Under FSDP a pass is all processes' together, and how many there are must not depend on the batch of each.
+    stack = stack and model not in _one_by_one and not is_sharded_model(model)
+    plan = passes(inputs, ranks, stack)
     shared = not model.training and not torch.is_grad_enabled()
     with share_between_ranks(model) if shared else contextlib.nullcontext(lambda *batches: None) as new_batch:
         new_batch(*(batch for _, _, batch in plan))

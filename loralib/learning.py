@@ -7,7 +7,6 @@ gets in the one and in the others is compared (``loralib.layout.infer``).
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,19 +14,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from .checks import check_int
+from .cutting import Batch, batches
 from .gate import rank_gate
 from .layers import LoRALayer, adapted_layers
 from .layout import ALIKE, CHANGING, UNREACHED, Call, Layout, LayoutError, Seen, agreed, calls, distinct, infer
 from .quantised import row_by_row
+from .sharding import is_sharded_model, without_fsdp
 from .state import RankState
 
 SINGLES = 4  # examples of a batch that run one by one
 ROUNDS = 2  # batches that are compared: the one at hand, and one of its tokens mixed up
 MORE = 8  # more of these, where a layer gets rows that are not simply all tokens
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+TOGETHER = (
+    "all processes learn together where examples stand, from a batch of 2 or more in each: call loralib.learn_layout("
+    "model, **batch) in all of them, or say it with loralib.declare_layout(model, 0)"
+)
 _learning = False
 
 
@@ -48,7 +52,12 @@ def learn_layout(model: nn.Module, *args, **kwargs) -> None:
     """
     size = next((len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim), 1)
     gates = [layer.state.gate for _, layer in adapted_layers(model) if layer.state.learn]
-    learn(Call(model, args, kwargs, learn), next((len(g) for g in gates if g is not None and g.ndim == 2), size))
+    n = next((len(g) for g in gates if g is not None and g.ndim == 2), size)
+    call = Call(model, args, kwargs, learn)
+    if is_sharded_model(model):
+        _learn_together(call, n)
+    else:
+        learn(call, n)
 
 
 def declare_layout(model: nn.Module, dim: int) -> None:
@@ -67,62 +76,17 @@ Layouts = dict[LoRALayer, Layout | str]
 Record = dict[LoRALayer, list[Seen]]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The inputs of a call, as leaves of a tree, with the dimension in which each leaf holds the examples, or None."""
-
-    leaves: list[Any]
-    spec: Any
-    dims: tuple[int | None, ...]
-
-    def example(self, i: int) -> Batch:
-        cut = [
-            leaf if dim is None else leaf.narrow(dim, i, 1) for leaf, dim in zip(self.leaves, self.dims, strict=True)
-        ]
-        return replace(self, leaves=cut)
-
-    def mixed_up(self, seed: int) -> Batch:
-        """The same shapes with other examples: each token (or row) is drawn from those of the batch.
-
-        No value is new, so that none is out of range, and what belongs to one token in several inputs stays together.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        drawn: dict[torch.Size, torch.Tensor] = {}
-        leaves = []
-        for leaf, dim in zip(self.leaves, self.dims, strict=True):
-            if dim is not None:
-                rows = leaf.shape[:2]
-                if rows not in drawn:
-                    drawn[rows] = torch.randint(rows.numel(), (rows.numel(),), generator=generator)
-                leaf = leaf.flatten(0, len(rows) - 1)[drawn[rows].to(leaf.device)].view(leaf.shape)
-            leaves.append(leaf)
-        return replace(self, leaves=leaves)
-
-    def inputs(self) -> tuple[tuple, dict[str, Any]]:
-        """(args, kwargs) for a pass; objects that a pass may change (caches) are copies."""
-        leaves = [x if isinstance(x, (torch.Tensor, *PLAIN)) else copy.deepcopy(x) for x in self.leaves]
-        return tree_unflatten(leaves, self.spec)
-
-
-def batches(call: Call, n: int) -> list[Batch]:
-    """The ways to cut a call's inputs into n examples: in the first dimension, in the second, or one of them first."""
-    leaves, spec = tree_flatten((call.args, call.kwargs))
-    found: dict[tuple, Batch] = {}
-    of_transformers = hasattr(call.model, "main_input_name")  # whose models take the batch first
-    for order in ((0,), (0, 1)) if of_transformers else ((0,), (0, 1), (1, 0), (1,)):
-        dims = tuple(
-            next((d for d in order if isinstance(x, torch.Tensor) and x.shape[d : d + 1] == (n,)), None) for x in leaves
-        )
-        if any(dim is not None for dim in dims):
-            found.setdefault(dims, Batch(leaves, spec, dims))
-    return list(found.values())
-
-
 def learn(call: Call, n: int) -> None:
     """Give every adapted layer that the call's inputs reach its layout for n examples, or the reason why it has none.
 
-    Raises LayoutError if the model cannot run examples one by one.
+    Raises LayoutError if the model cannot run examples one by one, or if this process alone would make it run.
     """
+    if is_sharded_model(call.model):
+        raise LayoutError(f"{type(call.model).__name__} gets other shapes than at first, and under FSDP {TOGETHER}.")
+    _learn_alone(call, n)
+
+
+def _learn_alone(call: Call, n: int) -> None:
     if n < 2:
         return  # of a single example nothing can be learnt, and nothing has to be
     failures: list[Exception] = []
@@ -159,6 +123,25 @@ def learn(call: Call, n: int) -> None:
                 f"the batch has several dimensions of {n} that could be the examples; say which with "
                 f"loralib.declare_layout"
             )
+
+
+def _learn_together(call: Call, n: int) -> None:
+    """Under FSDP, where a pass is all processes' together: each learns from a whole model, and the first one's result
+    counts."""
+    distributed = torch.distributed
+    sizes: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(sizes, n)
+    if max(sizes) < 2:
+        return
+    if min(sizes) < 2:
+        raise LayoutError(f"Under FSDP {TOGETHER}.")
+    with without_fsdp(call.model):
+        _learn_alone(call, n)
+    layers = [layer for _, layer in adapted_layers(call.model)]
+    layouts = [layer.layout for layer in layers]
+    distributed.broadcast_object_list(layouts)
+    for layer, layout in zip(layers, layouts, strict=True):
+        layer.layout = layout
 
 
 def _alike(one: Layout | str, other: Layout | str) -> bool:

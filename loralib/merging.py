@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .quantised import dequantised, is_quantised
-from .sharding import is_sharded
+from .sharding import is_managed
 from .state import RankState
 
 
@@ -73,7 +73,7 @@ class Merging(nn.Module):
                 f"{self.described()} is quantised, and its weight has no place for the update; loralib.merge(model, "
                 "rank) makes a plain layer of it."
             )
-        if is_sharded(self.weight):
+        if is_managed(self):
             raise RuntimeError(
                 f"{self.described()} is spread over processes by FSDP, which would not see a new weight; "
                 "loralib.merge(model, rank) gives a whole model."

@@ -17,7 +17,7 @@ from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, tied
 from .layers import LoRALayer, adapted_among, adapted_layers
 from .quantised import keep_gradients, say_what_merging_costs
-from .sharding import at_rest, is_sharded, whole_copy
+from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
 
@@ -50,12 +50,14 @@ def has_lora(model: nn.Module) -> bool:
 def _refuse_layers_without_ranks(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
     """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on a layer made for a plain one:
     the layer would run at its full rank whatever is set."""
-    configs: Any = getattr(model, "peft_config", {})
-    active: Any = getattr(model, "active_adapters", []) if configs else []
+    holder: Any = next((module for _, module in modules if "peft_config" in module.__dict__), None)
+    configs: Any = getattr(holder, "peft_config", {})
+    active: Any = getattr(holder, "active_adapters", [])
     active = active if isinstance(active, list) else []
     ranked = {name for name in active if hasattr(configs.get(name), "rank_scaling")}
     for name, module in modules if ranked else ():
-        factors: Any = module._modules.get("lora_A") or module._modules.get("lora_embedding_A") or ()
+        found = module._modules.get("lora_A") or module._modules.get("lora_embedding_A")
+        factors = found if isinstance(found, (nn.ModuleDict, nn.ParameterDict)) else ()
         for adapter in ranked.intersection(factors).difference(module.__dict__.get("dylora_layers", ())):
             raise ValueError(
                 f"The adapter {adapter!r} of a DyLoraConfig lies in {name!r}, which PEFT made for a plain LoraConfig, "
@@ -119,7 +121,7 @@ def inject(
     for head in heads:
         if not any(matches(name, [head]) for name in modules):
             raise ValueError(f"modules_to_save names {head!r}, which {type(model).__name__} does not have.")
-    if any(is_sharded(parameter) for parameter in model.parameters()):
+    if any(is_managed(module) for module in modules.values()):
         raise ValueError(
             f"{type(model).__name__} is spread over processes already, and FSDP would not see what is put in now: call "
             "inject before fully_shard."

@@ -245,7 +245,16 @@ class HasRanks(_Any):
     def _cast_input_dtype(self, x, dtype):
         # A layer of ours casts where it must (under autocast it need not); this is for adapters without ranks.
         inner = self.__dict__.get("dylora_layers", {})
-        return x if all(name in inner for name in self.active_adapters) else super()._cast_input_dtype(x, dtype)
+        ours = not self.__dict__.get("dylora_mixed") and all(name in inner for name in self.active_adapters)
+        return x if ours else super()._cast_input_dtype(x, dtype)
+
+    def _mixed_batch_forward(self, *args, **kwargs):
+        # An adapter for each example: not those that are active.
+        self.__dict__["dylora_mixed"] = True
+        try:
+            return super()._mixed_batch_forward(*args, **kwargs)
+        finally:
+            del self.__dict__["dylora_mixed"]
 
     def merge(self, *args, **kwargs) -> None:
         unpack(self.get_base_layer())

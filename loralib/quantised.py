@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,8 +13,11 @@ from torch import nn
 
 
 def is_quantised(weight: torch.Tensor) -> bool:
-    """Whether a base weight's stored numbers are not its values. torchao's tensors call themselves floats."""
-    return not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
+    """Whether a base weight's stored numbers are not its values. torchao's tensors call themselves floats, and 4-bit
+    weights of bitsandbytes may be stored as such (``quant_storage``)."""
+    weight = getattr(weight, "_local_tensor", weight)  # of one that FSDP spreads
+    torchao = type(weight).__module__.startswith("torchao.")
+    return torchao or not weight.is_floating_point() or getattr(weight, "bnb_quantized", False)
 
 
 def stored_bytes(weight: Any) -> int:
@@ -36,7 +38,7 @@ def say_what_merging_costs(layers: Iterable[Any]) -> None:
         warnings.warn(
             f"Merging makes the quantised layers whole: {before / 2**20:.1f} MiB become {after / 2**20:.1f} MiB at two "
             "bytes a number.",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -47,13 +49,19 @@ def unpack(base: nn.Module) -> None:
         base.state_dict()
 
 
+def base_of(module: nn.Module) -> Any:
+    """The base layer of an injected layer, which is no child of it; any other module itself."""
+    base = module.__dict__.get("_base")
+    return base if isinstance(base, nn.Module) else module
+
+
 def keep_gradients(modules: Iterable[nn.Module]) -> None:
     """Turn that packing off in a model's modules, and undo it: a packed layer passes no gradient on, without a word, so
     that a training after an evaluation would learn through none of them (bitsandbytes 0.50)."""
     if "bitsandbytes" not in sys.modules:
         return
     for module in modules:
-        base: Any = module.__dict__.get("_base", module)  # an injected layer's is no child of it
+        base = base_of(module)
         if base.__dict__.get("support_avx512bf16_for_cpu", False):
             base.support_avx512bf16_for_cpu = False
             unpack(base)
@@ -83,17 +91,13 @@ def row_by_row(modules: Iterable[nn.Module]) -> Iterator[None]:
     LLM.int8 rounds what goes in to 8 bits, too: a last digit, which depends on the rows of a batch, becomes a step of
     8 bits and grows from layer to layer, until a row in a batch and the same alone have little in common.
     """
-    found: list[Any] = []
-    for module in modules:
-        base: Any = module.__dict__.get("_base", module)
-        if _in_8_bits(base):
-            found.append(base)
-            base.forward = functools.partial(_as_whole, base)
+    bases = [base for base in map(base_of, modules) if _in_8_bits(base)]
+    hooks = [base.register_forward_hook(_as_whole) for base in bases]
     try:
         yield
     finally:
-        for base in found:
-            base.__dict__.pop("forward", None)
+        for hook in hooks:
+            hook.remove()
 
 
 def _in_8_bits(base: Any) -> bool:
@@ -101,7 +105,9 @@ def _in_8_bits(base: Any) -> bool:
     return "bitsandbytes" in sys.modules and type(base._parameters.get("weight")).__name__ == "Int8Params"
 
 
-def _as_whole(base: Any, x: torch.Tensor) -> torch.Tensor:
+def _as_whole(base: Any, args: tuple, output: torch.Tensor) -> torch.Tensor:
+    """A hook: in the place of what the layer gave."""
     weight, _ = dequantised(base)
-    bias = None if base.bias is None else base.bias.to(x.dtype)
-    return nn.functional.linear(x, weight.to(x.dtype), bias)
+    x = args[0].to(output.device, torch.float32)
+    found = nn.functional.linear(x, weight.to(x), None if base.bias is None else base.bias.to(x))
+    return found.to(output.dtype)

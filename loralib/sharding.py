@@ -6,6 +6,7 @@ import contextlib
 import copy
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ def is_sharded(tensor: Any) -> bool:
 
 def whole(tensor: Any) -> torch.Tensor:
     """The whole of a tensor, gathered if it is sharded: then all processes call this together."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor()  # offloaded parts cannot be gathered where they lie
 
 
 def put(tensor: Any, value: torch.Tensor) -> None:
@@ -29,7 +32,8 @@ def put(tensor: Any, value: torch.Tensor) -> None:
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(tensor.device, tensor.dtype)
-        value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        device = tensor.device_mesh.device_type
+        value = distribute_tensor(value.to(device), tensor.device_mesh, tensor.placements)
     if value is not tensor:
         tensor.copy_(value)
 
@@ -46,6 +50,40 @@ def at_rest(model: nn.Module) -> bool:
     return bool(found)
 
 
+def is_sharded_model(model: nn.Module) -> bool:
+    """Whether FSDP2 spreads a part of the model."""
+    module = sys.modules.get("torch.distributed.fsdp")
+    return module is not None and any(isinstance(one, module.FSDPModule) for one in model.modules())
+
+
+@contextlib.contextmanager
+def without_fsdp(model: nn.Module) -> Iterator[None]:
+    """Within, a sharded model is whole, and its passes are each process's own. All processes enter and leave it."""
+    kind = sys.modules["torch.distributed.fsdp"].FSDPModule
+    found = [module for module in model.modules() if isinstance(module, kind)]
+    parts = []
+    for module in found:  # what was whole before, as the outermost within a pass, stays so
+        inner = {p for other in found if other is not module and _holds(module, other) for p in other.parameters()}
+        if any(is_sharded(p) for p in module.parameters() if p not in inner):
+            parts.append(module)
+        module.unshard()
+    try:
+        with _without_marks(model):
+            yield
+    finally:
+        for module in parts:
+            module.reshard()
+
+
+def _holds(module: nn.Module, other: nn.Module) -> bool:
+    return any(one is other for one in module.modules())
+
+
+def is_managed(module: nn.Module) -> bool:
+    """Whether FSDP looks after a module, even while its parameters are whole."""
+    return module.__dict__.get("_is_fsdp_managed_module", False)
+
+
 def whole_copy(model: nn.Module) -> nn.Module:
     """A copy of a sharded model on the CPU, whole, that FSDP knows nothing of; all processes call this together."""
     tensors = [*model.parameters(), *model.buffers()]
@@ -58,21 +96,26 @@ def whole_copy(model: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def _without_marks(model: nn.Module):
     """Within, modules are without what FSDP put on them: a class before their own, its state and its hooks."""
-    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    for module, kind, attributes in before:
+    taken: list[tuple[nn.Module, type, dict[str, Any]]] = []
+    for module in list(model.modules()):
+        kind, marks = type(module), {}
         if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
-            module.__class__ = kind.__mro__[2]  # FSDPX, FSDPModule, X
-        for name, value in attributes.items():
-            if name.startswith(("__composable_api_state", "_is_fsdp", "_fsdp_use")):
-                del module.__dict__[name]
-            elif name.endswith("_hooks") and isinstance(value, dict):
+            module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]  # FSDPX, FSDPModule, X
+        for name, value in list(vars(module).items()):
+            # The last: what register_fsdp_forward_method puts before a method of the class, as Trainer has it done.
+            wrapped = hasattr(getattr(value, "__func__", None), "__wrapped__") and hasattr(type(module), name)
+            if wrapped or name.startswith(("__composable_api_state", "_is_fsdp", "_fsdp_use")):
+                marks[name] = module.__dict__.pop(name)
+            elif name.endswith("_hooks") and isinstance(value, dict) and any(map(_of_fsdp, value.values())):
+                marks[name] = value
                 module.__dict__[name] = OrderedDict((key, hook) for key, hook in value.items() if not _of_fsdp(hook))
+        taken.append((module, kind, marks))
     try:
         yield
     finally:
-        for module, kind, attributes in before:
+        for module, kind, marks in taken:
             module.__class__ = kind
-            module.__dict__.update(attributes)
+            module.__dict__.update(marks)
 
 
 def _of_fsdp(hook) -> bool:
@@ -83,3 +126,9 @@ def is_first_process() -> bool:
     """Whether this process is the only one, or the first of several."""
     distributed = torch.distributed
     return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()

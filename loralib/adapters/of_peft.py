@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..layers import LoRALayer
-from ..sharding import at_rest, is_first_process, put, whole
+from ..sharding import at_rest, is_first_process, put, wait_for_all, whole
 from .directory import cut_adapter, read_directory, refuse_failed_training, write_adapter
 
 
@@ -25,15 +25,21 @@ def save_peft_adapter(
     """As ``save_adapter``: what PEFT would save of the active adapter, with ``dylora.json``, cut to ``rank``."""
     from peft import get_peft_model_state_dict
 
-    _, first = layers[0]
     adapter = active_with_ranks(layers)
     state = {
         key: whole(value) if "lora_" in key or "modules_to_save" in key else value
         for key, value in model.state_dict().items()
     }
     refuse_failed_training(get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False))
-    if at_rest(model) and not is_first_process():
-        return
+    sharded = at_rest(model)
+    if not sharded or is_first_process():
+        _write(model, state, adapter, layers, path, rank, extra)
+    if sharded:
+        wait_for_all()
+
+
+def _write(model, state: dict, adapter: str, layers: list[tuple[str, LoRALayer]], path, rank: int, extra) -> None:
+    _, first = layers[0]
     r_max = max(layer.r for _, layer in layers)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory, selected_adapters=[adapter], save_embedding_layers=False, state_dict=state)

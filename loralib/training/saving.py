@@ -30,6 +30,7 @@ class AdapterCheckpoints(TrainerPart):
             save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
         if not self.args.should_save:  # every process comes here, one writes
             return None
+        output_dir.mkdir(parents=True, exist_ok=True)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")

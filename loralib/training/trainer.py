@@ -255,9 +255,11 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
                 compute(model, {**inputs}, num_items_in_batch=torch.tensor(n, device=self.args.device)) for n in (1, 2)
             )
             model.train(training)
+        # All processes together, so that none asks again alone.
+        one, two = self.accelerator.reduce(torch.stack([one, two]).detach().float(), "sum").tolist()
         self.knows_loss = bool(one) or bool(two)  # a loss of 0 says nothing: the next batch is asked
         if self.knows_loss:
-            self.model_accepts_loss_kwargs = bool(one != two)
+            self.model_accepts_loss_kwargs = one != two
 
     def _weight(self) -> float:
         """This micro-batch's weight in the update's loss."""

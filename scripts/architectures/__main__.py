@@ -17,7 +17,7 @@ from loralib.files import write_text
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .checks import CHECKS, TARGETS, Case
+from .checks import CHECKS, TARGETS, Case, Missing
 from .models import ARCHITECTURES, Architecture
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "architectures.md"
@@ -29,7 +29,7 @@ def answer(check, case: Case) -> str:
     """ "yes", a sentence, or nothing where the architecture has no such thing."""
     try:
         check(case)
-    except NotImplementedError:
+    except Missing:
         return NONE
     except Exception as error:  # whatever a person would get
         return " ".join(str(error).split()).split(". ")[0].rstrip(".") + "."
@@ -37,13 +37,15 @@ def answer(check, case: Case) -> str:
 
 
 def examine(architecture: Architecture) -> dict[str, dict[str, str]]:
-    """{targets: {question: answer}}; {targets: {}} where the architecture has no such layers."""
+    """{targets: {question: answer}}, without the choices of layers that the architecture does not have."""
     found: dict[str, dict[str, str]] = {}
     for targets in TARGETS:
         try:
             case = Case(architecture, targets)
-        except (ValueError, NotImplementedError, AttributeError) as error:
-            found[targets] = {"targets": " ".join(str(error).split())}
+        except Missing:
+            continue
+        except Exception as error:  # whatever a person would get
+            found[targets] = dict.fromkeys(CHECKS, " ".join(str(error).split()))
             continue
         found[targets] = {name: answer(check, case) for name, check in CHECKS.items()}
     return found
@@ -70,8 +72,7 @@ def table(results: dict[str, dict[str, dict[str, str]]]) -> list[str]:
     """The page's lines below its head: the table and its notes."""
     notes: list[str] = []
     rows = []
-    for name, found in results.items():
-        run = {targets: answers for targets, answers in found.items() if "targets" not in answers}
+    for name, run in results.items():
         cells = [cell({targets: answers[question] for targets, answers in run.items()}, notes) for question in CHECKS]
         rows.append([name, ", ".join(WORDS[targets] for targets in run), *cells])
     lines = [markdown_table(["architecture", "layers tried", *CHECKS], rows, "ll" + "l" * len(CHECKS))]

@@ -175,9 +175,27 @@ def test_ranks_on_layers_of_a_plain_adapter_are_refused_and_not_trained_plainly(
     model.add_adapter("late", DyLoraConfig(r=2, target_modules=targets))
     assert not lora.model.has_lora(model)  # the plain one is active
     model.set_adapter("late")
-    for use in (lora.model.has_lora, lambda m: lora.set_rank(m, 1)):
+    for use in (
+        lora.model.has_lora,
+        lambda m: lora.set_rank(m, 1),
+        lambda m: lora.set_rank(torch.nn.ModuleList([m]), 1),
+    ):
         with pytest.raises(ValueError, match="add the DyLoraConfig's adapter to the model first"):
             use(model)
+
+
+def test_names_that_mean_something_else_elsewhere_are_left_alone():
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lora_A, self._base, self.inner = torch.nn.Linear(4, 2), "a name", torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    model = get_peft_model(Own(), DyLoraConfig(r=2, target_modules=["inner"]))
+    lora.set_rank(model, 1)
+    lora.inject(Own(), ["inner"], r=2)
 
 
 def test_scale_layer_scales_every_rank():

@@ -179,6 +179,61 @@ def test_8_bits_are_looked_at_as_the_values_that_they_stand_for():
         assert torch.equal(layer(x), before) and 0 < float((before - x @ weight.T - layer.bias).norm()) < 0.1
 
 
+@pytest.mark.skipif(HERE, reason="only LLM.int8 rounds what goes in")
+def test_all_ranks_of_a_batch_where_plain_layers_are_in_8_bits_and_have_hooks():
+    model = strong(adapted(quantised("int8"), "inject"))
+    calls = []
+    model.model.layers[0].self_attn.k_proj.forward = record(model.model.layers[0].self_attn.k_proj, calls)
+    with torch.no_grad():
+        found = dict(lora.at_ranks(model, {"input_ids": IDS}, [1, 2, 3]))
+    for b, output in found.items():
+        torch.testing.assert_close(output.logits, out(model, b), atol=0.05, rtol=0.05)
+    before = len(calls)
+    out(model, torch.tensor([1, 2, 3]))
+    assert len(calls) > before  # what accelerate puts before a forward is still there
+
+
+def record(layer, calls):
+    forward = layer.forward
+
+    def run(*args, **kwargs):
+        calls.append(1)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.skipif(HERE, reason="bitsandbytes alone stores 4 bits so")
+def test_4_bits_stored_as_bf16_are_quantised_all_the_same(tmp_path):
+    base = whole()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, nn.Linear) and name != "lm_head":
+            made = bnb.nn.Linear4bit(
+                module.in_features, module.out_features, bias=False, quant_type="nf4", quant_storage=torch.bfloat16
+            )
+            made.load_state_dict(module.state_dict(), strict=False)
+            parent, _, child = name.rpartition(".")
+            setattr(base.get_submodule(parent), child, made)
+    model = strong(adapted(base.to("cpu").eval(), "inject"))
+    wanted = out(model, 3)
+    with pytest.warns(UserWarning, match="makes the quantised layers whole"):
+        merged = lora.merge(model, rank=3)
+    assert float((out(merged) - wanted).norm() / wanted.norm()) < 0.02
+    lora.save_adapter(model, tmp_path / "a")
+    lora.load_adapter(whole(), tmp_path / "a")  # told from another base by nothing that is packed
+
+
+@pytest.mark.skipif(HERE, reason="PEFT's own layers for torchao take one adapter at a time")
+@EVERY_KIND
+def test_a_batch_of_several_adapters_casts_for_those_without_ranks(kind):
+    model = adapted(quantised(kind), "peft")
+    model.add_adapter("plain", LoraConfig(r=3, lora_alpha=6, target_modules=TARGETS))
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 5, 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.isfinite(layer.eval()(x, adapter_names=["plain", "default"])).all()
+
+
 @EVERY_KIND
 def test_its_adapter_loads_on_the_whole_base_and_back(kind, tmp_path):
     model = strong(adapted(quantised(kind), "inject"))

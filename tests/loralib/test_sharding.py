@@ -46,6 +46,7 @@ def test_one_process_writes_the_whole_adapter(door, answers):
 def test_merging_gives_a_plain_model_and_leaves_the_parts_alone(door, answers):
     for found in answers:
         assert found[door]["merged is plain"] and found[door]["runs after merging a copy"] < 2e-6
+        assert found[door]["generates"]
 
 
 def test_frozen_components_stay_where_they_are(answers):
@@ -54,8 +55,10 @@ def test_frozen_components_stay_where_they_are(answers):
 
 
 def test_what_fsdp_would_not_see_is_refused(answers):
-    found = answers[0]["inject"]
+    for found in (each["inject"] for each in answers):
+        assert "from a batch of 2 or more in each" in found["one example beside two"]
     assert "loralib.merge(model, rank) gives a whole model" in found["a layer's merge"]
+    assert found["a layer's merge"] == found["a layer's merge after a pass"]
     assert "leave out inplace" in found["merge in place"]
     assert "call inject before fully_shard" in found["inject too late"]
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 import loralib as lora
 from loralib.model import lora_layers
@@ -120,7 +121,11 @@ def own_loop(door: str, directory: Path) -> dict:
         ahead = logits(parts)
         lora.set_rank(model, 2)
         found["runs"] = apart(ahead, logits(model))
+        register_fsdp_forward_method(parts, "generate")  # as Trainer does
         merged = lora.merge(parts, 2)
+        prompt = dict(input_ids=IDS[:1, :4], max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+        lora.set_rank(model, 2)
+        found["generates"] = merged.generate(**prompt).tolist() == model.generate(**prompt).tolist()
         found["merged"] = apart(logits(merged), logits(model))
         found["merged is plain"] = not any(type(p).__name__ == "DTensor" for p in merged.parameters()) and not any(
             "lora" in name for name, _ in merged.named_parameters()
@@ -135,6 +140,11 @@ def own_loop(door: str, directory: Path) -> dict:
         layer = lora_layers(parts)[0][1]
         found["a layer's merge"] = sentence(layer.merge)
         found["merge in place"] = sentence(lambda: lora.merge(parts, 2, inplace=True))
+        logits(parts)  # after a pass the outermost parameters are whole
+        found["a layer's merge after a pass"] = sentence(lora_layers(parts)[0][1].merge)
+        uneven = build(door, True)
+        lora.set_rank(uneven, RANKS[: 1 + me])
+        found["one example beside two"] = sentence(lambda: uneven(input_ids=IDS[: 1 + me]))
         found["inject too late"] = sentence(lambda: lora.inject(parts, ["k_proj"], r=2))
     return found
 
@@ -156,6 +166,15 @@ def both(layer):
     return whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
 
 
+def padded(rows: list[dict]) -> dict:
+    longest = max(len(row["input_ids"]) for row in rows)
+    found = {
+        name: torch.stack([nn.functional.pad(row[name], (0, longest - len(row[name])), value=fill) for row in rows])
+        for name, fill in (("input_ids", 1), ("attention_mask", 0))
+    }
+    return found | {"labels": torch.tensor([row["labels"] for row in rows])}
+
+
 def trainer(directory: Path) -> dict:
     """DyLoRATrainer under accelerate's FSDP2 and under DDP: the same training, checkpoints and resumption."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -173,9 +192,10 @@ def trainer(directory: Path) -> dict:
         )
         model = lora.inject(transformers.RobertaForSequenceClassification(config), ["query", "value"], r=4)
         lora.mark_only_lora_as_trainable(model)
+        lengths = [int(n) for n in torch.randint(5, 30, (64,))]  # batches of different shapes in the two processes
         data = [
-            {"input_ids": torch.randint(3, 100, (8,)), "attention_mask": torch.ones(8).long(), "labels": i % 2}
-            for i in range(64)
+            {"input_ids": torch.randint(3, 100, (n,)), "attention_mask": torch.ones(n).long(), "labels": i % 2}
+            for i, n in enumerate(lengths)
         ]
         options = dict(per_device_train_batch_size=4, max_steps=8, save_steps=6, learning_rate=1e-2, use_cpu=True)
         args = transformers.TrainingArguments(
@@ -183,7 +203,9 @@ def trainer(directory: Path) -> dict:
         )
         if fsdp:  # accelerate has FSDP for accelerators alone: here processes call themselves such
             PartialState().distributed_type = DistributedType.MULTI_XPU
-        trained = DyLoRATrainer(model=model, args=args, train_dataset=data, eval_dataset=data[:13])
+        trained = DyLoRATrainer(
+            model=model, args=args, train_dataset=data, eval_dataset=data[:13], data_collator=padded
+        )
         trained.train(resume_from_checkpoint=resume)
         trained.save_model()
         loss = trained.evaluate()["eval_r2_loss"]

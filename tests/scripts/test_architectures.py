@@ -66,9 +66,18 @@ def test_each_check_can_say_no(monkeypatch):
 def test_a_no_stands_below_the_table_with_its_layers():
     answers = dict.fromkeys(QUESTIONS, "yes")
     found = {"usual": answers, "all-linear": answers | {"merge": "the merged model: differs by 0.5."}}
-    lines = "\n".join(architectures.table({"BERT": found | {"embeddings": {"targets": "it has none"}}}))
+    lines = "\n".join(architectures.table({"BERT": found}))
     assert "| BERT | usual, all linear | yes |" in lines and "yes, but [1]" in lines
     assert "1. all linear: the merged model: differs by 0.5." in lines
+
+
+def test_layers_that_are_refused_stand_on_the_page(monkeypatch):
+    def refuse(model, where, **options):
+        raise ValueError("no embeddings today")
+
+    monkeypatch.setattr(lora, "inject", refuse)
+    lines = "\n".join(architectures.table({"BERT": architectures.examine(NAMED["BERT"])}))
+    assert "1. no embeddings today" in lines and "| BERT | usual, all linear, embeddings | [1] |" in lines
 
 
 def test_the_page_holds_every_architecture():
