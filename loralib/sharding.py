@@ -6,7 +6,7 @@ import contextlib
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -43,25 +43,27 @@ def at_rest(model: nn.Module) -> bool:
 
     After a pass the outermost parameters stay whole for the next one; what is written into them then would be lost.
     """
-    module = sys.modules.get("torch.distributed.fsdp")
-    found = [] if module is None else [one for one in model.modules() if isinstance(one, module.FSDPModule)]
-    for one in found:
-        one.reshard()
+    found = _spread(model)
+    for module in found:
+        module.reshard()
     return bool(found)
 
 
 def is_sharded_model(model: nn.Module) -> bool:
     """Whether FSDP2 spreads a part of the model."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    return module is not None and any(isinstance(one, module.FSDPModule) for one in model.modules())
+    return bool(_spread(model))
+
+
+def _spread(model: nn.Module) -> list[Any]:
+    """The modules that ``fully_shard`` was called with."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not imported, nothing is spread
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 @contextlib.contextmanager
 def without_fsdp(model: nn.Module) -> Iterator[None]:
     """Within, a sharded model is whole, and its passes are each process's own. All processes enter and leave it."""
-    kind = sys.modules["torch.distributed.fsdp"].FSDPModule
-    found = [module for module in model.modules() if isinstance(module, kind)]
-    parts = []
+    found, parts = _spread(model), []
     for module in found:  # what was whole before, as the outermost within a pass, stays so
         inner = {p for other in found if other is not module and _holds(module, other) for p in other.parameters()}
         if any(is_sharded(p) for p in module.parameters() if p not in inner):
@@ -97,9 +99,10 @@ def whole_copy(model: nn.Module) -> nn.Module:
 def _without_marks(model: nn.Module):
     """Within, modules are without what FSDP put on them: a class before their own, its state and its hooks."""
     taken: list[tuple[nn.Module, type, dict[str, Any]]] = []
+    spread = set(_spread(model))
     for module in list(model.modules()):
         kind, marks = type(module), {}
-        if isinstance(module, sys.modules["torch.distributed.fsdp"].FSDPModule):
+        if module in spread:
             module.__class__ = kind.__mro__[getattr(kind, "_orig_cls_mro_index", 2)]  # FSDPX, FSDPModule, X
         for name, value in list(vars(module).items()):
             # The last: what register_fsdp_forward_method puts before a method of the class, as Trainer has it done.
@@ -122,13 +125,12 @@ def _of_fsdp(hook) -> bool:
     return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
 
 
-def is_first_process() -> bool:
-    """Whether this process is the only one, or the first of several."""
-    distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
-
-
-def wait_for_all() -> None:
-    """Return when every process has come here."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+def by_one_process(sharded: bool, write: Callable[[], None]) -> None:
+    """Call ``write``; for a sharded model in the first process alone, and all return when it is done."""
+    if not sharded:
+        return write()
+    try:
+        if torch.distributed.get_rank() == 0:
+            write()
+    finally:
         torch.distributed.barrier()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..layers import LoRALayer
-from ..sharding import at_rest, is_first_process, put, wait_for_all, whole
+from ..sharding import at_rest, by_one_process, put, whole
 from .directory import cut_adapter, read_directory, refuse_failed_training, write_adapter
 
 
@@ -31,11 +31,7 @@ def save_peft_adapter(
         for key, value in model.state_dict().items()
     }
     refuse_failed_training(get_peft_model_state_dict(model, state, adapter, save_embedding_layers=False))
-    sharded = at_rest(model)
-    if not sharded or is_first_process():
-        _write(model, state, adapter, layers, path, rank, extra)
-    if sharded:
-        wait_for_all()
+    by_one_process(at_rest(model), lambda: _write(model, state, adapter, layers, path, rank, extra))
 
 
 def _write(model, state: dict, adapter: str, layers: list[tuple[str, LoRALayer]], path, rank: int, extra) -> None:

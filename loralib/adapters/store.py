@@ -21,7 +21,7 @@ from ..heads import is_inside, modules_to_save
 from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers
 from ..quantised import is_quantised
-from ..sharding import at_rest, is_first_process, put, wait_for_all, whole
+from ..sharding import at_rest, by_one_process, put, whole
 from . import labels, peft_format
 from .directory import AdapterFiles, read_bin, read_directory, refuse_failed_training, write_adapter
 from .hub import local
@@ -87,10 +87,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     facts |= _base_sample(layers)
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
     facts |= ({"projections": merged} if merged else {}) | label_facts(model) | (extra or {})
-    if not sharded or is_first_process():
-        write_adapter(path, tensors, config, facts)
-    if sharded:
-        wait_for_all()
+    by_one_process(sharded, lambda: write_adapter(path, tensors, config, facts))
 
 
 def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list[str]:

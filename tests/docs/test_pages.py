@@ -3,11 +3,11 @@
 import importlib.util
 import re
 import shlex
-import socket
 
 import pytest
 import torch
 
+from ..loralib.helpers import free_port
 from .pages import PAGES, ROOT, WRITTEN, commands, fenced, name, write_data
 
 WITH_PYTHON = [page for page in WRITTEN if fenced(page, "python")]
@@ -78,12 +78,6 @@ def test_its_python_runs(page, finished, tmp_path, monkeypatch, roberta_checkpoi
         exec(compile(block, name(page), "exec"), names)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def flags_after(words, start):

@@ -1,6 +1,7 @@
 """Layers of every kind, an input for each, and the dense formula they are checked against."""
 
 import contextlib
+import socket
 
 import torch
 from torch import nn
@@ -79,3 +80,10 @@ def dense_forward(kind: str, layer, x, b: int) -> torch.Tensor:
     if kind == "embedding":
         return weight[x]
     return layer._conv_forward(x, weight, layer.bias)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

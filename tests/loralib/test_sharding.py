@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,15 +12,15 @@ import torch
 import loralib as lora
 from loralib.model import lora_layers
 
+from .helpers import free_port
+
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
     """What each of the two processes found."""
     directory = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(Path(__file__).with_name("two_processes.py")), str(directory), str(port)]
+    script = Path(__file__).with_name("two_processes.py")
+    command = [sys.executable, str(script), str(directory), str(free_port())]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
     )
