@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             f"cell needs a task ({', '.join(BUDGETS)}), a method ({', '.join([*METHODS, *CUTS, *TRIED])}) and a seed."
         )
     task, name, seed = options.cell
-    trained = "lora-8" if name in CUTS else name
+    trained = CUTS[name].of if name in CUTS else name
     if not options.rate and trained not in rates:
         parser.error(f"{trained}: no learning rate is chosen yet; give --rate.")
     split = "held_out" if options.held_out else "validation"

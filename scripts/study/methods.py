@@ -104,12 +104,25 @@ DEFAULT = "mixed"  # what run_glue.py does without flags
 SWEEP = {
     r: [name for name, method in METHODS.items() if method.schedule == PLAIN and method.r == r] for r in (1, 2, 4, 8)
 }
-# What a LoRA trained at r_max gives at the lower ranks, made from the run of lora-8.
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What a trained adapter gives at the lower ranks, without training on: made from each run of the method ``of``."""
+
+    title: str
+    of: str = "lora-8"
+    by_importance: bool = False  # as many components as at rank b, chosen over all layers
+
+
 CUTS = {
-    "cut-alpha/b": "LoRA trained at rank 8, cut, alpha/b",
-    "cut-alpha/r": "LoRA trained at rank 8, cut, alpha/r",
-    "cut-svd": "LoRA trained at rank 8, reduced by SVD",
-    "cut-fisher": "LoRA trained at rank 8, components kept by Fisher information over all layers",
+    "cut-alpha/b": Cut("LoRA trained at rank 8, cut, alpha/b"),
+    "cut-alpha/r": Cut("LoRA trained at rank 8, cut, alpha/r"),
+    "cut-svd": Cut("LoRA trained at rank 8, reduced by SVD"),
+    "cut-fisher": Cut("LoRA trained at rank 8, components kept by Fisher information over all layers", "lora-8", True),
+    "mixed-0.8-fisher": Cut(
+        "ordered after 0.8 of the training, then mixed, components kept by Fisher information", "mixed-0.8", True
+    ),
 }
 TRIED = {
     "matryoshka-sum": Method(

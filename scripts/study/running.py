@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from loralib.report.choice import aurac
+from loralib.training.precision import cpu_multiplies_bf16
 
 from .cells import BATCH, BUDGETS, Budget, Cell, read_records
 from .methods import CUTS, METHODS, MIXED, PARTS, R_MAX, SWEEP, TRIED, StudyTrainer
@@ -48,7 +49,7 @@ def run_cell(cell: Cell, encoder: str, data: str | None, keep: str | None = None
             num_train_epochs=budget.epochs,
             warmup_steps=0.06,
             weight_decay=0.1,
-            bf16=True,
+            bf16=precision() == "bf16",
             use_cpu=not torch.accelerator.is_available(),
             seed=cell.seed,
             save_strategy="no",
@@ -77,18 +78,27 @@ def run_cell(cell: Cell, encoder: str, data: str | None, keep: str | None = None
         trainer.train(resume_from_checkpoint=checkpoint)
         seconds = time.perf_counter() - start
         facts = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "commit": commit()}
+        facts["precision"] = precision()
         facts |= {"from": "lora-8"} if checkpoint else {}
         if trunk and cell.method == "lora-8":
             trainer.save_model(str(trunk))
         records = [record(cell, trainer, measured, task) | facts]
-        if cell.method == "lora-8":
-            trainer.eval_ranks = list(range(1, method.r + 1))
-            for name in CUTS:
-                cut(model, name, encoder, directory, task)
+        trainer.eval_ranks = list(range(1, method.r + 1))
+        for name, made in CUTS.items():
+            if made.of == cell.method:
+                if made.of == "lora-8":
+                    cut(model, name, encoder, directory, task)
                 own = Cell(cell.task, name, cell.seed, cell.rate, cell.split)
-                take = record_reduced if name == "cut-fisher" else record
+                take = record_reduced if made.by_importance else record
                 records.append(take(own, trainer, measured, task) | facts)
     return records
+
+
+def precision() -> str:
+    """What a run computes in: bf16 autocast, or fp32 where the processor has no bf16 products."""
+    import torch
+
+    return "bf16" if torch.accelerator.is_available() or cpu_multiplies_bf16() else "fp32"
 
 
 def part_of(share: float, steps: int) -> int:

@@ -45,7 +45,7 @@ PAPER = (
 
 
 def title(method: str) -> str:
-    return CUTS.get(method) or {**METHODS, **TRIED}[method].title
+    return {**METHODS, **CUTS, **TRIED}[method].title
 
 
 def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
