@@ -17,6 +17,7 @@ from ..checks import check_int
 FILE = "rank_results.json"
 LAST = ("loss", "samples", "adapter_parameters")  # what a row holds beside the scores
 LOWER = ("loss", "perplexity")  # the less the better
+USUAL_SHARE = 0.8  # RankSchedule's default, here without torch
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class RankResults:
         usual = "mixed" if self.sampling == "example" and self.full_rank_share and not self.frozen else "uniform"
         parts += [self.distribution] if self.distribution not in (None, usual) else []
         share = self.full_rank_share
-        parts += ["not ordered"] if not share else [f"ordered at {100 * share:g} %"] if share != 0.5 else []
+        parts += ["not ordered"] if not share else [f"ordered at {100 * share:g} %"] if share != USUAL_SHARE else []
         return ", ".join(["DyLoRA", *parts, *(["frozen"] if self.frozen else [])])
 
     @property

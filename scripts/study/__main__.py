@@ -4,7 +4,7 @@
     python -m scripts.study leads  --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of train
     python -m scripts.study runs   --encoder DIR --data DIR     # every task, method and seed, on validation
     python -m scripts.study tables                              # results/study: tables, curves, cost
-    python -m scripts.study cell rte mixed 0 --encoder DIR --data DIR       # one run again; prints what it found
+    python -m scripts.study cell rte mixed-0.8 0 --encoder DIR --data DIR       # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
 run_glue.py's --dataset_dir (without --data: from the hub). Runs are appended to results/study/runs.jsonl, one line
@@ -52,8 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "tables":
         from .tables import write_tables
 
-        records = read_records(Path(options.results) / "runs.jsonl")
-        return write_tables(Path(options.results), records, chosen_rates(records), BUDGETS)
+        return write_tables(Path(options.results), read_records(Path(options.results) / "runs.jsonl"), BUDGETS)
     if not options.encoder:
         parser.error(f"{options.command} needs --encoder; `python -m transformers_dylora.minilm DIR` writes one.")
     records = read_records(Path(options.results) / "runs.jsonl")

@@ -1,6 +1,6 @@
 """Tables, curves and cost of the study, from results/study/runs.jsonl."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +13,13 @@ from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .cells import LEAD_RUNS, TRIED_RATE, chosen_strengths
-from .methods import CUTS, DEFAULT, METHODS, SWEEP, TRIED
+from .cells import TRIED_RATE, chosen_rates, chosen_strengths
+from .held_out import lead_table, rate_table, tried_table
+from .methods import CUTS, DEFAULT, SWEEP
+from .naming import HEAD, NAMES, OF_SWEEP, SHOWN, called, order, row_of, strength_of
 
-SHOWN = tuple(SWEEP)
-OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
-HEAD = ["method", *(f"r={b}" for b in SHOWN)]
-NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
-         "mnli": "MNLI, 13,393 examples (accuracy)", "qnli": "QNLI, 8,999 examples (accuracy)",
-         "qqp": "QQP, 8,999 examples (mean of accuracy and F1)"}  # fmt: skip
 # The tasks that averages are over. RTE, from scratch with so small an encoder, stays at chance and adds noise alone.
 AVERAGED = ("cola", "sst2", "mnli", "qnli", "qqp")
-# What leads are held against: the plainest peer that gives every rank.
-BAR = "cut-svd"
-LEAD_TASKS = tuple(dict.fromkeys(task for task, _ in LEAD_RUNS))
 # What the picture shows, and how it calls it.
 DRAWN = {
     "sweep": "LoRA, a training for each rank",
@@ -44,25 +37,39 @@ PAPER = (
 )
 
 
-def title(method: str) -> str:
-    return {**METHODS, **CUTS, **TRIED}[method].title
-
-
 def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
     """{(task, method): {seed: {rank: score}}}; the sweep's four runs of a seed, each at the strength that is chosen for
     its rank, are one method, "sweep"."""
     found: dict = defaultdict(lambda: defaultdict(dict))
-    chosen = {r: names[0] for r, names in SWEEP.items()} | chosen_strengths(records)
-    for record in records:
-        method = record["method"]
-        if record["split"] != split or (method in OF_SWEEP and method != chosen[OF_SWEEP[method]]):
-            continue
-        method = "sweep" if method in OF_SWEEP else method
+    for record in at_their_rates(records, split):
         for b, value in record["scores"].items():
-            found[record["task"], method][record["seed"]][int(b)] = value
+            found[record["task"], row_of(record)][record["seed"]][int(b)] = value
     for key in [key for key in found if key[1] == "sweep"]:  # seeds whose four runs are there
         found[key] = {seed: curve for seed, curve in found[key].items() if len(curve) == len(SWEEP)}
     return {key: dict(by_seed) for key, by_seed in found.items() if by_seed}
+
+
+def sweep_methods(records: list[dict]) -> dict[int, str]:
+    """The sweep's method at each rank: at the strength that is chosen, or, while none is, at alpha / r."""
+    return {r: names[0] for r, names in SWEEP.items()} | chosen_strengths(records)
+
+
+def at_their_rates(records: list[dict], split: str = "validation") -> list[dict]:
+    """The runs that tables show: each method's at the rate that is chosen, or, while none is, at the one that most of
+    its runs have; of the sweep those at one strength for each rank."""
+    kept = [r for r in records if r["split"] == split]
+    sweep, chosen = sweep_methods(records).values(), chosen_rates(records)
+    rates = {
+        method: Counter(r["rate"] for r in kept if r["method"] == method).most_common(1)[0][0]
+        for method in {r["method"] for r in kept}
+    }
+    for method, rate in chosen.items():
+        if any(r["method"] == method and r["rate"] == rate for r in kept):
+            rates[method] = rate
+    rates |= {name: rates[cut.of] for name, cut in CUTS.items() if name in rates and cut.of in rates}
+    return [
+        r for r in kept if r["rate"] == rates[r["method"]] and (r["method"] not in OF_SWEEP or r["method"] in sweep)
+    ]
 
 
 def shown(values: list[float]) -> str:
@@ -73,15 +80,6 @@ def shown(values: list[float]) -> str:
 def area(curve: dict[int, float]) -> float:
     """AURAC over ranks 1, 2, 4 and 8, which the sweep has too."""
     return aurac(list(SHOWN), [curve[b] for b in SHOWN])
-
-
-def order(methods) -> list[str]:
-    wanted = ["sweep", *CUTS, *METHODS, *TRIED]
-    return sorted(methods, key=wanted.index)
-
-
-def called(method: str) -> str:
-    return "LoRA trained at that rank alone (the sweep, 4 runs)" if method == "sweep" else title(method)
 
 
 def task_table(found: dict, task: str) -> list[str]:
@@ -108,9 +106,12 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.1f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.1f}"
 
 
-def average_table(found: dict) -> list[str]:
+def average_table(found: dict, records: list[dict]) -> list[str]:
     """The mean over tasks, and its difference from the sweep's, paired by seed, with its interval."""
-    sweep = averaged(found, "sweep")
+    sweep, chosen = averaged(found, "sweep"), sweep_methods(records)
+    rates = defaultdict(set)
+    for r in at_their_rates(records):
+        rates[row_of(r)].add(r["rate"])
     rows = []
     for method in order({m for _, m in found}):
         by_seed = averaged(found, method)
@@ -122,65 +123,13 @@ def average_table(found: dict) -> list[str]:
         apart = [interval([by_seed[seed][b] - sweep[seed][b] for seed in both]) for b in SHOWN] if both else []
         apart += [interval([np.mean([by_seed[s][b] - sweep[s][b] for b in SHOWN]) for s in both])] if both else []
         beside = [""] * 5 if method == "sweep" else apart
-        rows.append([called(method), *cells, str(len(by_seed)), *beside])
+        trainings = len(SWEEP) if method == "sweep" else 1
+        own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
+        settings = [str(trainings), strength_of(method, chosen), own_rates]
+        rows.append([called(method), *settings, *cells, str(len(by_seed)), *beside])
     beside = [f"- sweep, {name}" for name in (*(f"r={b}" for b in SHOWN), "mean")]
-    return [markdown_table([*HEAD, "mean", "seeds", *beside], rows, "l"), ""]
-
-
-def rate_table(records: list[dict]) -> list[str]:
-    """AURAC on the held-out tenths, by rate: how the rates were chosen, and what was tried."""
-    cells: dict = defaultdict(list)
-    for record in records:
-        if record["split"] == "held_out":
-            cells[record["method"], record["task"], record["rate"]].append((record["seed"], record["aurac"]))
-    tasks = list(dict.fromkeys(task for _, task, _ in cells))
-    rates = sorted({rate for _, _, rate in cells})
-    rows = []
-    for method in order({m for m, _, _ in cells}):
-        of_method = [sorted(cells.get((method, task, rate), [])) for task in tasks for rate in rates]
-        rows.append([title(method), *(", ".join(f"{value:.1f}" for _, value in seeds) for seeds in of_method)])
-    return [markdown_table(["method", *(f"{task} {rate:g}" for task in tasks for rate in rates)], rows, "l"), ""]
-
-
-def lead_table(records: list[dict]) -> list[str]:
-    """What was tried beside LoRA reduced by SVD, on parts of train on which no rate was chosen."""
-    runs = {
-        (r["task"], r["seed"], r["method"]): {int(b): value for b, value in r["scores"].items()}
-        for r in records
-        if r["split"] == "held_out" and r["rate"] == TRIED_RATE and (r["task"], r["seed"]) in LEAD_RUNS
-    }
-    rows = []
-    for method in order({m for _, _, m in runs} - set(OF_SWEEP) - {BAR}):
-        both = [cell for cell in LEAD_RUNS if (*cell, method) in runs and (*cell, BAR) in runs]
-        if len(both) < 2:
-            continue
-        apart = [[runs[(*cell, method)][b] - runs[(*cell, BAR)][b] for cell in both] for b in SHOWN]
-        rows.append(
-            [title(method), *("{:+.2f} ± {:.2f}".format(*mean_and_error(each)) for each in apart), str(len(both))]
-        )
-    if not rows:
-        return []
-    tasks = ", ".join(NAMES[task].split(",")[0] for task in LEAD_TASKS)
-    return [
-        f"## Leads, beside {title(BAR)}",
-        "",
-        f"Differences on a held-out tenth of train of {tasks}, two seeds each, at rate {TRIED_RATE:g}: mean ± standard "
-        "error over these runs.",
-        "",
-        markdown_table([*HEAD, "runs"], rows, "l"),
-        "",
-    ]
-
-
-def cost_table(records: list[dict]) -> list[str]:
-    rows = []
-    measured = [r for r in records if r["split"] == "validation" and r["method"] not in CUTS]
-    for method in order({r["method"] if r["method"] not in OF_SWEEP else "sweep" for r in measured}):
-        runs = [r for r in measured if (r["method"] in OF_SWEEP if method == "sweep" else r["method"] == method)]
-        n = len({(r["task"], r["seed"]) for r in runs})
-        steps, minutes = sum(r["steps"] for r in runs) / n, sum(r["seconds"] for r in runs) / n / 60
-        rows.append([called(method), f"{len(runs) / n:.0f} a task and seed", f"{steps:,.0f}", f"{minutes:.1f}"])
-    return [markdown_table(["method", "runs", "optimizer steps", "training, minutes"], rows, "l"), ""]
+    head = ["method", "trainings", "strength", "rate", *HEAD[1:], "mean", "seeds", *beside]
+    return [markdown_table(head, rows, "l"), ""]
 
 
 def headline(found: dict, method: str = DEFAULT) -> list[str]:
@@ -229,16 +178,16 @@ def averages_to_curves(found: dict) -> list[Curve]:
     return drawn
 
 
-def write_tables(directory: Path, records: list[dict], rates: dict[str, float], budgets: dict) -> None:
+def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
     """README.md and curves.png from the records."""
     found = scores(records)
     lines = [
         "# Does one DyLoRA run match a LoRA sweep?",
         "",
-        "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value "
-        "adapted, r_max 8, alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, bf16 autocast on "
-        "one CPU core a run. Mean ± standard error over seeds; AURAC over ranks 1, 2, 4, 8. Every method has the same "
-        "encoder, data, order and number of steps.",
+        "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value adapted, r_max 8, "
+        "alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, one CPU core a run, bf16 autocast "
+        "where the processor has it and else fp32 (each line of runs.jsonl says which). Mean ± standard error over "
+        "seeds; AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
         "",
         "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
         "    python -m transformers_dylora.minilm encoder",
@@ -246,7 +195,7 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         "    python -m scripts.study leads --encoder encoder --data glue",
         "    python -m scripts.study runs --encoder encoder --data glue",
         "    python -m scripts.study tables",
-        "    python -m scripts.study cell cola mixed 0 --encoder encoder --data glue      # one cell again",
+        "    python -m scripts.study cell cola mixed-0.8 0 --encoder encoder --data glue      # one cell again",
         "",
     ]
     if found:
@@ -256,9 +205,11 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
             *headline(found),
             f"## Average of {len(AVERAGED)} tasks",
             "",
-            "Methods that were run on all of them; `- sweep` is the paired difference from the sweep.",
+            "Methods that were run on all of them, each training with the same number of steps. Strength is the "
+            "factor of the update, a rule in the rank b where it differs; `- sweep` is the paired difference from the "
+            "sweep, with its 95 percent t-interval over seeds.",
             "",
-            *average_table(found),
+            *average_table(found, records),
             "![curves](curves.png)",
             "",
             "## By task",
@@ -266,18 +217,30 @@ def write_tables(directory: Path, records: list[dict], rates: dict[str, float], 
         ]
         for task in [task for task in NAMES if any(t == task for t, _ in found)]:
             lines += task_table(found, task)
-        lines += ["## Cost", "", *cost_table(records)]
         if drawn := to_curves(found):
             for kind in ("png", "svg"):
                 write_atomically(
                     directory / f"curves.{kind}", lambda file, kind=kind: plot_curves(drawn, file, kind=kind)
                 )
     lines += lead_table(records)
-    lines += ["## Learning rates, and what was tried", "",
-              "AURAC on a held-out tenth of train, by task and rate, seed by seed (`python -m scripts.study "
-              "rates`); never on validation. Chosen: "
-              + ", ".join(f"{name} {rate:g}" for name, rate in sorted(rates.items())) + ".",
-              "", *rate_table(records)]  # fmt: skip
+    lines += [
+        "## Learning rates",
+        "",
+        "AURAC on a held-out tenth of CoLA's and of SST-2's training data, seeds 0 and 1 (`python -m scripts.study "
+        "rates`); never on validation. Rates are a factor of two apart, and a grid goes on while its best mean is at "
+        'an edge. "open": which rates are still to be measured; until then the runs above are at the rate that their '
+        "table names.",
+        "",
+        *rate_table(records),
+    ]
+    if tried := tried_table(records):
+        lines += [
+            "## First tries",
+            "",
+            f"AURAC on a held-out tenth of train at rate {TRIED_RATE:g}, seed by seed. The leads above began here.",
+            "",
+            *tried,
+        ]
     budget = ", ".join(
         f"{task} {b.epochs} epochs" + (f" of {b.train:,} examples" if b.train else "")
         + (f", the first {b.validation:,} of validation" if b.validation else "")

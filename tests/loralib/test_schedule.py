@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 import loralib as lora
+from loralib.report.results import RankResults
 from loralib.schedule import RankSchedule, title_of
 
 
 @pytest.mark.parametrize(
     ("options", "scaling", "share", "distribution"),
     [
-        ({}, "alpha/r", 0.5, "mixed"),
+        ({}, "alpha/r", 0.8, "mixed"),
         ({}, "alpha/b", 0.0, "uniform"),  # ordered at one strength, its lower ranks would run at another
         ({}, "several", 0.0, "uniform"),
-        ({"sampling": "step"}, "alpha/r", 0.5, "uniform"),
-        ({"frozen": True}, "alpha/r", 0.5, "uniform"),
+        ({"sampling": "step"}, "alpha/r", 0.8, "uniform"),
+        ({"frozen": True}, "alpha/r", 0.8, "uniform"),
         ({"full_rank_share": 0.0}, "alpha/r", 0.0, "uniform"),
         ({"full_rank_share": 0.5}, "alpha/b", 0.5, "mixed"),
         ({"sampling": "fixed"}, "alpha/r", 0.0, None),
@@ -76,7 +77,7 @@ def test_ranks_of_an_update_do_not_depend_on_how_it_is_split(size, data):
 
 
 def test_ordering_at_the_first_micro_batch_alone_unless_told_what_has_been():
-    bound = RankSchedule().resolve(4, "alpha/r", 10)
+    bound = RankSchedule(full_rank_share=0.5).resolve(4, "alpha/r", 10)
     assert [bound.setting(5, 2, micro_step=m).order for m in (0, 1)] == [True, False]
     assert bound.setting(7, 2, micro_step=1, ordered=False).order and not bound.setting(7, 2, ordered=True).order
     assert not bound.setting(4, 2, ordered=False).order
@@ -140,7 +141,7 @@ def test_ranks_beyond_r_max_and_unknown_steps():
 @pytest.mark.parametrize(
     ("schedule", "title"),
     [
-        (RankSchedule(), "DyLoRA, components ordered half-way, then rank 1 or ranks 1, 2, 4 and 8 together"),
+        (RankSchedule(), "DyLoRA, components ordered after 80 % of the steps, then rank 1 or ranks 1, 2, 4 and 8 together"),
         (RankSchedule.paper(), "DyLoRA, a rank for each update, one component updated (frozen)"),
         (RankSchedule("fixed"), "LoRA trained at rank 8"),
         (RankSchedule("matryoshka", reduce="mean"), "one fixed gate, the mean over all ranks"),
@@ -151,6 +152,18 @@ def test_ranks_beyond_r_max_and_unknown_steps():
 def test_titles_also_from_the_facts_alone(schedule, title):
     bound = schedule.resolve(8, "alpha/r")
     assert bound.title() == title == title_of(bound.facts(), 8)
+
+
+def test_legends_call_the_default_by_the_name_alone():
+    def legend(schedule):
+        bound = schedule.resolve(8)
+        facts = {
+            k: v for k, v in bound.facts().items() if k in ("sampling", "distribution", "full_rank_share", "frozen")
+        }
+        return RankResults("task", bound.title(), "accuracy", {}, {}, max_rank=8, **facts).short_name()
+
+    assert legend(RankSchedule()) == "DyLoRA"
+    assert legend(RankSchedule(full_rank_share=0.5)) == "DyLoRA, ordered at 50 %"
 
 
 def test_facts_that_tell_no_training():

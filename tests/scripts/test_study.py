@@ -74,12 +74,31 @@ def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
     lines += lines_of("lora-1-strength-2", {low: 1, middle: 3, high: 6, 2 * high: 1})
     assert cells.chosen_strengths(lines) == {1: "lora-1-strength-2", 8: "lora-8"}
     for score, name in ((10.0, "lora-1"), (20.0, "lora-1-strength-2")):
-        lines.append({"task": "cola", "method": name, "seed": 0, "split": "validation", "scores": {"1": score}})
+        lines.append({"task": "cola", "method": name, "seed": 0, "split": "validation", "rate": 1e-3, "scores": {"1": score}})
     lines += [
-        {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "scores": {str(r): 1.0}}
+        {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "rate": 1e-3, "scores": {str(r): 1.0}}
         for r in (2, 4, 8)
     ]
     assert study_tables.scores(lines)["cola", "sweep"][0][1] == 20.0
+
+
+def test_tables_show_runs_at_the_chosen_rate_and_until_then_at_the_one_of_most_runs():
+    low, middle, high = cells.RATES
+
+    def runs(method, rate, seeds):
+        return [
+            {"task": "cola", "method": method, "seed": s, "split": "validation", "rate": rate, "scores": {"1": rate}}
+            for s in seeds
+        ]
+
+    lines = runs("lora-8", middle, (0, 1)) + runs("lora-8", high, (2,)) + runs("cut-svd", high, (2,))
+    lines += runs("cut-svd", middle, (0, 1)) + runs("step", low, (0, 1)) + runs("step", middle, (0,))
+    assert {(r["method"], r["rate"]) for r in study_tables.at_their_rates(lines)} == {
+        ("lora-8", middle), ("cut-svd", middle), ("step", low)
+    }  # fmt: skip
+    lines += lines_of("lora-8", {middle: 1, high: 2, 2 * high: 1, low: 0})
+    shown = study_tables.at_their_rates(lines)
+    assert {(r["method"], r["rate"]) for r in shown} == {("lora-8", high), ("cut-svd", high), ("step", low)}
 
 
 def test_matryoshkalora_is_as_released():
@@ -114,14 +133,15 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
                     "method": f"lora-{r}",
                     "seed": seed,
                     "split": "validation",
+                    "rate": 1e-3,
                     "scores": {str(r): 50 + extra + r},
                 }
             )
         lines.append(
-            {"task": "rte", "method": "example", "seed": seed, "split": "validation",
+            {"task": "rte", "method": "example", "seed": seed, "split": "validation", "rate": 1e-3,
              "scores": {str(b): 51 + extra + b for b in range(1, 9)}}
         )  # fmt: skip
-    lines.append({"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "scores": {"1": 0.0}})
+    lines.append({"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "rate": 1e-3, "scores": {"1": 0.0}})
     found = study_tables.scores(lines)
     assert set(found["rte", "sweep"]) == {0, 1}
     row = next(text for text in study_tables.task_table(found, "rte") if "per example" in text)
@@ -135,6 +155,7 @@ def curve_lines(method, seed, curve):
             "method": method,
             "seed": seed,
             "split": "validation",
+            "rate": 1e-3,
             "scores": {str(b): v for b, v in curve.items()},
         }
         for task in study_tables.AVERAGED
@@ -169,7 +190,7 @@ def test_leads_are_paired_differences_from_the_reduction_by_svd():
     lines += [line("mixed-0.8", 2, 99.0)]  # without its peer
     lines += [line("mixed-0.8", 0, 0.0, split="validation"), line("halves-0.8", 0, 9.0), line("lora-8", 0, 9.0)]
     (row,) = [text for text in "\n".join(study_tables.lead_table(lines)).splitlines() if "+" in text or "-0" in text]
-    assert "after 0.8 of the training, then mixed" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
+    assert "0.8 at r_max, ordered, then mixed" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
     assert study_tables.lead_table(lines[:1]) == []
 
 
@@ -280,10 +301,11 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     assert len(list((tmp_path / "keep").glob("*/checkpoint-*"))) >= 2
     lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
     runs = {(r["task"], r["method"]): r for r in lines if r["split"] == "validation"}
-    assert {method for _, method in runs} == {"lora-1", "lora-8", "example", *study_methods.CUTS}
+    cuts = {name for name, made in study_methods.CUTS.items() if made.of == "lora-8"}
+    assert {method for _, method in runs} == {"lora-1", "lora-8", "example", *cuts}
     for task in ("rte", "cola"):
         whole = runs[task, "lora-8"]["scores"]["8"]
-        assert all(runs[task, cut]["scores"]["8"] == whole for cut in study_methods.CUTS)  # at rank 8 nothing is cut
+        assert all(runs[task, cut]["scores"]["8"] == whole for cut in cuts)  # at rank 8 nothing is cut
     capfd.readouterr()
     study.main(["cell", "rte", "example", "0", *tiny])
     again = json.loads(capfd.readouterr().out.splitlines()[-1])
@@ -292,10 +314,12 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     (again,) = [json.loads(text) for text in capfd.readouterr().out.splitlines() if text.startswith('{"')]
     assert again["scores"] == runs["cola", "cut-svd"]["scores"]
     monkeypatch.setattr(cells, "LEAD_RUNS", (("rte", 0),))
-    study.main(["leads", *tiny, *keep, "--methods", "lora-8", "ordered-gate", "ordered-distil", "by-cost-0.8"])
+    tried = ["ordered-gate", "ordered-distil", "by-cost-0.8", study_methods.DEFAULT]
+    study.main(["leads", *tiny, *keep, "--methods", "lora-8", *tried])
     lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
     origin = {line["method"]: line.get("from") for line in lines if line["split"] == "held_out"}
     assert origin["ordered-gate"] == origin["by-cost-0.8"] == "lora-8" and origin["example"] is None
+    assert origin["mixed-0.8-fisher"] == origin[study_methods.DEFAULT] == "lora-8"
     study.main(["tables", "--results", str(tmp_path / "results")])
     text = (tmp_path / "results" / "README.md").read_text()
     assert "ordered, then fixed gate" in text and "ordered, then distilled" in text
@@ -317,7 +341,7 @@ def test_a_cell_that_is_none_says_which_there_are(given, tiny, capsys):
 
 # One of each kind of variant.
 VARIANTS = [
-    *("ordered-0.3", "ordered-geometric", "mixed-0.8", "thirds-0.8", "by-cost-0.8", "ordered-gate", "ordered-distil"),
+    *("ordered-0.3", "ordered-geometric", "mixed-0.9", "thirds-0.8", "by-cost-0.8", "ordered-gate", "ordered-distil"),
     *(
         "strengths-1/k",
         "anneal-constant",
@@ -328,6 +352,12 @@ VARIANTS = [
         "mean-constant",
     ),
 ]
+
+
+def test_the_default_is_the_librarys():
+    method = study_methods.METHODS[study_methods.DEFAULT]
+    ours = lora.RankSchedule().resolve(8, "alpha/r", 100)
+    assert method.schedule.resolve(8, method.scaling, 100).facts() == ours.facts() and method.strength == 2
 
 
 def test_no_kind_of_variant_is_left_out():

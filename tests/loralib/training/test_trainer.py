@@ -288,9 +288,9 @@ def test_the_default_mixes_the_lowest_rank_and_the_ladder_evenly(
 @pytest.mark.parametrize(
     ("scaling", "options", "share", "distribution"),
     [
-        ("alpha/r", {}, 0.5, "mixed"),
-        ("alpha/r", {"sampling": "step"}, 0.5, "uniform"),
-        ("alpha/r", {"frozen": True}, 0.5, "uniform"),
+        ("alpha/r", {}, 0.8, "mixed"),
+        ("alpha/r", {"sampling": "step"}, 0.8, "uniform"),
+        ("alpha/r", {"frozen": True}, 0.8, "uniform"),
         ("alpha/r", {"sampling": "fixed"}, 0.0, None),
         ("alpha/b", {}, 0.0, "uniform"),  # ordered at one strength, its lower ranks would run at another
         ("alpha/b", {"full_rank_share": 0.5}, 0.5, "mixed"),

@@ -167,7 +167,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "The share of training, 0 to below 1, that trains all components together; then they are put in "
-            "the order of their importance and ranks are drawn. Default: 0.5 where ranks are drawn at one strength, "
+            "the order of their importance and ranks are drawn. Default: 0.8 where ranks are drawn at one strength, "
             "alpha/r; 0 is the paper's way."
         },
     )

@@ -1,0 +1,82 @@
+"""Tables of what was measured on held-out parts of train: how learning rates are chosen, and what was tried."""
+
+from collections import defaultdict
+
+from loralib.report.choice import mean_and_error
+from loralib.report.tables import markdown_table
+
+from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, chosen_rates, held_out_scores, next_rates
+from .methods import DEFAULT, METHODS, TRIED
+from .naming import HEAD, NAMES, OF_SWEEP, SHOWN, order, title
+
+# What leads are held against: the plainest peer that gives every rank.
+BAR = "cut-svd"
+LEAD_TASKS = tuple(dict.fromkeys(task for task, _ in LEAD_RUNS))
+
+
+def rate_table(records: list[dict]) -> list[str]:
+    """How rates are chosen: AURAC on the held-out tenths of RATE_RUNS, seed by seed, and what each method takes."""
+    cells: dict = defaultdict(list)
+    tasks, chosen, scored = (
+        list(dict.fromkeys(task for task, _ in RATE_RUNS)),
+        chosen_rates(records),
+        held_out_scores(records),
+    )
+    for r in records:
+        if r["split"] == "held_out" and (r["task"], r["seed"]) in RATE_RUNS:
+            cells[r["method"], r["rate"], r["task"]].append((r["seed"], r["aurac"]))
+    rates = sorted({rate for method, rate, _ in cells if method in METHODS})
+    rows = []
+    for method in order({m for m, _, _ in cells} & set(METHODS)):
+        row = [title(method)]
+        for rate in rates:
+            parts = [", ".join(f"{v:.1f}" for _, v in sorted(cells[method, rate, task])) or "-" for task in tasks]
+            row.append(" / ".join(parts) if any(part != "-" for part in parts) else "")
+        best = chosen.get(method)
+        beyond = ", ".join(f"{rate:g}" for rate in next_rates(scored.get(method, {})))
+        rows.append([*row, f"{best:g}" if best else f"open: {beyond}"])
+    return [markdown_table(["method", *(f"{rate:g}" for rate in rates), "chosen"], rows, "l"), ""]
+
+
+def tried_table(records: list[dict]) -> list[str]:
+    """First tries of variants, on the held-out tenths of two tasks at one rate."""
+    tasks = ("cola", "rte")
+    cells: dict = defaultdict(list)
+    for r in records:
+        if r["split"] == "held_out" and r["rate"] == TRIED_RATE and r["task"] in tasks:
+            cells[r["method"], r["task"]].append((r["seed"], r["aurac"]))
+    rows = [
+        [title(method), *(", ".join(f"{value:.1f}" for _, value in sorted(cells[method, task])) for task in tasks)]
+        for method in order({m for m, _ in cells} & {"lora-8", DEFAULT, "mixed", "example", *TRIED})
+    ]
+    return [markdown_table(["method", *(NAMES[task].split(" ")[0] for task in tasks)], rows, "l"), ""] if rows else []
+
+
+def lead_table(records: list[dict]) -> list[str]:
+    """What was tried beside LoRA reduced by SVD, on parts of train on which no rate was chosen."""
+    runs = {
+        (r["task"], r["seed"], r["method"]): {int(b): value for b, value in r["scores"].items()}
+        for r in records
+        if r["split"] == "held_out" and r["rate"] == TRIED_RATE and (r["task"], r["seed"]) in LEAD_RUNS
+    }
+    rows = []
+    for method in order({m for _, _, m in runs} - set(OF_SWEEP) - {BAR}):
+        both = [cell for cell in LEAD_RUNS if (*cell, method) in runs and (*cell, BAR) in runs]
+        if len(both) < 2:
+            continue
+        apart = [[runs[(*cell, method)][b] - runs[(*cell, BAR)][b] for cell in both] for b in SHOWN]
+        rows.append(
+            [title(method), *("{:+.2f} ± {:.2f}".format(*mean_and_error(each)) for each in apart), str(len(both))]
+        )
+    if not rows:
+        return []
+    tasks = ", ".join(NAMES[task].split(",")[0] for task in LEAD_TASKS)
+    return [
+        f"## Leads, beside {title(BAR)}",
+        "",
+        f"Differences on a held-out tenth of train of {tasks}, two seeds each, at rate {TRIED_RATE:g}: mean ± standard "
+        "error over these runs.",
+        "",
+        markdown_table([*HEAD, "runs"], rows, "l"),
+        "",
+    ]
