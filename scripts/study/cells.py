@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from .methods import SWEEP
+from loralib.report.choice import aurac
+
+from .methods import SHOWN, SWEEP
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,16 @@ def read_records(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+def area(scores: dict) -> float:
+    """AURAC over those of ranks 1, 2, 4 and 8 that were measured; ``scores`` by rank, an int or, as in a file, text."""
+    own = {int(b): value for b, value in scores.items() if int(b) in SHOWN}
+    return aurac(list(own), list(own.values()))
+
+
 def held_out_scores(records: list[dict]) -> dict[str, dict[float, float]]:
     """{method: {rate: AURAC, the mean over RATE_RUNS}}, of the rates that were measured on all of them."""
     scores = {
-        (record["method"], record["rate"], record["task"], record["seed"]): record["aurac"]
+        (record["method"], record["rate"], record["task"], record["seed"]): area(record["scores"])
         for record in records
         if record["split"] == "held_out"
     }

@@ -5,9 +5,9 @@ from collections import defaultdict
 from loralib.report.choice import mean_and_error
 from loralib.report.tables import markdown_table
 
-from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, chosen_rates, held_out_scores, next_rates
-from .methods import DEFAULT, METHODS, TRIED
-from .naming import HEAD, NAMES, OF_SWEEP, SHOWN, order, title
+from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, held_out_scores, next_rates
+from .methods import DEFAULT, METHODS, SHOWN, TRIED
+from .naming import HEAD, NAMES, OF_SWEEP, order, title
 
 # What leads are held against: the plainest peer that gives every rank.
 BAR = "cut-svd"
@@ -24,7 +24,7 @@ def rate_table(records: list[dict]) -> list[str]:
     )
     for r in records:
         if r["split"] == "held_out" and (r["task"], r["seed"]) in RATE_RUNS:
-            cells[r["method"], r["rate"], r["task"]].append((r["seed"], r["aurac"]))
+            cells[r["method"], r["rate"], r["task"]].append((r["seed"], area(r["scores"])))
     rates = sorted({rate for method, rate, _ in cells if method in METHODS})
     rows = []
     for method in order({m for m, _, _ in cells} & set(METHODS)):
@@ -44,7 +44,7 @@ def tried_table(records: list[dict]) -> list[str]:
     cells: dict = defaultdict(list)
     for r in records:
         if r["split"] == "held_out" and r["rate"] == TRIED_RATE and r["task"] in tasks:
-            cells[r["method"], r["task"]].append((r["seed"], r["aurac"]))
+            cells[r["method"], r["task"]].append((r["seed"], area(r["scores"])))
     rows = [
         [title(method), *(", ".join(f"{value:.1f}" for _, value in sorted(cells[method, task])) for task in tasks)]
         for method in order({m for m, _ in cells} & {"lora-8", DEFAULT, "mixed", "example", *TRIED})

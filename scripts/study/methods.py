@@ -17,6 +17,7 @@ from loralib.schedule import Setting
 from loralib.trainer import DyLoRATrainer
 
 R_MAX, ALPHA = 8, 16
+SHOWN = (1, 2, 4, 8)  # the ranks that are measured
 # Ranks drawn for each example from the first step on, and after half of the training at r_max and the ordering.
 DRAWN = lora.RankSchedule(distribution="uniform", full_rank_share=0.0)
 ORDERED = replace(DRAWN, full_rank_share=0.5)
@@ -64,7 +65,7 @@ class Method:
 
     @property
     def ranks(self) -> list[int]:
-        return list(range(1, self.r + 1)) if self.schedule.sampling != "fixed" else [self.r]
+        return [self.r] if self.schedule.sampling == "fixed" else [b for b in SHOWN if b <= self.r]
 
 
 ALL_POWERS = dict.fromkeys((1, 2, 4, 8), 1 / 4)
@@ -109,23 +110,47 @@ SWEEP = {
 }
 
 
+# Together one method too, LoRA-Squeeze (arXiv 2602.10993) at our settings: the first 0.8 of the training are those of
+# lora-8, then the update is reduced by SVD to one rank and the rest trains that rank alone.
+SQUEEZE = {1: "squeeze-1", 2: "squeeze-2", 4: "squeeze-4", 8: "lora-8"}
+
+
 @dataclass(frozen=True)
 class Cut:
-    """What a trained adapter gives at the lower ranks, without training on: made from each run of the method ``of``."""
+    """What a trained adapter gives at the lower ranks, without training on: made from each run of the method ``of``.
+
+    ``by``: "rank" (the same in every layer), or what chooses as many components as at rank b over all layers:
+    "importance", "values" (one threshold on singular values: PARA, arXiv 2604.27796) or "energy" (one share of each
+    layer's squared singular values: PEFT's ``convert_to_lora`` with a threshold).
+    """
 
     title: str
     of: str = "lora-8"
-    by_importance: bool = False  # as many components as at rank b, chosen over all layers
+    by: str = "rank"
 
 
 CUTS = {
     "cut-alpha/b": Cut("LoRA trained at rank 8, cut, alpha/b"),
     "cut-alpha/r": Cut("LoRA trained at rank 8, cut, alpha/r"),
     "cut-svd": Cut("LoRA trained at rank 8, reduced by SVD"),
-    "cut-fisher": Cut("LoRA trained at rank 8, components kept by Fisher information over all layers", "lora-8", True),
-    "mixed-0.8-fisher": Cut("our default, components kept by Fisher information over all layers", "mixed-0.8", True),
+    "cut-values": Cut("LoRA trained at rank 8, one threshold on all singular values (PARA)", by="values"),
+    "cut-energy": Cut("LoRA trained at rank 8, one share of energy (convert_to_lora, threshold)", by="energy"),
+    "cut-fisher": Cut("LoRA trained at rank 8, components kept by Fisher information over all layers", by="importance"),
+    "mixed-0.8-fisher": Cut(
+        "our default, components kept by Fisher information over all layers", "mixed-0.8", "importance"
+    ),
 }
 TRIED = {
+    **{
+        name: Method(
+            f"LoRA of rank 8 to 0.8 of the training, SVD, then rank {b} alone",
+            replace(ORDERED, full_rank_share=0.8),
+            tail=((1.0, {b: 1.0}),),
+            **CONSTANT_2,
+        )
+        for b, name in SQUEEZE.items()
+        if b < R_MAX
+    },
     "matryoshka-sum": Method(
         "fixed gate, sum over ranks 1, 2, 4, 8, alpha/sqrt(b)", POWERS_SUMMED, scaling="alpha/sqrt(b)"
     ),

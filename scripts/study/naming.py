@@ -1,9 +1,13 @@
 """What the study's tables call tasks and methods, and in which order."""
 
-from .methods import ALPHA, CUTS, METHODS, SWEEP, TRIED
+from .methods import ALPHA, CUTS, METHODS, SHOWN, SWEEP, TRIED
 
-SHOWN = tuple(SWEEP)
 OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
+# Rows that several runs make together, one at each rank.
+ROWS = {
+    "sweep": "LoRA trained at that rank alone (the sweep, 4 runs)",
+    "squeeze": "LoRA of rank 8 for 0.8 of the steps, SVD, then that rank alone (LoRA-Squeeze)",
+}
 HEAD = ["method", *(f"r={b}" for b in SHOWN)]
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
          "mnli": "MNLI, 13,393 examples (accuracy)", "qnli": "QNLI, 8,999 examples (accuracy)",
@@ -15,22 +19,19 @@ def title(method: str) -> str:
 
 
 def order(methods) -> list[str]:
-    wanted = ["sweep", *CUTS, *METHODS, *TRIED]
+    wanted = [*ROWS, *CUTS, *METHODS, *TRIED]
     return sorted(methods, key=wanted.index)
 
 
 def called(method: str) -> str:
-    return "LoRA trained at that rank alone (the sweep, 4 runs)" if method == "sweep" else title(method)
-
-
-def row_of(record: dict) -> str:
-    """The method whose row a run belongs to."""
-    return "sweep" if record["method"] in OF_SWEEP else record["method"]
+    return ROWS.get(method) or title(method)
 
 
 def strength_of(method: str, chosen: dict[int, str]) -> str:
     """The factor of the update, as tables write it: numbers, or a rule in the rank b. ``chosen``: the sweep's
     methods."""
+    if method == "squeeze":
+        return strength_of("squeeze-1", chosen)
     if method == "sweep":
         return ", ".join(f"{METHODS[name].strength:g}" for _, name in sorted(chosen.items()))
     if method == "cut-alpha/b":

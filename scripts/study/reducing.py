@@ -16,7 +16,7 @@ LOOKED_AT = 1024  # training examples from which importance is measured
 def cut(model, name: str, encoder: str, directory: str, task) -> None:
     """Change the trained lora-8 in place, so that its ranks are what the way ``name`` of cutting gives."""
     layers = dict(lora_layers(model))
-    if name in ("cut-svd", "cut-fisher"):
+    if name not in ("cut-alpha/b", "cut-alpha/r"):
         for path, (A, B) in svd_components(model, encoder, directory, task).items():
             layer = layers[path]
             layer.lora_A.data.copy_(A)
@@ -66,7 +66,15 @@ def importance(model, batches: Iterable[dict]) -> dict[LoRALayer, torch.Tensor]:
     return {layer: total / count for layer, total in found.items()}
 
 
-def most_important(scores: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALayer, torch.Tensor]:
+def singular_values(model) -> dict[LoRALayer, torch.Tensor]:
+    """Of every layer's update, whose components must be singular pairs: {layer: (r,)}."""
+    return {
+        layer: layer.strength() * layer.lora_A.detach().norm(dim=1) * layer.lora_B.detach().norm(dim=0)
+        for _, layer in lora_layers(model)
+    }
+
+
+def highest(scores: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALayer, torch.Tensor]:
     """Which components to keep so that as many are left as at rank b, for layers of one size: {layer: bool (r,)}."""
     flat = torch.cat(list(scores.values()))
     chosen = torch.zeros_like(flat, dtype=torch.bool)
@@ -74,15 +82,39 @@ def most_important(scores: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALa
     return dict(zip(scores, chosen.split([len(each) for each in scores.values()]), strict=True))
 
 
-def with_the_most_important(model, batches: Iterable[dict], levels: Iterable[int]):
-    """Yield each level b with the model reduced to the parameters of rank b; afterwards it is whole again."""
-    training = model.training
-    scores = importance(model.eval(), batches)
-    whole = {layer: layer.lora_B.detach().clone() for layer in scores}
-    for b in levels:
-        for layer, chosen in most_important(scores, b).items():
-            layer.lora_B.data.copy_(whole[layer] * chosen)
+def of_one_share(values: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALayer, torch.Tensor]:
+    """The first components of each layer, as few as reach a share t of its squared singular values, with the largest t
+    that leaves no more than at rank b; at least one a layer, as in PEFT."""
+    shares = {layer: (each.square().cumsum(0) / each.square().sum()).double() for layer, each in values.items()}
+
+    def kept(t: float) -> dict[LoRALayer, torch.Tensor]:
+        return {layer: torch.arange(len(each)) <= (each < t).sum() for layer, each in shares.items()}
+
+    fits = [
+        t
+        for t in torch.cat(list(shares.values())).tolist()
+        if sum(map(int, map(torch.sum, kept(t).values()))) <= b * len(values)
+    ]
+    return kept(max(fits, default=0.0))
+
+
+def to_keep(model, by: str, levels: Iterable[int], batches: Iterable[dict]) -> dict[int, dict[LoRALayer, torch.Tensor]]:
+    """{level b: which components of each layer to keep}; ``by`` as in ``methods.Cut``."""
+    if by == "importance":
+        training = model.training
+        scores = importance(model.eval(), batches)
+        model.train(training)
+        return {b: highest(scores, b) for b in levels}
+    choose = {"values": highest, "energy": of_one_share}[by]
+    return {b: choose(singular_values(model), b) for b in levels}
+
+
+def with_components(model, kept: dict[int, dict[LoRALayer, torch.Tensor]]):
+    """Yield each level with the model reduced to the components that it keeps; afterwards it is whole again."""
+    whole = {layer: layer.lora_B.detach().clone() for _, layer in lora_layers(model)}
+    for b, chosen in kept.items():
+        for layer, value in whole.items():
+            layer.lora_B.data.copy_(value * chosen[layer])
         yield b
     for layer, value in whole.items():
         layer.lora_B.data.copy_(value)
-    model.train(training)

@@ -12,12 +12,11 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from loralib.report.choice import aurac
 from loralib.training.precision import cpu_multiplies_bf16
 
-from .cells import BATCH, BUDGETS, Budget, Cell, read_records
-from .methods import CUTS, METHODS, MIXED, PARTS, R_MAX, SWEEP, TRIED, StudyTrainer
-from .reducing import LOOKED_AT, cut, with_the_most_important
+from .cells import BATCH, BUDGETS, Budget, Cell, area, read_records
+from .methods import CUTS, METHODS, MIXED, PARTS, R_MAX, SHOWN, TRIED, StudyTrainer
+from .reducing import LOOKED_AT, cut, to_keep, with_components
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -83,14 +82,17 @@ def run_cell(cell: Cell, encoder: str, data: str | None, keep: str | None = None
         if trunk and cell.method == "lora-8":
             trainer.save_model(str(trunk))
         records = [record(cell, trainer, measured, task) | facts]
-        trainer.eval_ranks = list(range(1, method.r + 1))
         for name, made in CUTS.items():
             if made.of == cell.method:
+                own = Cell(cell.task, name, cell.seed, cell.rate, cell.split)
                 if made.of == "lora-8":
                     cut(model, name, encoder, directory, task)
-                own = Cell(cell.task, name, cell.seed, cell.rate, cell.split)
-                take = record_reduced if made.by_importance else record
-                records.append(take(own, trainer, measured, task) | facts)
+                if made.by == "rank":
+                    trainer.eval_ranks = list(SHOWN)
+                    records.append(record(own, trainer, measured, task) | facts)
+                else:
+                    trainer.eval_ranks = [R_MAX]
+                    records.append(reduced(own, made.by, trainer, measured, task) | facts)
     return records
 
 
@@ -141,24 +143,19 @@ def record(cell: Cell, trainer, measured, task) -> dict:
         **vars(cell),
         "metric": task.main_metric,
         "scores": scores,
-        "aurac": round(100 * metrics[f"x_aurac_{task.main_metric}"], 4),
         "evaluation_seconds": round(seconds, 1),
     }
 
 
-def record_reduced(cell: Cell, trainer, measured, task) -> dict:
-    """The scores of the model reduced to the parameters of ranks 1, 2, 4 and 8 by the importance of its components."""
+def reduced(cell: Cell, by: str, trainer, measured, task) -> dict:
+    """The record of the model with as many components as at ranks 1, 2, 4 and 8, chosen over all layers."""
     looked_at = trainer.train_dataset.shuffle(seed=0)
     looked_at = looked_at.select(range(min(LOOKED_AT, len(looked_at))))
-    ranks, trainer.eval_ranks = trainer.eval_ranks, [R_MAX]
-    found = {}
-    for b in with_the_most_important(trainer.model, trainer.get_eval_dataloader(looked_at), SWEEP):
-        found[b] = record(cell, trainer, measured, task)
-    trainer.eval_ranks = ranks
+    kept = to_keep(trainer.model, by, SHOWN, trainer.get_eval_dataloader(looked_at))
+    found = {b: record(cell, trainer, measured, task) for b in with_components(trainer.model, kept)}
     scores = {str(b): each["scores"][str(R_MAX)] for b, each in found.items()}
     seconds = sum(each["evaluation_seconds"] for each in found.values())
-    area = round(aurac(list(found), list(scores.values())), 4)
-    return found[R_MAX] | {"scores": scores, "aurac": area, "evaluation_seconds": round(seconds, 1)}
+    return found[R_MAX] | {"scores": scores, "evaluation_seconds": round(seconds, 1)}
 
 
 def commit() -> str:
@@ -181,6 +178,6 @@ def run_all(cells: list[Cell], options) -> None:
             cell, found = waiting[future], records[0]
             print(
                 f"{number}/{len(missing)} {cell.task} {cell.method} seed {cell.seed} rate {cell.rate:g} {cell.split}: "
-                f"AURAC {found['aurac']:.1f}, {found['seconds']:.0f} s",
+                f"AURAC {area(found['scores']):.1f}, {found['seconds']:.0f} s",
                 flush=True,
             )

@@ -7,16 +7,16 @@ import numpy as np
 from scipy import stats
 
 from loralib.files import write_atomically, write_text
-from loralib.report.choice import aurac, mean_and_error
+from loralib.report.choice import mean_and_error
 from loralib.report.curves import Curve
 from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .cells import TRIED_RATE, chosen_rates, chosen_strengths
+from .cells import TRIED_RATE, area, chosen_rates, chosen_strengths
 from .held_out import lead_table, rate_table, tried_table
-from .methods import CUTS, DEFAULT, SWEEP
-from .naming import HEAD, NAMES, OF_SWEEP, SHOWN, called, order, row_of, strength_of
+from .methods import CUTS, DEFAULT, SHOWN, SQUEEZE, SWEEP
+from .naming import HEAD, NAMES, OF_SWEEP, ROWS, called, order, strength_of
 
 # The tasks that averages are over. RTE, from scratch with so small an encoder, stays at chance and adds noise alone.
 AVERAGED = ("cola", "sst2", "mnli", "qnli", "qqp")
@@ -38,13 +38,13 @@ PAPER = (
 
 
 def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
-    """{(task, method): {seed: {rank: score}}}; the sweep's four runs of a seed, each at the strength that is chosen for
-    its rank, are one method, "sweep"."""
+    """{(task, row): {seed: {rank: score}}}; a row is a method, or one of ROWS."""
     found: dict = defaultdict(lambda: defaultdict(dict))
     for record in at_their_rates(records, split):
-        for b, value in record["scores"].items():
-            found[record["task"], row_of(record)][record["seed"]][int(b)] = value
-    for key in [key for key in found if key[1] == "sweep"]:  # seeds whose four runs are there
+        for row, ranks in rows_of(record, records):
+            for b in ranks:
+                found[record["task"], row][record["seed"]][b] = record["scores"][str(b)]
+    for key in [key for key in found if key[1] in ROWS]:  # seeds whose four runs are there
         found[key] = {seed: curve for seed, curve in found[key].items() if len(curve) == len(SWEEP)}
     return {key: dict(by_seed) for key, by_seed in found.items() if by_seed}
 
@@ -52,6 +52,15 @@ def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, st
 def sweep_methods(records: list[dict]) -> dict[int, str]:
     """The sweep's method at each rank: at the strength that is chosen, or, while none is, at alpha / r."""
     return {r: names[0] for r, names in SWEEP.items()} | chosen_strengths(records)
+
+
+def rows_of(record: dict, records: list[dict]) -> list[tuple[str, list[int]]]:
+    """The rows that a run belongs to, and the ranks that it gives them."""
+    rows = []
+    for row, by_rank in (("sweep", sweep_methods(records)), ("squeeze", SQUEEZE)):
+        if ranks := [r for r, name in by_rank.items() if name == record["method"]]:
+            rows.append((row, ranks))
+    return rows or [(record["method"], [int(b) for b in record["scores"]])]
 
 
 def at_their_rates(records: list[dict], split: str = "validation") -> list[dict]:
@@ -75,11 +84,6 @@ def at_their_rates(records: list[dict], split: str = "validation") -> list[dict]
 def shown(values: list[float]) -> str:
     mean, error = mean_and_error(values)
     return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
-
-
-def area(curve: dict[int, float]) -> float:
-    """AURAC over ranks 1, 2, 4 and 8, which the sweep has too."""
-    return aurac(list(SHOWN), [curve[b] for b in SHOWN])
 
 
 def task_table(found: dict, task: str) -> list[str]:
@@ -111,7 +115,8 @@ def average_table(found: dict, records: list[dict]) -> list[str]:
     sweep, chosen = averaged(found, "sweep"), sweep_methods(records)
     rates = defaultdict(set)
     for r in at_their_rates(records):
-        rates[row_of(r)].add(r["rate"])
+        for row, _ in rows_of(r, records):
+            rates[row].add(r["rate"])
     rows = []
     for method in order({m for _, m in found}):
         by_seed = averaged(found, method)
@@ -123,9 +128,9 @@ def average_table(found: dict, records: list[dict]) -> list[str]:
         apart = [interval([by_seed[seed][b] - sweep[seed][b] for seed in both]) for b in SHOWN] if both else []
         apart += [interval([np.mean([by_seed[s][b] - sweep[s][b] for b in SHOWN]) for s in both])] if both else []
         beside = [""] * 5 if method == "sweep" else apart
-        trainings = len(SWEEP) if method == "sweep" else 1
+        trainings = {"sweep": "4", "squeeze": "1.6"}.get(method, "1")  # of squeeze the first 0.8 are shared
         own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
-        settings = [str(trainings), strength_of(method, chosen), own_rates]
+        settings = [trainings, strength_of(method, chosen), own_rates]
         rows.append([called(method), *settings, *cells, str(len(by_seed)), *beside])
     beside = [f"- sweep, {name}" for name in (*(f"r={b}" for b in SHOWN), "mean")]
     head = ["method", "trainings", "strength", "rate", *HEAD[1:], "mean", "seeds", *beside]

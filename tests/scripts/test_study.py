@@ -31,7 +31,7 @@ def test_an_even_draw_gives_each_rank_its_share(weights, n, seed):
 def lines_of(method, scores):
     """Held-out records of a method, ``scores`` by rate, the same for every task and seed."""
     return [
-        {"method": method, "rate": rate, "task": task, "aurac": score, "split": "held_out", "seed": seed}
+        {"method": method, "rate": rate, "task": task, "scores": {"1": score}, "split": "held_out", "seed": seed}
         for task, seed in cells.RATE_RUNS
         for rate, score in scores.items()
     ]
@@ -41,7 +41,7 @@ def searched(method, peak, most=99):
     """What the search for a method's rate finds, by rounds, where AURAC falls with the distance from ``peak``."""
     lines, rounds = [], 0
     while missing := cells.rate_cells([method], lines):
-        lines += [vars(cell) | {"aurac": -abs(math.log2(cell.rate / peak))} for cell in missing]
+        lines += [vars(cell) | {"scores": {"1": -abs(math.log2(cell.rate / peak))}} for cell in missing]
         rounds += 1
         assert rounds < most
     return lines
@@ -74,7 +74,9 @@ def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
     lines += lines_of("lora-1-strength-2", {low: 1, middle: 3, high: 6, 2 * high: 1})
     assert cells.chosen_strengths(lines) == {1: "lora-1-strength-2", 8: "lora-8"}
     for score, name in ((10.0, "lora-1"), (20.0, "lora-1-strength-2")):
-        lines.append({"task": "cola", "method": name, "seed": 0, "split": "validation", "rate": 1e-3, "scores": {"1": score}})
+        lines.append(
+            {"task": "cola", "method": name, "seed": 0, "split": "validation", "rate": 1e-3, "scores": {"1": score}}
+        )
     lines += [
         {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "rate": 1e-3, "scores": {str(r): 1.0}}
         for r in (2, 4, 8)
@@ -141,7 +143,9 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
             {"task": "rte", "method": "example", "seed": seed, "split": "validation", "rate": 1e-3,
              "scores": {str(b): 51 + extra + b for b in range(1, 9)}}
         )  # fmt: skip
-    lines.append({"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "rate": 1e-3, "scores": {"1": 0.0}})
+    lines.append(
+        {"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "rate": 1e-3, "scores": {"1": 0.0}}
+    )
     found = study_tables.scores(lines)
     assert set(found["rte", "sweep"]) == {0, 1}
     row = next(text for text in study_tables.task_table(found, "rte") if "per example" in text)
@@ -266,7 +270,7 @@ def test_a_model_is_reduced_to_its_most_important_components_and_whole_again():
     batches = [{"input_ids": inputs, "labels": torch.tensor([0, 1, 1, 0])}]
     scores = reducing.importance(model, batches)
     before, layers = model(input_ids=inputs).logits, [layer for _, layer in lora_layers(model)]
-    for b in reducing.with_the_most_important(model, batches, (1, 2, 3)):
+    for b in reducing.with_components(model, reducing.to_keep(model, "importance", (1, 2, 3), batches)):
         kept = {layer: layer.lora_B.detach().abs().sum(0) > 0 for layer in layers}
         assert sum(int(each.sum()) for each in kept.values()) == b * len(layers)
         left = [float(s) for layer in layers for s, k in zip(scores[layer], kept[layer], strict=True) if k]
@@ -275,6 +279,35 @@ def test_a_model_is_reduced_to_its_most_important_components_and_whole_again():
         if b == 3:
             torch.testing.assert_close(model(input_ids=inputs).logits, before)
     torch.testing.assert_close(model(input_ids=inputs).logits, before)
+
+
+@pytest.mark.parametrize("b", [1, 2, 3])
+def test_one_threshold_keeps_the_nearest_update_and_one_share_is_pefts(b):
+    """Of all ways to keep b * layers components the largest singular values leave the smallest error (Eckart-Young);
+    with one share every layer has the rank that PEFT gives it, and no larger share would fit."""
+    from peft.tuners.lora.conversion import _find_cutoff_index
+
+    model, _ = encoder_with_adapters()
+    lora.order_components(model)
+    layers = [layer for _, layer in lora_layers(model)]
+    values = {
+        layer: torch.linalg.svdvals(layer.strength() * layer.lora_B @ layer.lora_A)[: layer.r] for layer in layers
+    }
+    for layer, own in reducing.singular_values(model).items():
+        torch.testing.assert_close(own, values[layer].detach())
+    kept = reducing.to_keep(model, "values", (b,), [])[b]
+    flat = torch.cat(list(values.values())).sort(descending=True).values
+    chosen = torch.cat([values[layer][kept[layer]] for layer in layers]).sort(descending=True).values
+    torch.testing.assert_close(chosen, flat[: b * len(layers)])
+    counts = [int(each.sum()) for each in reducing.to_keep(model, "energy", (b,), [])[b].values()]
+    assert sum(counts) <= b * len(layers)
+
+    def of_peft(share):
+        return [min(_find_cutoff_index(own.detach(), share), own.numel()) for own in values.values()]
+
+    shares = [k / 1000 for k in range(1, 1000)]
+    assert any(of_peft(share) == counts for share in shares) or b == layers[0].r
+    assert max(sum(of_peft(share)) for share in shares if sum(of_peft(share)) <= b * len(layers)) == sum(counts)
 
 
 @pytest.fixture
@@ -378,4 +411,4 @@ def test_every_variant_trains(name, tiny, tmp_path, roberta_checkpoint):
     (found,) = running.run_cell(
         cells.Cell("rte", name, 0, 1e-3, "held_out"), str(roberta_checkpoint), str(tmp_path / "glue")
     )
-    assert list(found["scores"]) == [str(b) for b in range(1, 9)] and found["steps"] > 0
+    assert list(found["scores"]) == ["1", "2", "4", "8"] and found["steps"] > 0
