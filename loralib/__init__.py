@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .convolution import Conv1d, Conv2d, Conv3d
     from .frozen import freeze_undrawn
     from .gate import matryoshka_gate
+    from .importance import component_importance, order_by_importance
     from .layers import Embedding, Linear, LoRALayer, MergedLinear
     from .learning import declare_layout, learn_layout
     from .model import (
@@ -42,6 +43,7 @@ _MODULES = {
     "convolution": ("Conv1d", "Conv2d", "Conv3d"),
     "frozen": ("freeze_undrawn",),
     "gate": ("matryoshka_gate",),
+    "importance": ("component_importance", "order_by_importance"),
     "layers": ("Embedding", "Linear", "LoRALayer", "MergedLinear"),
     "learning": ("declare_layout", "learn_layout"),
     "model": (
@@ -67,6 +69,7 @@ __all__ = [
     "__version__",
     "at_ranks",
     "checkpoint_contexts",
+    "component_importance",
     "declare_layout",
     "freeze_undrawn",
     "get_rank",
@@ -78,6 +81,7 @@ __all__ = [
     "matryoshka_gate",
     "max_rank",
     "merge",
+    "order_by_importance",
     "order_components",
     "save_adapter",
     "set_gate",

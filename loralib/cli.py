@@ -18,12 +18,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .choosing import chosen, why
 from .conflict import warn_of_other_loralib
 from .extras import missing
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .report.results import Choice, RankResults
+    from .report.results import RankResults
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,12 +122,19 @@ def _parser() -> argparse.ArgumentParser:
         "dylora squeeze my-lora --data validation.jsonl --within 1se --to small",
     )
     squeeze.add_argument("adapter", metavar="ADAPTER", help="the adapter's directory")
-    squeeze.add_argument("--rank", type=int, help="the rank to cut it to; default: chosen by --data")
+    squeeze.add_argument(
+        "--rank", type=int, help="the rank to cut it to; default: chosen by --data or --max-parameters"
+    )
     squeeze.add_argument("--to", required=True, metavar="DIR", help="a new or empty directory, or an earlier export")
     squeeze.add_argument(
         "--data",
         metavar="FILE",
         help="examples to measure every rank on: text and label, prompt and completion, or text",
+    )
+    squeeze.add_argument(
+        "--importance",
+        metavar="FILE",
+        help="examples of the training data: ranks then keep the components of all layers that matter most on them",
     )
     squeeze.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
     squeeze.add_argument("--labels", help="a classifier's label names, in the order of its outputs, as in no,yes")
@@ -191,31 +199,9 @@ def _select(args) -> None:
     from .report.results import RankResults
 
     results = RankResults.read(args.run_directory)
-    chosen = _chosen(args, results)
-    print(f"rank {chosen.rank}")
-    print(_why(results, chosen))
-
-
-def _chosen(args, results: RankResults) -> Choice:
-    from .report.choice import choose
-
-    return choose(results, getattr(args, "split", None), _within(args.within), args.max_parameters)
-
-
-def _why(results: RankResults, chosen: Choice) -> str:
-    error = chosen.standard_error
-    factor, digits = results.factor(results.metric), 4 if results.metric == "loss" else 2
-    spread = f" (standard error of the difference {factor * error:.{digits}f})" if error is not None else ""
-    return f"{results.task}, {chosen.split}: {chosen.rule}; {results.metric} {factor * chosen.score:.{digits}f}{spread}"
-
-
-def _within(text: str) -> float | str:
-    if text == "1se":
-        return text
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"--within is {text!r}; give 1se or a number of points, as in 0.5.") from None
+    found = chosen(args, results)
+    print(f"rank {found.rank}")
+    print(why(results, found))
 
 
 def _rank_of(args) -> tuple[int, RankResults | None]:
@@ -233,9 +219,9 @@ def _rank_of(args) -> tuple[int, RankResults | None]:
             raise ValueError(f"--rank is {args.rank!r}; give a rank or auto.") from None
     if results is None:
         raise FileNotFoundError(f"{directory} holds no {FILE} to choose a rank from; give --rank a number.")
-    chosen = _chosen(args, results)
-    print(f"rank {chosen.rank}: {_why(results, chosen)}")
-    return chosen.rank, replace(results, selected_rank=chosen)
+    found = chosen(args, results)
+    print(f"rank {found.rank}: {why(results, found)}")
+    return found.rank, replace(results, selected_rank=found)
 
 
 def _export(args) -> None:
@@ -261,36 +247,9 @@ def _merge(args) -> None:
 
 
 def _squeeze(args) -> None:
-    import tempfile
+    from .squeezing import squeeze
 
-    from .adapters.export import EXPORTED, export_adapter, free_directory
-    from .adapters.squeeze import squeeze_adapter
-    from .report.tables import print_grid, print_table
-
-    if args.rank is None and args.data is None:
-        raise ValueError("Give the rank with --rank, or --data to choose it by.")
-    if args.data is None and (args.base or args.labels):
-        raise ValueError("--base and --labels are for measuring; give --data, or leave them out.")
-    free_directory(args.to, EXPORTED)
-    with tempfile.TemporaryDirectory() as directory:
-        kept = squeeze_adapter(args.adapter, directory)
-        rows = [[str(b), f"{100 * share:.1f}"] for b, share in kept.items()]
-        print_grid("what each rank keeps of the update, in percent of its squared norm", ["rank", "kept"], rows)
-        rank, results = args.rank, None
-        if args.data:
-            from dataclasses import replace
-
-            from transformers_dylora.squeezing import measure_adapter
-
-            labels = tuple(name.strip() for name in args.labels.split(",")) if args.labels else ()
-            results = measure_adapter(directory, args.data, args.base, labels)
-            print_table(results)
-            if rank is None:
-                chosen = _chosen(args, results)
-                rank, results = chosen.rank, replace(results, selected_rank=chosen)
-                print(f"rank {rank}: {_why(results, chosen)}")
-        export_adapter(directory, args.to, rank, results, args.license)
-    print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
+    squeeze(args)
 
 
 def _completion(args) -> None:

@@ -58,6 +58,8 @@ class LoRALayer(Merging):
     module_name: str | None = None  # where the layer stands in its model, for error messages
     projections = 1  # MergedLinear: how many of its projections are adapted
     rows = 1  # Conv: rows of lora_A that make one component
+    # How many components the ranks 1..r_max of the model take here, where importance spread them (``parts.py``).
+    components_at: tuple[int, ...] | None = None
 
     def __init__(
         self,

@@ -16,6 +16,7 @@ from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, tied
 from .layers import LoRALayer, adapted_among, adapted_layers
+from .parts import own_ranks, part, rank_of
 from .quantised import keep_gradients, say_what_merging_costs
 from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
@@ -170,7 +171,7 @@ def max_rank(model: nn.Module) -> int:
 def adapter_parameters(model: nn.Module, rank: int) -> int:
     """How many numbers the adapter has when cut to ``rank``."""
     layers = [layer for _, layer in lora_layers(model)]
-    return sum((layer.lora_A.numel() + layer.lora_B.numel()) // layer.r * min(rank, layer.r) for layer in layers)
+    return sum((layer.lora_A.numel() + layer.lora_B.numel()) // layer.r * part(layer, rank) for layer in layers)
 
 
 def scaling_of(model: nn.Module) -> str:
@@ -183,9 +184,9 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     """Run the whole model at ``rank``: an int in 0..r_max, or a LongTensor (batch,), one rank per example.
 
     A float tensor (batch, r_max) gives each example weights of the ranks 1..r_max: it runs through the weighted sum of
-    their gates, which trains several ranks at once. A layer with a smaller r runs at min(rank, r). ``frozen``: see
-    ``LoRALayer.set_rank``. Raises TypeError or ValueError for what is no rank, RuntimeError if a layer is merged; no
-    layer is changed then.
+    their gates, which trains several ranks at once. A layer with a smaller r runs at min(rank, r); where importance
+    spread the ranks, at its part. ``frozen``: see ``LoRALayer.set_rank``. Raises TypeError or ValueError for what is no
+    rank and for ``frozen`` where ranks are spread, RuntimeError if a layer is merged; no layer is changed then.
 
     A model has one rank at a time, for whoever calls it: two threads that need different ranks need a copy each, or one
     rank per example.
@@ -195,14 +196,17 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     gates: dict[tuple, tuple[Any, torch.Tensor]] = {}  # layers of one kind share the tensors
     states = []
     weighted = isinstance(rank, torch.Tensor) and rank.is_floating_point()
+    if frozen and any(layer.components_at for _, layer in layers):
+        raise ValueError("Ranks are spread over the layers by importance, and no component is the rank's own to train.")
     for _, layer in layers:
         if isinstance(rank, int):
-            states.append((layer, RankState(min(rank, layer.r), None, bool(frozen))))
+            states.append((layer, RankState(part(layer, rank), None, bool(frozen))))
             continue
-        key = (layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype(), layer.weight.device)
+        kind = (layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype())
+        key = (*kind, layer.weight.device, layer.components_at)
         if key not in gates:
-            ranks = (rank if weighted else rank.clamp(max=layer.r)).to(layer.weight.device)
-            gates[key] = None if weighted else ranks, rank_gate(ranks, *key[:4])
+            ranks = own_ranks(layer, rank)
+            gates[key] = None if weighted else ranks, rank_gate(ranks, *kind)
         kept, gate = gates[key]
         states.append((layer, RankState(kept, gate, bool(frozen), learn=layer is not model)))
     attend(model, [layer for layer, state in states if state.learn])
@@ -234,7 +238,7 @@ def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> No
     r_max = max(layer.r for _, layer in layers)
     ranks = [check_rank(b, r_max) for b in (range(1, r_max + 1) if ranks is None else ranks)]
     gates = [
-        matryoshka_gate(layer.r, layer.lora_alpha, layer.scaling, [min(b, layer.r) for b in ranks], reduce)
+        matryoshka_gate(layer.r, layer.lora_alpha, layer.scaling, [part(layer, b) for b in ranks], reduce)
         for _, layer in layers
     ]
     set_states([(layer, layer.gate_state(gate)) for (_, layer), gate in zip(layers, gates, strict=True)])
@@ -243,8 +247,7 @@ def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> No
 def get_rank(model: nn.Module):
     """The rank that the model runs at: an int, a LongTensor (batch,), or None after ``set_gate`` and weights of
     ranks."""
-    layers = lora_layers(model)
-    return max((layer for _, layer in layers), key=lambda layer: layer.r).get_rank()
+    return rank_of([layer for _, layer in lora_layers(model)])
 
 
 @contextlib.contextmanager

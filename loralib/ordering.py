@@ -38,6 +38,7 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
         layer.check_unmerged()
     at_rest(model)
     for _, layer in layers:
+        layer.components_at = None  # of another order
         (kept, see_kept), (other, see_other) = _factors(layer)
         result = ordered(see_kept(whole(kept)).cpu().double(), see_other(whole(other)).cpu().double())
         precision = torch.promote_types(kept.dtype, torch.float32)

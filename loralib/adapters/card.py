@@ -114,7 +114,8 @@ def _what(config: dict, facts: dict, base: str, merged: bool) -> str:
     else:
         how = "from one DyLoRA training"
         how += f", whose adapter serves every rank from 1 to {r_max}" if r_max > 1 else ""
-    return f"{what}, {how} {strength}."
+    spread = " It keeps the components of all layers that matter most, as many numbers as at one rank in every layer."
+    return f"{what}, {how} {strength}." + (spread if facts.get("spread") else "")
 
 
 def _loading(config: dict, facts: dict, base: str, name: str, merged: bool) -> list[str]:

@@ -121,7 +121,13 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
     usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b"
-    return AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
+    files = AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
+    for name, counts in (facts.get("components_at") or {}).items():
+        if counts[-1] > files.rank_and_alpha(name)[0] or len(counts) != files.rank:
+            raise ValueError(
+                f"{path / EXTRA} has components_at for other ranks than the weights; save the adapter anew."
+            )
+    return files
 
 
 def _refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -216,11 +222,22 @@ def cut_adapter(
     ``extra`` is added to ``dylora.json``; ``check(config, source)`` may refuse the configuration that would be written.
     Returns the contents of both configurations. Raises FileNotFoundError or ValueError; ``target`` is then untouched.
     """
-    files = read_directory(source)
+    files = cut(read_directory(source), rank)
+    facts = files.facts | (extra or {})
+    if check is not None:
+        check(files.config, source)
+    write_adapter(target, files.tensors, files.config, facts)
+    return files.config, facts
+
+
+def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
+    """What a directory would hold, cut to ``rank``. Where importance spread the ranks over the layers, each layer has
+    then a rank of its own, and one without a component is left out. Raises ValueError for another rank."""
     check_int("rank", rank, 1, files.rank, f"the adapter in {files.path} can be cut to 1..{files.rank}.")
     tensors = {key: value for key, value in files.tensors.items() if ".lora_" not in key}
     sizes: dict[str, tuple[int, float]] = {}
     ranks: dict[str, int] = {}
+    spread = files.facts.get("components_at") or {}
     for key, name, factor, value in sorted(files.factors(), key=lambda found: found[2]):  # all A come before all B
         projections = files.facts.get("projections", {}).get(name, 1)
         dim = "AB".index(factor)
@@ -228,20 +245,25 @@ def cut_adapter(
         if dim == 0:
             ranks[name] = R // (projections * value.shape[2:].numel())
         r = ranks[name]
-        b = min(rank, r)
+        b = spread[name][rank - 1] if name in spread else min(rank, r)
+        if not b:
+            continue
         by_projection = value.unflatten(dim, (projections, -1))
         kept = by_projection.shape[dim + 1] // r * b
         tensors[key] = by_projection.narrow(dim + 1, 0, kept).flatten(dim, dim + 1).contiguous()
         # alpha/b and alpha/sqrt(b) keep their alpha; a strength of alpha/r does not change with the rank.
         sizes[name] = R // r * b, peft_format.tidy(alpha * b / r) if files.scaling == "alpha/r" else alpha
-    tensors = {key: tensors[key] for key in files.tensors}
-    config = files.config | peft_format.patterns(sizes)
-    facts = {**files.facts, "rank": rank, "scaling": files.scaling, "r_max": files.facts.get("r_max", files.rank)}
-    facts |= extra or {}
-    if check is not None:
-        check(config, source)
-    write_adapter(target, tensors, config, facts)
-    return config, facts
+    config, facts = files.config | peft_format.patterns(sizes), dict(files.facts)
+    if len(sizes) < len(ranks):
+        config["target_modules"] = sorted(sizes)
+        if "base_sample_of" not in facts:  # the sample is the last adapted layer's, which may be gone
+            facts.pop("base_sample", None)
+    if spread and rank < files.rank:
+        del facts["components_at"]
+        facts["spread"] = True
+    facts |= {"rank": rank, "scaling": files.scaling, "r_max": files.facts.get("r_max", files.rank)}
+    kept_tensors = {key: tensors[key] for key in files.tensors if key in tensors}
+    return AdapterFiles(files.path, kept_tensors, config, facts, rank, files.scaling)
 
 
 def describe_adapter(path: str | os.PathLike) -> dict:

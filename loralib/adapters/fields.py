@@ -42,6 +42,18 @@ def _expression(name: str) -> bool:
     return True
 
 
+def _counts_by_name(value: Any) -> bool:
+    """Counts of components at ranks 1, 2, .., as many for each layer."""
+    if not isinstance(value, dict) or not all(map(_list_of(_count), value.values())):
+        return False
+    rising = all(list(counts) == sorted(counts) and counts[-1:] > [0] for counts in value.values())
+    return rising and len(set(map(len, value.values()))) == 1
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _truth(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -68,11 +80,13 @@ FACTS = {
     "scaling": (lambda value: value in SCALINGS or value == "several", "one of " + ", ".join(SCALINGS)),
     "projections": (_by_name(_whole), "a table of whole numbers above 0"),
     "base_sample": (lambda value: _list_of(_finite)(value) and len(value) == 16, "16 numbers"),
+    "base_sample_of": (_text, "a layer's name"),
     "labels": (_list_of(_text), "a list of names"),
     "num_labels": (_whole, "a whole number above 0"),
     "task": (_text, "a text"),
     "regression": (_truth, "true or false"),
     "ordered": (_truth, "true or false"),
+    "components_at": (_counts_by_name, "for each layer as many rising counts of components as there are ranks"),
 }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from ..layers import LoRALayer
 from ..sharding import at_rest, by_one_process, put, whole
 from .directory import cut_adapter, read_directory, refuse_failed_training, write_adapter
+from .spreading import spread_facts, take_spread
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -46,6 +47,7 @@ def _write(model, state: dict, adapter: str, layers: list[tuple[str, LoRALayer]]
             "r_max": r_max,
             "lora_alpha": first.lora_alpha,
             "scaling": first.scaling,
+            **spread_facts(layers, r_max),
             **(extra or {}),
         }
         write_adapter(own, files.tensors, files.config, facts)
@@ -70,6 +72,7 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
     with torch.no_grad():
         for key, value in own.items():
             put(value, files.tensors[key])
+    take_spread(layers, files.facts)
 
 
 def active_with_ranks(layers: list[tuple[str, LoRALayer]]) -> str:

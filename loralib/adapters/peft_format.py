@@ -13,6 +13,7 @@ import torch
 from ..convolution import Convolution
 from ..gate import scale
 from ..layers import Embedding, LoRALayer, MergedLinear
+from ..parts import part
 from ..sharding import whole
 
 PREFIX = "base_model.model."
@@ -139,7 +140,9 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
     tensors: dict[str, torch.Tensor] = {}
     sizes: dict[str, tuple[int, float]] = {}
     for name, layer in layers:
-        b = min(rank, layer.r)
+        b = part(layer, rank)
+        if not b:
+            continue  # importance leaves it no component at this rank
         factors = layer.cut(whole(layer.lora_A.detach()), whole(layer.lora_B.detach()), b)
         tensors.update(zip(keys(layer, name), to_peft(layer, name, *factors), strict=True))
         R = b * expansion(layer)

@@ -1,12 +1,13 @@
 """A LoRA that is trained already, anybody's, made fit for cutting: its components in the order of their importance."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..ordering import ordered
 from . import peft_format
-from .directory import read_directory, write_adapter
+from .directory import cut, read_directory, write_adapter
 
 
 def squeeze_adapter(source: str | Path, target: str | Path) -> dict[int, float]:
@@ -49,7 +50,28 @@ def squeeze_adapter(source: str | Path, target: str | Path) -> dict[int, float]:
     r_max = max(R for R, _ in sizes.values())
     config = files.config | peft_format.patterns(sizes) | {"use_rslora": False}
     facts = {"lora_alpha": config["lora_alpha"], **files.facts}
+    facts.pop("components_at", None)  # of another order
     facts |= {"rank": r_max, "r_max": r_max, "scaling": "alpha/r", "ordered": True, "squeezed": True}
     write_adapter(target, tensors, config, facts)
     whole = max(float(sum(each.sum() for each in squares)), torch.finfo().tiny)
     return {b: float(sum(each[:b].sum() for each in squares)) / whole for b in range(1, r_max + 1)}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What an adapter has at a rank: numbers in its factors, layers with a component, the most that a layer has."""
+
+    parameters: int
+    layers: int
+    most: int
+
+
+def rank_sizes(source: str | Path) -> dict[int, Size]:
+    """{rank: its ``Size``} of the adapter in a directory. Raises as ``read_directory``."""
+    files = read_directory(source)
+    sizes = {}
+    for b in range(1, files.rank + 1):
+        at_b = cut(files, b)
+        ranks = [value.shape[0] for _, _, factor, value in at_b.factors() if factor == "A"]
+        sizes[b] = Size(at_b.parameters()[0], len(ranks), max(ranks))
+    return sizes

@@ -20,13 +20,15 @@ from ..gate import scale
 from ..heads import is_inside, modules_to_save
 from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers
+from ..parts import part
 from ..quantised import is_quantised
 from ..sharding import at_rest, by_one_process, put, whole
 from . import labels, peft_format
-from .directory import AdapterFiles, read_bin, read_directory, refuse_failed_training, write_adapter
+from .directory import AdapterFiles, cut, read_bin, read_directory, refuse_failed_training, write_adapter
 from .hub import local
 from .kinds import label_facts, task_type
 from .of_peft import is_peft_model, load_peft_adapter, save_peft_adapter
+from .spreading import spread_facts, take_spread
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:
@@ -61,6 +63,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
             f"torch.save(loralib.lora_state_dict(model, bias={model.lora_bias!r}), path)."
         )
     tensors, config = peft_format.entries(layers, rank)
+    layers = [(name, layer) for name, layer in layers if part(layer, rank)]
     heads = modules_to_save(model)
     state = {peft_format.clean(key): value for key, value in model.state_dict().items()}
     tensors |= {peft_format.PREFIX + key: value for key, value in state.items() if is_inside(key, heads)}
@@ -84,9 +87,9 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         "lora_alpha": peft_format.tidy(first.lora_alpha),
         "scaling": first.scaling,
     }
-    facts |= _base_sample(layers)
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
-    facts |= ({"projections": merged} if merged else {}) | label_facts(model) | (extra or {})
+    facts |= _base_sample(layers) | ({"projections": merged} if merged else {}) | spread_facts(layers, rank)
+    facts |= label_facts(model) | (extra or {})
     by_one_process(sharded, lambda: write_adapter(path, tensors, config, facts))
 
 
@@ -102,9 +105,9 @@ def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list
 def _base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
     """16 values of the last adapted layer's W0, by which a file tells its base model from another of the same shape;
     nothing of a quantised one, whose numbers are no weights."""
-    layer = layers[-1][1]
+    name, layer = layers[-1]
     weight = (layer._base_weight or [layer.weight])[0]
-    return {"base_sample": _sample(weight)} if not is_quantised(weight) else {}
+    return {} if is_quantised(weight) else {"base_sample": _sample(weight), "base_sample_of": name}
 
 
 def _sample(weight: torch.Tensor) -> list[float]:
@@ -146,8 +149,9 @@ def load_adapter(
             load_peft_adapter(model, lora_layers(model), path)
             return []
     files = read_directory(path) if path.is_dir() else None
+    if files is not None and files.facts.get("components_at") and rank is not None:
+        files, rank = cut(files, min(rank, files.rank)), None  # each layer has a rank of its own
     tensors = files.tensors if files else read_bin(path)
-
     to_inject = []
     model = getattr(model, "_orig_mod", model)
     at_rest(model)
@@ -167,7 +171,6 @@ def load_adapter(
     head_plan, fresh = _head_plan(skeleton, tensors, path, head)
     if files is not None:
         _labels_in_order(skeleton, files, head_plan, head)
-    if files is not None:
         heads = modules_to_save(skeleton)
         for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
             if not is_inside(key, heads):
@@ -178,7 +181,7 @@ def load_adapter(
         layers = lora_layers(skeleton)
         if not to_inject:
             _check_strength(layers, files)
-        _check_base(model.get_submodule(layers[-1][0]), files)
+        _check_base(dict(model.named_modules()).get(files.facts.get("base_sample_of", layers[-1][0])), files)
 
     for options in to_inject:
         inject(model, **_cut(options, rank))
@@ -186,6 +189,7 @@ def load_adapter(
     with torch.no_grad():
         for name, value in (plan | head_plan).items():
             put(state[name], value)
+    take_spread(lora_layers(model), files.facts if files else {})
     return fresh
 
 
@@ -338,7 +342,7 @@ def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) ->
 
 def _check_base(layer: Any, files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
-    sample = files.facts.get("base_sample") if not is_quantised(layer.weight) else None
+    sample = files.facts.get("base_sample") if layer is not None and not is_quantised(layer.weight) else None
     if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
         raise ValueError(
             f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "

@@ -516,3 +516,12 @@ def test_any_encoder_trains_without_target_modules(kind, layers, roberta_checkpo
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert sum("lora_A" in name for name in weights) == layers
     assert ("all linear layers" in capsys.readouterr().out) == (kind == "distilbert")
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_bf16_that_the_processor_does_not_have_is_said(has_bf16, monkeypatch, tmp_path):
+    from transformers_dylora import arguments
+
+    monkeypatch.setattr(arguments, "cpu_multiplies_bf16", lambda: has_bf16)
+    options = arguments.GlueTrainingArguments(str(tmp_path), bf16=True, no_cuda=True, report_to="none")
+    assert any("no instructions for it" in note for note in options.notes) != has_bf16

@@ -324,7 +324,8 @@ def tiny(tmp_path, monkeypatch, roberta_checkpoint):
 def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     few = ["--methods", "lora-1", "lora-8", "example"]
     monkeypatch.setattr(cells, "RATE_RUNS", (("cola", 0), ("rte", 0)))
-    monkeypatch.setattr(cells, "LIMITS", (4e-4, 3e-3))  # no rate beyond the first three
+    monkeypatch.setattr(cells, "RATES", (1e-3,))
+    monkeypatch.setattr(cells, "LIMITS", (8e-4, 1.5e-3))  # no rate beyond
     keep = ["--keep", str(tmp_path / "keep")]
     study.main(["rates", *tiny, *keep, *few])
     capfd.readouterr()

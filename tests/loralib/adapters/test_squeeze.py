@@ -9,7 +9,8 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from loralib.adapters.directory import cut_adapter
+import loralib as lora
+from loralib.adapters.directory import cut_adapter, describe_adapter
 from loralib.adapters.squeeze import squeeze_adapter
 from loralib.cli import main
 
@@ -72,10 +73,10 @@ def test_what_cannot_be_ordered_is_refused(roberta_checkpoint, tmp_path):
 def test_the_command_cuts_without_data_and_wants_a_rank(roberta_checkpoint, tmp_path, capsys):
     foreign(roberta_checkpoint, tmp_path / "theirs")
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small")]) == 2
-    assert "Give the rank with --rank, or --data to choose it by." in capsys.readouterr().err
+    assert "Give the rank with --rank or --max-parameters, or --data to choose it by." in capsys.readouterr().err
     idle = ["--rank", "2", "--labels", "no,yes"]
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), *idle]) == 2
-    assert "give --data, or leave them out" in capsys.readouterr().err
+    assert "give --data or --importance, or leave them out" in capsys.readouterr().err
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), "--rank", "2"]) == 0
     assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 2
     card = (tmp_path / "small/README.md").read_text()
@@ -145,3 +146,48 @@ def test_a_language_model_is_measured_by_the_loss_of_its_completions(llama_check
     (tmp_path / "v.jsonl").write_text('{"a": 1}\n')
     assert main([*command[:3], str(tmp_path / "other"), *command[4:]]) == 2
     assert "needs prompt and completion, or text" in capsys.readouterr().err
+
+
+def test_ranks_spread_by_importance_hold_as_many_numbers_and_run_in_stock_peft(
+    llama_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    options = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    foreign(llama_checkpoint, tmp_path / "theirs", AutoModelForCausalLM, **options)
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i * 7} w{i}"} for i in range(6)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    importance = ["--base", str(llama_checkpoint), "--importance", str(tmp_path / "t.jsonl")]
+    command = ["squeeze", str(tmp_path / "theirs"), *importance]
+    sizes = {}
+    for b in (1, 2, 4):
+        assert main([*command, "--to", str(tmp_path / f"s{b}"), "--rank", str(b)]) == 0
+        assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / f"p{b}"), "--rank", str(b)]) == 0
+        sizes[b] = describe_adapter(tmp_path / f"p{b}")["adapter_parameters"]
+        assert 0 < describe_adapter(tmp_path / f"s{b}")["adapter_parameters"] <= sizes[b]
+    assert "in the layers where they matter" in capsys.readouterr().out
+    ids = torch.arange(5, 17).reshape(2, 6)
+    with torch.no_grad():
+        whole = loaded(llama_checkpoint, tmp_path / "theirs", AutoModelForCausalLM)(ids).logits
+        kept = loaded(llama_checkpoint, tmp_path / "s4", AutoModelForCausalLM)(ids).logits
+        torch.testing.assert_close(kept, whole, atol=1e-4, rtol=1e-4)
+        theirs = loaded(llama_checkpoint, tmp_path / "s1", AutoModelForCausalLM)(ids).logits
+        ours = AutoModelForCausalLM.from_pretrained(llama_checkpoint)
+        lora.load_adapter(ours, tmp_path / "s1")
+        torch.testing.assert_close(ours(ids).logits, theirs, atol=1e-4, rtol=1e-4)
+    assert "components of all layers" in (tmp_path / "s1/README.md").read_text()
+    assert "components of all layers" not in (tmp_path / "p1/README.md").read_text()
+    # measured, and with a limit of parameters; a cut adapter is squeezed again
+    data = ["--data", str(tmp_path / "t.jsonl"), "--within", "100", "--max-parameters", str(sizes[2])]
+    assert main([*command, "--to", str(tmp_path / "chosen"), *data]) == 0
+    assert "rank 1: t, validation" in capsys.readouterr().out
+    assert main(["squeeze", str(tmp_path / "s2"), "--rank", "1", "--to", str(tmp_path / "again")]) == 0
+
+
+def test_a_limit_of_parameters_takes_the_largest_rank_that_fits(roberta_checkpoint, tmp_path, capsys):
+    foreign(roberta_checkpoint, tmp_path / "theirs")
+    whole = describe_adapter(tmp_path / "theirs")["adapter_parameters"]
+    command = ["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), "--max-parameters"]
+    assert main([*command, str(whole // 4 * 3 + 1)]) == 0
+    assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 3
+    assert main([*command, "5"]) == 2
+    assert f"No rank has 5 parameters or fewer; the smallest has {whole // 4:,}." in capsys.readouterr().err

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from loralib.adapters.directory import scaling_of_file
 from loralib.adapters.hub import local
 from loralib.schedule import RankSchedule
+from loralib.training.precision import cpu_multiplies_bf16
 
 from .errors import UsageError
 
@@ -316,6 +317,10 @@ class GlueTrainingArguments(TrainingArguments):
             self.use_cpu = True  # --bf16 and the gloo backend ask for this word where there is no accelerator
         if self.fp16 and self.use_cpu:
             raise UsageError("--fp16 needs a GPU: without one nothing would compute in it; use --bf16, or neither.")
+        if self.bf16 and self.use_cpu and not cpu_multiplies_bf16():
+            self.notes.append(
+                "--bf16: this processor has no instructions for it, and steps take some 20 times as long as without it."
+            )
         if self.use_cpu and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")):
             raise UsageError(
                 "--fsdp needs GPUs: accelerate has no FSDP for CPUs; leave it out, processes share a batch."

@@ -1,7 +1,10 @@
-"""What an adapter that was trained elsewhere gives at every rank on one's own data: the measuring half of dylora
-squeeze."""
+"""What an adapter that was trained elsewhere gives at every rank on one's own data, and how much its components matter
+there: the half of dylora squeeze that runs the model."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,70 +23,106 @@ from .errors import UsageError
 from .metrics import metrics_function
 
 ALL_RANKS = 16  # up to this r_max every rank is measured, above it 1, 2, 4, .. r_max
+MAX_LENGTH = 512  # tokens of an example
+LOOKED_AT = 1024  # examples that importance is measured on, at most
 
 
-def measure_adapter(
-    directory: str | Path, data: str, base: str | None = None, labels: tuple[str, ...] = (), max_length: int = 512
-) -> RankResults:
-    """Measure the adapter in ``directory`` at its ranks on a file of examples, and leave ``rank_results.json`` there.
+@dataclass
+class Adapted:
+    """An adapter's directory, loaded into its base model; ``names``: a classifier's labels, in the order of its
+    outputs."""
 
-    Args:
-        data: CSV or JSON lines; for a classifier one or two text columns and ``label``, for a language model ``prompt``
-            and ``completion`` (the loss counts the completion) or ``text``.
-        base: the base model; default: the one that the adapter names.
-        labels: a classifier's label names in the order of its outputs, where neither the adapter nor the base tells
-            them.
+    directory: Path
+    facts: dict
+    model: Any
+    tokenizer: Any
+    names: tuple[str, ...] | None
 
-    Raises UsageError.
-    """
-    files = read_directory(directory)
-    kind = files.config.get("task_type") or ""
-    base = base or files.config.get("base_model_name_or_path")
-    if kind not in ("SEQ_CLS", "CAUSAL_LM"):
-        raise UsageError(
-            f"{directory} is a {kind or 'nameless'} adapter; classifiers and language models are measured."
+    @classmethod
+    def load(cls, directory: str | Path, base: str | None = None, labels: tuple[str, ...] = ()) -> "Adapted":
+        """
+        Args:
+            base: the base model; default: the one that the adapter names.
+            labels: a classifier's label names in the order of its outputs, where neither the adapter nor the base tells
+                them.
+
+        Raises UsageError.
+        """
+        files = read_directory(directory)
+        kind = files.config.get("task_type") or ""
+        base = base or files.config.get("base_model_name_or_path")
+        if kind not in ("SEQ_CLS", "CAUSAL_LM"):
+            raise UsageError(
+                f"{directory} is a {kind or 'nameless'} adapter; classifiers and language models are measured."
+            )
+        if base is None:
+            raise UsageError(f"{directory} names no base model; give it with --base.")
+        classifier = kind == "SEQ_CLS"
+        options = {"num_labels": outputs(files), "ignore_mismatched_sizes": True} if classifier else {}
+        transformers.utils.logging.set_verbosity_error()
+        try:
+            model = getattr(transformers, AUTO[kind]).from_pretrained(base, dtype=torch.float32, **options)
+            tokenizer = AutoTokenizer.from_pretrained(base)
+        except OSError:
+            raise UsageError(
+                f"The base model {base!r} is no directory here and not on the hub; name it with --base."
+            ) from None
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        names = labels or told(files.facts.get("labels")) or told((model.config.id2label or {}).values())
+        names = names or tuple(map(str, range(options.get("num_labels", 0))))
+        if classifier and len(names) != options["num_labels"]:
+            raise UsageError(
+                f"The labels are {', '.join(names)}, and the head of {directory} has {options['num_labels']} outputs; "
+                "name each with --labels."
+            )
+        if classifier and not all(name.isdigit() for name in names):
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: i for i, name in enumerate(names)}
+        lora.load_adapter(model, directory)
+        return cls(Path(directory), files.facts, model, tokenizer, names if classifier else None)
+
+    def examples(self, data: str):
+        """A file's examples as tokens, what puts them into batches, and a classifier's metrics. CSV or JSON lines; for
+        a classifier one or two text columns and ``label``, for a language model ``prompt`` and ``completion`` (the loss
+        counts the completion) or ``text``."""
+        if self.names is None:
+            return completing(data, self.tokenizer, MAX_LENGTH)
+        return classifying(data, self.tokenizer, self.names, MAX_LENGTH)
+
+    def kept_facts(self) -> dict:
+        return {name: self.facts[name] for name in ("squeezed", "ordered") if name in self.facts}
+
+    def spread_by_importance(self, data: str) -> None:
+        """Spread the ranks over the layers by the importance of components on a file of examples, and save that."""
+        dataset, collate, _ = self.examples(data)
+        looked_at = dataset.shuffle(seed=0).select(range(min(LOOKED_AT, len(dataset))))
+        wanted = {"input_ids", "attention_mask", "token_type_ids", "label", "labels"}
+
+        def one_by_one() -> Iterator[dict]:
+            for row in looked_at:
+                yield dict(collate([{name: value for name, value in row.items() if name in wanted}]))
+
+        self.model.to(torch.accelerator.current_accelerator() or "cpu")
+        lora.order_by_importance(self.model, one_by_one())
+        lora.save_adapter(self.model, self.directory, extra=self.kept_facts())
+
+    def measure(self, data: str) -> RankResults:
+        """Measure every rank on a file of examples, and leave ``rank_results.json`` in the directory."""
+        dataset, collator, compute = self.examples(data)
+        r_max = lora.max_rank(self.model)
+        trainer = DyLoRATrainer(
+            model=self.model,
+            args=TrainingArguments(str(self.directory), report_to="none", use_cpu=not torch.accelerator.is_available()),
+            eval_dataset=dataset,
+            data_collator=collator,
+            compute_metrics=compute,
+            schedule=lora.RankSchedule("fixed"),
+            adapter_facts=self.kept_facts(),
+            eval_ranks=None if r_max <= ALL_RANKS else RankSampler(r_max).ladder(),
         )
-    if base is None:
-        raise UsageError(f"{directory} names no base model; give it with --base.")
-    classifier = kind == "SEQ_CLS"
-    options = {"num_labels": outputs(files), "ignore_mismatched_sizes": True} if classifier else {}
-    transformers.utils.logging.set_verbosity_error()
-    try:
-        model = getattr(transformers, AUTO[kind]).from_pretrained(base, dtype=torch.float32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except OSError:
-        raise UsageError(
-            f"The base model {base!r} is no directory here and not on the hub; name it with --base."
-        ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id
-    names = labels or told(files.facts.get("labels")) or told((model.config.id2label or {}).values())
-    names = names or tuple(map(str, range(options.get("num_labels", 0))))
-    if classifier and len(names) != options["num_labels"]:
-        raise UsageError(
-            f"The labels are {', '.join(names)}, and the head of {directory} has {options['num_labels']} outputs; name "
-            "each with --labels."
-        )
-    if classifier and not all(name.isdigit() for name in names):
-        model.config.id2label = dict(enumerate(names))
-        model.config.label2id = {name: i for i, name in enumerate(names)}
-    lora.load_adapter(model, directory)
-    r_max = lora.max_rank(model)
-    dataset, collator, compute = (
-        classifying(data, tokenizer, names, max_length) if classifier else completing(data, tokenizer, max_length)
-    )
-    trainer = DyLoRATrainer(
-        model=model,
-        args=TrainingArguments(str(directory), report_to="none", use_cpu=not torch.accelerator.is_available()),
-        eval_dataset=dataset,
-        data_collator=collator,
-        compute_metrics=compute,
-        schedule=lora.RankSchedule("fixed"),
-        adapter_facts={name: files.facts[name] for name in ("squeezed", "ordered") if name in files.facts},
-        eval_ranks=None if r_max <= ALL_RANKS else RankSampler(r_max).ladder(),
-    )
-    return trainer.measure_ranks(task=Path(data).stem)
+        return trainer.measure_ranks(task=Path(data).stem)
 
 
 def outputs(files: AdapterFiles) -> int:
