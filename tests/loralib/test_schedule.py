@@ -97,7 +97,7 @@ def test_apply_orders_with_the_optimizer_and_sets_the_model():
     with lora.use_rank(model, 3):
         before = model(torch.eye(6))
     optimizer = torch.optim.AdamW(model.parameters())
-    bound = RankSchedule().resolve(3, "alpha/r", 4)
+    bound = RankSchedule(full_rank_share=0.5).resolve(3, "alpha/r", 4)
     bound.setting(2, 6).apply(model, optimizer)
     A = model[0].lora_A.detach()
     assert torch.allclose(A @ A.T, (A @ A.T).diagonal().diag(), atol=1e-5) and lora.get_rank(model) is None  # mixed
