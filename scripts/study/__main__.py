@@ -3,6 +3,7 @@
     python -m scripts.study rates  --encoder DIR --data DIR     # choose each method's rate, on a tenth of train
     python -m scripts.study leads  --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of train
     python -m scripts.study runs   --encoder DIR --data DIR     # every task, method and seed, on validation
+    python -m scripts.study runs   --encoder DIR --data DIR --methods mixed-0.8 --rate 1e-3     # at a rate of one's own
     python -m scripts.study tables                              # results/study: tables, curves, cost
     python -m scripts.study cell rte mixed-0.8 0 --encoder DIR --data DIR       # one run again; prints what it found
 
@@ -36,7 +37,7 @@ def line_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *TRIED], help="default: all the command is for")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--rate", type=float, help="for cell: instead of the chosen one")
+    parser.add_argument("--rate", type=float, help="for runs and cell: instead of the chosen one")
     parser.add_argument("--held-out", action="store_true", help="for cell: measure on a tenth of train")
     parser.add_argument("--keep", help="directory for adapters and checkpoints of lora-8")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
@@ -66,10 +67,12 @@ def main(argv: list[str] | None = None) -> None:
         return run_all(lead_cells(options.methods or ["lora-8", DEFAULT, *TRIED]), options)
     if options.command == "runs":
         methods = options.methods or [*METHODS]
+        rates |= dict.fromkeys(methods, options.rate) if options.rate else {}
         without = [name for name in methods if name not in rates]
         if without:
             parser.error(
-                f"{', '.join(without)}: no learning rate is chosen yet; run `python -m scripts.study rates` first."
+                f"{', '.join(without)}: no learning rate is chosen yet; run `python -m scripts.study rates` first, or "
+                "give --rate."
             )
         return run_all(run_cells(options.tasks, methods, options.seeds, rates), options)
     if len(options.cell) != 3 or options.cell[0] not in BUDGETS or options.cell[1] not in {**METHODS, **CUTS, **TRIED}:

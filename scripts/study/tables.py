@@ -198,9 +198,9 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         "    python -m transformers_dylora.minilm encoder",
         "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
         "    python -m scripts.study leads --encoder encoder --data glue",
-        "    python -m scripts.study runs --encoder encoder --data glue",
+        "    python -m scripts.study runs --encoder encoder --data glue --rate 1e-3 --methods lora-8 mixed-0.8",
         "    python -m scripts.study tables",
-        "    python -m scripts.study cell cola mixed-0.8 0 --encoder encoder --data glue      # one cell again",
+        "    python -m scripts.study cell cola mixed-0.8 0 --rate 1e-3 --encoder encoder --data glue      # one again",
         "",
     ]
     if found:

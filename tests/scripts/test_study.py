@@ -360,10 +360,14 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     assert "DyLoRA, per example" in text and (tmp_path / "results" / "curves.png").stat().st_size > 10_000
 
 
-def test_runs_without_a_chosen_rate_say_what_to_do(tiny, capsys):
+def test_runs_without_a_chosen_rate_say_what_to_do_and_take_a_given_one(tiny, tmp_path, capsys):
+    one = ["--methods", "example", "--tasks", "rte", "--seeds", "0"]
     with pytest.raises(SystemExit):
-        study.main(["runs", *tiny, "--methods", "example"])
+        study.main(["runs", *tiny, *one])
     assert "run `python -m scripts.study rates` first" in capsys.readouterr().err
+    study.main(["runs", *tiny, *one, "--rate", "1e-3"])
+    (line,) = cells.read_records(tmp_path / "results" / "runs.jsonl")
+    assert (line["rate"], line["split"], line["method"]) == (1e-3, "validation", "example")
 
 
 @pytest.mark.parametrize("given", [["rte", "example"], ["boolq", "example", "0"], ["rte", "none", "0"]])
