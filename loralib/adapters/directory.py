@@ -232,7 +232,7 @@ def cut_adapter(
 
 def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     """What a directory would hold, cut to ``rank``. Where importance spread the ranks over the layers, each layer has
-    then a rank of its own, and one without a component is left out. Raises ValueError for another rank."""
+    then a rank of its own, and one without a component is left out. Raises ValueError for a rank that is not there."""
     check_int("rank", rank, 1, files.rank, f"the adapter in {files.path} can be cut to 1..{files.rank}.")
     tensors = {key: value for key, value in files.tensors.items() if ".lora_" not in key}
     sizes: dict[str, tuple[int, float]] = {}
@@ -246,6 +246,7 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
             ranks[name] = R // (projections * value.shape[2:].numel())
         r = ranks[name]
         b = spread[name][rank - 1] if name in spread else min(rank, r)
+        b = r if rank == files.rank else b  # a layer may hold more than the rank, where importance chose
         if not b:
             continue
         by_projection = value.unflatten(dim, (projections, -1))
@@ -258,9 +259,9 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
         config["target_modules"] = sorted(sizes)
         if "base_sample_of" not in facts:  # the sample is the last adapted layer's, which may be gone
             facts.pop("base_sample", None)
-    if spread and rank < files.rank:
-        del facts["components_at"]
-        facts["spread"] = True
+    if rank < files.rank:
+        facts.pop("spread", None)
+        facts |= {"spread": True} if facts.pop("components_at", None) else {}
     facts |= {"rank": rank, "scaling": files.scaling, "r_max": files.facts.get("r_max", files.rank)}
     kept_tensors = {key: tensors[key] for key in files.tensors if key in tensors}
     return AdapterFiles(files.path, kept_tensors, config, facts, rank, files.scaling)

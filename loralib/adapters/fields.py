@@ -86,6 +86,7 @@ FACTS = {
     "task": (_text, "a text"),
     "regression": (_truth, "true or false"),
     "ordered": (_truth, "true or false"),
+    "spread": (_truth, "true or false"),
     "components_at": (_counts_by_name, "for each layer as many rising counts of components as there are ranks"),
 }
 

@@ -149,7 +149,7 @@ def load_adapter(
             load_peft_adapter(model, lora_layers(model), path)
             return []
     files = read_directory(path) if path.is_dir() else None
-    if files is not None and files.facts.get("components_at") and rank is not None:
+    if files is not None and rank is not None and {"components_at", "spread"} & files.facts.keys():
         files, rank = cut(files, min(rank, files.rank)), None  # each layer has a rank of its own
     tensors = files.tensors if files else read_bin(path)
     to_inject = []

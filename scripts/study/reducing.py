@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 import loralib as lora
 from loralib.layers import LoRALayer
@@ -44,26 +43,14 @@ def svd_components(model, encoder: str, directory: str, task) -> dict:
 
 
 def importance(model, batches: Iterable[dict]) -> dict[LoRALayer, torch.Tensor]:
-    """How much the loss depends on each component of each layer at r_max: {layer: (r,)}.
-
-    The mean over examples i of (d loss_i / d gate_ij)^2, the Fisher information of gates that every example has of its
-    own; ``batches`` hold ``labels`` of a classification.
-    """
-    layers = [layer for _, layer in lora_layers(model)]
-    found = {layer: torch.zeros(layer.r) for layer in layers}
-    count = 0
-    for batch in batches:
-        labels = batch["labels"]
-        gates = [torch.full((len(labels), layer.r), layer.strength(), requires_grad=True) for layer in layers]
-        for layer, gate in zip(layers, gates, strict=True):
-            layer.set_gate(gate)
-        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-        loss = F.cross_entropy(logits.float(), labels, reduction="sum")
-        for layer, gradient in zip(layers, torch.autograd.grad(loss, gates), strict=True):
-            found[layer] += gradient.square().sum(0)
-        count += len(labels)
-        lora.set_rank(model, lora.max_rank(model))  # what ``strength`` of the next batch is asked at
-    return {layer: total / count for layer, total in found.items()}
+    """``loralib.component_importance`` on the examples of the batches: {layer: (r,)}."""
+    examples = (
+        {key: value[i : i + 1] for key, value in batch.items()}
+        for batch in batches
+        for i in range(len(batch["labels"]))
+    )
+    found = lora.component_importance(model, examples)
+    return {layer: found[name] for name, layer in lora_layers(model)}
 
 
 def singular_values(model) -> dict[LoRALayer, torch.Tensor]:
@@ -101,9 +88,7 @@ def of_one_share(values: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALaye
 def to_keep(model, by: str, levels: Iterable[int], batches: Iterable[dict]) -> dict[int, dict[LoRALayer, torch.Tensor]]:
     """{level b: which components of each layer to keep}; ``by`` as in ``methods.Cut``."""
     if by == "importance":
-        training = model.training
-        scores = importance(model.eval(), batches)
-        model.train(training)
+        scores = importance(model, batches)
         return {b: highest(scores, b) for b in levels}
     choose = {"values": highest, "energy": of_one_share}[by]
     return {b: choose(singular_values(model), b) for b in levels}
