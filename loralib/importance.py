@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from .layers import LoRALayer
 from .model import lora_layers, max_rank, scaling_of, set_rank
+from .parts import component_size
 from .sharding import at_rest
 
 
@@ -18,7 +18,7 @@ def component_importance(
     """How much the loss depends on each component of each layer, at r_max: {layer's name: float tensor (r,)}.
 
     The Fisher information of a factor m_j = 1 of component j, a usual importance in pruning (Theis et al.,
-    arXiv 1801.05787), without any label of its own: the mean over examples i of
+    arXiv 1801.05787): the mean over examples i of
 
         (d loss_i / d m_j)^2
 
@@ -85,7 +85,7 @@ def order_by_importance(
     model: nn.Module, examples: Iterable[dict], loss: Callable[[nn.Module, dict], torch.Tensor] | None = None
 ) -> None:
     """Spread ranks over the layers, in place: from now on rank b of the model keeps the most important components of
-    all layers, as many numbers as b components of every layer hold (``spread``).
+    all layers, no more numbers than b components of every layer hold (``spread``).
 
     For an adapter whose training is over: call ``order_components`` first if its components are in no order. Within a
     layer the more important component comes first; ``layer.components_at`` says how many a rank takes, and adapters are
@@ -108,8 +108,3 @@ def order_by_importance(
             layer.lora_B.copy_(layer.split_B(layer.lora_B)[:, order].flatten(1, 2))
         layer.components_at = counts[name]
     set_rank(model, max_rank(model))
-
-
-def component_size(layer: LoRALayer) -> int:
-    """How many numbers one component holds."""
-    return (layer.lora_A.numel() + layer.lora_B.numel()) // layer.r

@@ -16,7 +16,7 @@ from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, tied
 from .layers import LoRALayer, adapted_among, adapted_layers
-from .parts import own_ranks, part, rank_of
+from .parts import component_size, own_ranks, part, rank_of
 from .quantised import keep_gradients, say_what_merging_costs
 from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
@@ -170,8 +170,7 @@ def max_rank(model: nn.Module) -> int:
 
 def adapter_parameters(model: nn.Module, rank: int) -> int:
     """How many numbers the adapter has when cut to ``rank``."""
-    layers = [layer for _, layer in lora_layers(model)]
-    return sum((layer.lora_A.numel() + layer.lora_B.numel()) // layer.r * part(layer, rank) for layer in layers)
+    return sum(component_size(layer) * part(layer, rank) for _, layer in lora_layers(model))
 
 
 def scaling_of(model: nn.Module) -> str:

@@ -21,6 +21,11 @@ def part(layer: LoRALayer, rank: int) -> int:
     return layer.components_at[rank - 1]
 
 
+def component_size(layer: LoRALayer) -> int:
+    """How many numbers one component holds."""
+    return (layer.lora_A.numel() + layer.lora_B.numel()) // layer.r
+
+
 def own_ranks(layer: LoRALayer, ranks: torch.Tensor) -> torch.Tensor:
     """Ranks of the model (batch,), or weights of them (batch, r_max), as the layer's own, on its device."""
     ranks = ranks.to(layer.weight.device)
