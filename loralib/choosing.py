@@ -11,7 +11,16 @@ if TYPE_CHECKING:
 def chosen(args, results: RankResults) -> Choice:
     from .report.choice import choose
 
-    return choose(results, getattr(args, "split", None), within(args.within), args.max_parameters)
+    return choose(results, getattr(args, "split", None), within(args.within or "1se"), args.max_parameters)
+
+
+def refuse_unused(args, rank: object, *names: str) -> None:
+    """Raises ValueError for a flag of ``names`` that was given although ``rank``, a number, leaves nothing to
+    choose."""
+    for name in names:
+        if getattr(args, name, None) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--rank {rank} leaves nothing to choose for {flag}; leave one of the two out.")
 
 
 def why(results: RankResults, found: Choice) -> str:

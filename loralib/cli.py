@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .choosing import chosen, why
+from .choosing import chosen, refuse_unused, why
 from .conflict import warn_of_other_loralib
 from .extras import missing
 from .version import __version__
@@ -154,7 +154,6 @@ def _parser() -> argparse.ArgumentParser:
 def _add_choice(parser, of_splits: bool = True) -> None:
     parser.add_argument(
         "--within",
-        default="1se",
         help="1se (default): one standard error of the paired difference to the best; or points of 0-100",
     )
     parser.add_argument(
@@ -214,9 +213,11 @@ def _rank_of(args) -> tuple[int, RankResults | None]:
     results = RankResults.read(directory) if (directory / FILE).exists() else None
     if args.rank != "auto":
         try:
-            return int(args.rank), results
+            rank = int(args.rank)
         except ValueError:
             raise ValueError(f"--rank is {args.rank!r}; give a rank or auto.") from None
+        refuse_unused(args, rank, "within", "max_parameters", "split")
+        return rank, results
     if results is None:
         raise FileNotFoundError(f"{directory} holds no {FILE} to choose a rank from; give --rank a number.")
     found = chosen(args, results)

@@ -5,13 +5,17 @@ from dataclasses import replace
 
 from .adapters.export import EXPORTED, export_adapter, free_directory
 from .adapters.squeeze import Size, rank_sizes, squeeze_adapter
-from .choosing import chosen, why
+from .choosing import chosen, refuse_unused, why
 from .report.tables import print_grid, print_table
 
 
 def squeeze(args) -> None:
     if args.rank is None and args.data is None and args.max_parameters is None:
         raise ValueError("Give the rank with --rank or --max-parameters, or --data to choose it by.")
+    if args.rank is not None:
+        refuse_unused(args, args.rank, "within", "max_parameters")
+    elif args.data is None and args.within is not None:
+        raise ValueError("--within compares the ranks' scores; give the data to measure them on with --data.")
     runs = args.data is not None or args.importance is not None
     if not runs and (args.base or args.labels):
         raise ValueError(

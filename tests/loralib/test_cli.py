@@ -175,6 +175,14 @@ def test_auto_takes_the_selected_rank(capsys):
     assert code == 0 and json.loads(Path("auto/adapter_config.json").read_text())["r"] == 3
 
 
+@pytest.mark.parametrize("command", ["export", "merge"])
+@pytest.mark.parametrize("flag", ["--within 1se", "--max-parameters 9", "--split validation_matched"])
+def test_a_flag_of_the_choice_beside_a_rank_is_refused(command, flag, capsys):
+    code, _, err = dylora(capsys, command, "mnli", "--rank", "2", *flag.split(), "--to", "unused")
+    assert code == 2 and f"--rank 2 leaves nothing to choose for {flag.split()[0]}" in err
+    assert not Path("unused").exists()
+
+
 def test_inspect_shows_the_ordering(capsys):
     code, out, _ = dylora(capsys, "inspect", "mnli")
     assert code == 0 and "r_max            3" in out and "query, value" in out

@@ -77,6 +77,13 @@ def test_the_command_cuts_without_data_and_wants_a_rank(roberta_checkpoint, tmp_
     idle = ["--rank", "2", "--labels", "no,yes"]
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), *idle]) == 2
     assert "give --data or --importance, or leave them out" in capsys.readouterr().err
+    for flag, value in (("--max-parameters", "9"), ("--within", "1se")):
+        idle = ["--rank", "2", flag, value]
+        assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), *idle]) == 2
+        assert f"--rank 2 leaves nothing to choose for {flag}" in capsys.readouterr().err
+    idle = ["--max-parameters", "9", "--within", "0.5"]
+    assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), *idle]) == 2
+    assert "--within compares the ranks' scores; give the data" in capsys.readouterr().err
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), "--rank", "2"]) == 0
     assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 2
     card = (tmp_path / "small/README.md").read_text()
