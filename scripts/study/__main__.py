@@ -1,16 +1,18 @@
-"""Does one DyLoRA run match a whole LoRA sweep? Train and measure the methods of methods.py on GLUE data.
+"""Does one DyLoRA run match a whole LoRA sweep? Train and measure the methods of methods.py.
 
-    python -m scripts.study rates  --encoder DIR --data DIR     # choose each method's rate, on a tenth of train
-    python -m scripts.study leads  --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of train
-    python -m scripts.study runs   --encoder DIR --data DIR     # every task, method and seed, on validation
-    python -m scripts.study runs   --encoder DIR --data DIR --methods mixed-0.8 --rate 1e-3     # at a rate of one's own
-    python -m scripts.study tables                              # results/study: tables, curves, cost
+    python -m scripts.study rates    --encoder DIR --data DIR     # choose each method's rate, on a tenth of train
+    python -m scripts.study leads    --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of train
+    python -m scripts.study runs     --encoder DIR --data DIR     # every task, method and seed, on validation
+    python -m scripts.study runs     --encoder DIR --data DIR --methods mixed-0.8 --rate 1e-3     # at one's own rate
+    python -m scripts.study wide     --encoder DIR --data DIR     # r_max 16 and 64, and all linear layers
+    python -m scripts.study language --model DIR --data DIR       # a language model on WebNLG: its rates, then its runs
+    python -m scripts.study tables                                # results/study: tables, curves, cost
     python -m scripts.study cell rte mixed-0.8 0 --encoder DIR --data DIR       # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
-run_glue.py's --dataset_dir (without --data: from the hub). Runs are appended to results/study/runs.jsonl, one line
-each; a run that has its line is not repeated, so an interrupted command goes on where it was. Every run has one core to
-itself.
+run_glue.py's --dataset_dir (without --data: from the hub), and WebNLG as language.py says; that of --model a checkpoint
+or a GGUF file. Runs are appended to results/study/runs.jsonl, one line each; a run that has its line is not repeated,
+so an interrupted command goes on where it was. Every run has one core to itself.
 
 With ``--keep DIR`` the runs of lora-8 leave their adapters and checkpoints there, and a method whose first part is the
 same training goes on from such a checkpoint.
@@ -21,26 +23,32 @@ import json
 import os
 from pathlib import Path
 
-from .cells import BUDGETS, Cell, chosen_rates, lead_cells, rate_cells, read_records, run_cells
-from .methods import CUTS, DEFAULT, METHODS, TRIED
+from . import cells
+from .cells import BUDGETS, LANGUAGE, R_MAX, Cell, chosen_rates, read_records, usual_records
+from .methods import CUTS, DEFAULT, METHODS
 from .running import ROOT, run_all, run_cell
+from .tried import TRIED
 
 RESULTS = ROOT / "results" / "study"
+OF_LANGUAGE = ("lora-8", DEFAULT, *(name for names in cells.SWEEP.values() for name in names if name != "lora-8"))
 
 
 def line_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["rates", "leads", "runs", "tables", "cell"])
+    parser.add_argument("command", choices=["rates", "leads", "runs", "wide", "language", "tables", "cell"])
     parser.add_argument("cell", nargs="*", metavar="task method seed", help="for cell: which one")
     parser.add_argument("--encoder", help="directory of the encoder")
+    parser.add_argument("--model", help="directory of the language model")
     parser.add_argument("--data", help="directory of the GLUE tasks; default: the hub's")
     parser.add_argument("--tasks", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", choices=[*METHODS, *TRIED], help="default: all the command is for")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; of a language model 0 1")
     parser.add_argument("--rate", type=float, help="for runs and cell: instead of the chosen one")
     parser.add_argument("--held-out", action="store_true", help="for cell: measure on a tenth of train")
+    parser.add_argument("--r-max", type=int, default=R_MAX, help="for cell: as in the tables of r_max")
+    parser.add_argument("--targets", choices=[cells.USUAL_TARGETS, cells.ALL_LINEAR], help="for cell: what is adapted")
     parser.add_argument("--keep", help="directory for adapters and checkpoints of lora-8")
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: as many as cores")
     parser.add_argument("--results", default=str(RESULTS), help="where runs.jsonl and the tables are")
     return parser
 
@@ -50,21 +58,30 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     # The workers inherit this: one core each.
     os.environ["OMP_NUM_THREADS"] = "1"
+    file = Path(options.results) / "runs.jsonl"
     if options.command == "tables":
         from .tables import write_tables
 
-        return write_tables(Path(options.results), read_records(Path(options.results) / "runs.jsonl"), BUDGETS)
-    if not options.encoder:
+        return write_tables(Path(options.results), read_records(file), BUDGETS)
+    language = options.command == "language" or (options.command == "cell" and options.cell[:1] == [*LANGUAGE])
+    options.base = options.model if language else options.encoder
+    if not options.base:
+        if language:
+            parser.error("a language model's runs need --model, a directory with a checkpoint or a GGUF file.")
         parser.error(f"{options.command} needs --encoder; `python -m transformers_dylora.minilm DIR` writes one.")
-    records = read_records(Path(options.results) / "runs.jsonl")
-    rates = chosen_rates(records)
     if options.command == "rates":
-        # The next rate of a grid follows from the scores of the last.
-        while missing := rate_cells(options.methods or [*METHODS], read_records(Path(options.results) / "runs.jsonl")):
-            run_all(missing, options)
-        return None
+        return search_rates(options, file, options.methods or [*METHODS])
     if options.command == "leads":
-        return run_all(lead_cells(options.methods or ["lora-8", DEFAULT, *TRIED]), options)
+        return run_all(cells.lead_cells(options.methods or ["lora-8", DEFAULT, *TRIED]), options)
+    if options.command == "wide":
+        return run_all(cells.wide_cells(), options)
+    if options.command == "language":
+        methods, runs = options.methods or OF_LANGUAGE, cells.LANGUAGE_RATE_RUNS
+        search_rates(options, file, methods, runs, cells.ALL_LINEAR)
+        rates = chosen_rates(read_records(file), runs)
+        seeds = options.seeds or [0, 1]
+        return run_all(cells.run_cells([*LANGUAGE], methods, seeds, rates, cells.ALL_LINEAR), options)
+    rates = chosen_rates(usual_records(read_records(file)))
     if options.command == "runs":
         methods = options.methods or [*METHODS]
         rates |= dict.fromkeys(methods, options.rate) if options.rate else {}
@@ -74,18 +91,40 @@ def main(argv: list[str] | None = None) -> None:
                 f"{', '.join(without)}: no learning rate is chosen yet; run `python -m scripts.study rates` first, or "
                 "give --rate."
             )
-        return run_all(run_cells(options.tasks, methods, options.seeds, rates), options)
-    if len(options.cell) != 3 or options.cell[0] not in BUDGETS or options.cell[1] not in {**METHODS, **CUTS, **TRIED}:
+        return run_all(cells.run_cells(options.tasks, methods, options.seeds or [0, 1, 2], rates), options)
+    one_cell(parser, options, rates)
+
+
+def search_rates(options, file: Path, methods, runs=None, targets: str = cells.USUAL_TARGETS) -> None:
+    """Measure until every method's grid is closed; the next rate of a grid follows from the scores of the last."""
+    while missing := cells.rate_cells(methods, of_targets(read_records(file), targets), runs, targets):
+        run_all(missing, options)
+
+
+def of_targets(records: list[dict], targets: str) -> list[dict]:
+    return [r for r in records if (r["targets"], r["r_max"]) == (targets, R_MAX)]
+
+
+def one_cell(parser, options, rates: dict[str, float]) -> None:
+    known = {**METHODS, **CUTS, **TRIED}
+    if len(options.cell) != 3 or options.cell[0] not in {**BUDGETS, **LANGUAGE} or options.cell[1] not in known:
         parser.error(
-            f"cell needs a task ({', '.join(BUDGETS)}), a method ({', '.join([*METHODS, *CUTS, *TRIED])}) and a seed."
+            f"cell needs a task ({', '.join([*BUDGETS, *LANGUAGE])}), a method ({', '.join(known)}) and a seed."
         )
     task, name, seed = options.cell
     trained = CUTS[name].of if name in CUTS else name
-    if not options.rate and trained not in rates:
+    if not options.rate and (trained not in rates or task in LANGUAGE):
         parser.error(f"{trained}: no learning rate is chosen yet; give --rate.")
-    split = "held_out" if options.held_out else "validation"
-    cell = Cell(task, trained, int(seed), options.rate or rates[trained], split)
-    for found in run_cell(cell, options.encoder, options.data, options.keep):
+    cell = Cell(
+        task,
+        trained,
+        int(seed),
+        options.rate or rates[trained],
+        "held_out" if options.held_out else "validation",
+        options.r_max,
+        options.targets or (cells.ALL_LINEAR if task in LANGUAGE else cells.USUAL_TARGETS),
+    )
+    for found in run_cell(cell, options.base, options.data, options.keep):
         if found["method"] == name:
             print(json.dumps(found))
 

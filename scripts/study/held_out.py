@@ -6,8 +6,9 @@ from loralib.report.choice import mean_and_error
 from loralib.report.tables import markdown_table
 
 from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, held_out_scores, next_rates
-from .methods import DEFAULT, METHODS, SHOWN, TRIED
+from .methods import DEFAULT, METHODS, SHOWN
 from .naming import HEAD, NAMES, OF_SWEEP, order, title
+from .tried import TRIED
 
 # What leads are held against: the plainest peer that gives every rank.
 BAR = "cut-svd"

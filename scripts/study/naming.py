@@ -1,11 +1,14 @@
 """What the study's tables call tasks and methods, and in which order."""
 
-from .methods import ALPHA, CUTS, METHODS, SHOWN, SWEEP, TRIED
+from .methods import ADALORA, ALPHA, CUTS, METHODS, R_MAX, SHOWN, SWEEP
+from .tried import TRIED, named
 
+OF_ADALORA = {name: b for b, name in ADALORA.items()}
 OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
 # Rows that several runs make together, one at each rank.
 ROWS = {
     "sweep": "LoRA trained at that rank alone (the sweep, 4 runs)",
+    "adalora": "AdaLoRA trained for that rank alone (4 runs)",
     "squeeze": "LoRA of rank 8 for 0.8 of the steps, SVD, then that rank alone (LoRA-Squeeze)",
 }
 HEAD = ["method", *(f"r={b}" for b in SHOWN)]
@@ -14,8 +17,8 @@ NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,
          "qqp": "QQP, 8,999 examples (mean of accuracy and F1)"}  # fmt: skip
 
 
-def title(method: str) -> str:
-    return {**METHODS, **CUTS, **TRIED}[method].title
+def title(method: str, r_max: int = R_MAX) -> str:
+    return {**METHODS, **CUTS, **TRIED}[method].title.replace(f"rank {R_MAX}", f"rank {r_max}")
 
 
 def order(methods) -> list[str]:
@@ -32,11 +35,13 @@ def strength_of(method: str, chosen: dict[int, str]) -> str:
     methods."""
     if method == "squeeze":
         return strength_of("squeeze-1", chosen)
+    if method == "adalora":
+        return "32/(its rank at the start)"
     if method == "sweep":
         return ", ".join(f"{METHODS[name].strength:g}" for _, name in sorted(chosen.items()))
     if method == "cut-alpha/b":
         return f"{ALPHA}/b"
-    trained = {**METHODS, **TRIED}[CUTS[method].of if method in CUTS else method]
+    trained = named(CUTS[method].of if method in CUTS else method)
     if trained.scaling == "alpha/r":
         return f"{trained.strength:g}"
     return trained.scaling.replace("alpha", f"{trained.alpha:g}")

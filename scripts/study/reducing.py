@@ -1,7 +1,6 @@
 """A trained LoRA of rank r_max made smaller: by rank in every layer, or by components over all layers."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 import torch
 
@@ -12,34 +11,13 @@ from loralib.model import lora_layers
 LOOKED_AT = 1024  # training examples from which importance is measured
 
 
-def cut(model, name: str, encoder: str, directory: str, task) -> None:
+def cut(model, name: str) -> None:
     """Change the trained lora-8 in place, so that its ranks are what the way ``name`` of cutting gives."""
-    layers = dict(lora_layers(model))
-    if name not in ("cut-alpha/b", "cut-alpha/r"):
-        for path, (A, B) in svd_components(model, encoder, directory, task).items():
-            layer = layers[path]
-            layer.lora_A.data.copy_(A)
-            layer.lora_B.data.copy_(B * layer.r / layer.lora_alpha)
-    for layer in layers.values():
+    for _, layer in lora_layers(model):
         layer.scaling = "alpha/b" if name == "cut-alpha/b" else "alpha/r"
-
-
-def svd_components(model, encoder: str, directory: str, task) -> dict:
-    """lora_A and lora_B of every layer after peft's reduction at r_max: its first b components are that at rank b."""
-    from peft import PeftModel, convert_to_lora
-    from transformers import AutoModelForSequenceClassification
-
-    lora.save_adapter(model, Path(directory) / "adapter")
-    stock = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=task.num_labels)
-    adapted = PeftModel.from_pretrained(stock, str(Path(directory) / "adapter"))
-    config, state = convert_to_lora(adapted, rank=lora.max_rank(model))
-    strength = config.lora_alpha / config.r
-    found = {}
-    for key, A in state.items():
-        if key.endswith(".lora_A.weight"):
-            B = state[key.replace(".lora_A.", ".lora_B.")]
-            found[key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")] = (A, B * strength)
-    return found
+    if name not in ("cut-alpha/b", "cut-alpha/r"):
+        # Per layer by SVD: its first b components are then what PEFT's convert_to_lora keeps at rank b.
+        lora.order_components(model)
 
 
 def importance(model, batches: Iterable[dict]) -> dict[LoRALayer, torch.Tensor]:

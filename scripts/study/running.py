@@ -1,11 +1,10 @@
 """Training and measuring cells, one after the other or several at a time."""
 
 import json
-import math
 import subprocess
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -14,38 +13,35 @@ from transformers import TrainerCallback
 
 from loralib.training.precision import cpu_multiplies_bf16
 
-from .cells import BATCH, BUDGETS, Budget, Cell, area, read_records
-from .methods import CUTS, METHODS, MIXED, PARTS, R_MAX, SHOWN, TRIED, StudyTrainer
+from .adalora import Allocate
+from .cells import BUDGETS, Cell, area, read_records
+from .loading import Loaded, load, updates
+from .methods import CUTS, MIXED, PARTS, R_MAX, SHOWN, shown_up_to
 from .reducing import LOOKED_AT, cut, to_keep, with_components
+from .trainer import StudyTrainer
 
+CUT_EVERYWHERE = ("cut-svd",)  # the others are measured in the main tables alone
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_cell(cell: Cell, encoder: str, data: str | None, keep: str | None = None) -> list[dict]:
-    """Train and measure; one record, and for lora-8 one more for each way to cut it. ``keep``: see ``__main__``."""
+def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -> list[dict]:
+    """Train and measure; one record, and for lora-8 one more for each way to cut it.
+
+    ``base``: the encoder's directory, or the language model's. ``keep``: see ``__main__``.
+    """
     import torch
-    from transformers import DataCollatorWithPadding, TrainingArguments, set_seed, utils
-    from transformers_dylora.arguments import ModelArguments
-    from transformers_dylora.data import glue_task
-    from transformers_dylora.metrics import metrics_function
-    from transformers_dylora.modeling import load_model, load_tokenizer
+    from transformers import TrainingArguments, set_seed, utils
 
     torch.set_num_threads(1)
     utils.logging.set_verbosity_error()
-    method, task, budget = {**METHODS, **TRIED}[cell.method], glue_task(cell.task), BUDGETS[cell.task]
-    model_args = ModelArguments(
-        encoder, apply_lora=True, lora_r=method.r, lora_alpha=method.alpha, lora_scaling=method.scaling
-    )
-    tokenizer = load_tokenizer(model_args)
-    train, measured = load_splits(task, budget, cell.split, tokenizer, data)
-    trunk = Path(keep) / f"{cell.task}-{cell.seed}-{cell.rate:g}-{cell.split}" if keep else None
+    trunk = trunk_of(cell, keep)
     with tempfile.TemporaryDirectory() as directory:
         args = TrainingArguments(
-            str(trunk) if trunk and cell.method == "lora-8" else directory,
-            per_device_train_batch_size=BATCH,
-            per_device_eval_batch_size=64,
+            str(trunk) if trunk and cell.is_trunk else directory,
+            per_device_train_batch_size=cell.budget.batch,
+            per_device_eval_batch_size=64 if cell.task in BUDGETS else cell.budget.batch,
             learning_rate=cell.rate,
-            num_train_epochs=budget.epochs,
+            num_train_epochs=cell.budget.epochs,
             warmup_steps=0.06,
             weight_decay=0.1,
             bf16=precision() == "bf16",
@@ -57,43 +53,58 @@ def run_cell(cell: Cell, encoder: str, data: str | None, keep: str | None = None
             disable_tqdm=True,
         )
         set_seed(cell.seed)
-        model, _ = load_model(model_args, task, training=True)
+        loaded = load(cell, base, data)
         trainer = StudyTrainer(
-            method,
-            model=model,
+            cell.trained,
+            model=loaded.model,
             args=args,
-            train_dataset=train,
-            processing_class=tokenizer,
-            data_collator=DataCollatorWithPadding(tokenizer),
-            compute_metrics=metrics_function(task),
+            train_dataset=loaded.train,
+            processing_class=loaded.tokenizer,
+            data_collator=loaded.collator,
+            compute_metrics=loaded.compute_metrics,
         )
-        start, checkpoint = time.perf_counter(), None
-        if trunk and cell.method == "lora-8":
-            trainer.add_callback(SaveParts())
-        elif trunk and method.shares_trunk:
-            steps = math.ceil(len(train) / BATCH) * budget.epochs
-            checkpoint = trunk / f"checkpoint-{part_of(method.schedule.full_rank_share, int(steps))}"
-            checkpoint = str(checkpoint) if checkpoint.exists() else None
-        trainer.train(resume_from_checkpoint=checkpoint)
-        seconds = time.perf_counter() - start
-        facts = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "commit": commit()}
-        facts["precision"] = precision()
-        facts |= {"from": "lora-8"} if checkpoint else {}
-        if trunk and cell.method == "lora-8":
-            trainer.save_model(str(trunk))
-        records = [record(cell, trainer, measured, task) | facts]
-        for name, made in CUTS.items():
-            if made.of == cell.method:
-                own = Cell(cell.task, name, cell.seed, cell.rate, cell.split)
-                if made.of == "lora-8":
-                    cut(model, name, encoder, directory, task)
-                if made.by == "rank":
-                    trainer.eval_ranks = list(SHOWN)
-                    records.append(record(own, trainer, measured, task) | facts)
-                else:
-                    trainer.eval_ranks = [R_MAX]
-                    records.append(reduced(own, made.by, trainer, measured, task) | facts)
+        facts = train(cell, trainer, trunk)
+        records = [record(cell, trainer, loaded) | facts]
+        for name, made in CUTS.items() if not cell.trained.adalora else ():
+            if made.of != cell.method or not (cell.usual or name in CUT_EVERYWHERE):
+                continue
+            own = replace(cell, method=name)
+            if cell.is_trunk:
+                cut(loaded.model, name)
+            if made.by == "rank":
+                trainer.eval_ranks = list(shown_up_to(cell.r_max))
+                records.append(record(own, trainer, loaded) | facts)
+            else:
+                trainer.eval_ranks = [R_MAX]
+                records.append(reduced(own, made.by, trainer, loaded) | facts)
     return records
+
+
+def trunk_of(cell: Cell, keep: str | None) -> Path | None:
+    """Where the plain training of this cell's task, seed, rate, r_max and targets leaves its checkpoints."""
+    if keep is None:
+        return None
+    apart = "" if cell.usual else f"-{cell.r_max}-{cell.targets}"
+    return Path(keep) / f"{cell.task}-{cell.seed}-{cell.rate:g}-{cell.split}{apart}"
+
+
+def train(cell: Cell, trainer, trunk: Path | None) -> dict:
+    """Train, from the trunk's checkpoint where there is one; what is known of the training afterwards."""
+    start, checkpoint = time.perf_counter(), None
+    if trunk and cell.is_trunk:
+        trainer.add_callback(SaveParts())
+    elif trunk and cell.goes_on:
+        step = part_of(cell.trained.schedule.full_rank_share, updates(cell, len(trainer.train_dataset)))
+        checkpoint = trunk / f"checkpoint-{step}"
+        checkpoint = str(checkpoint) if checkpoint.exists() else None
+    if cell.trained.adalora:
+        trainer.add_callback(Allocate())
+    trainer.train(resume_from_checkpoint=checkpoint)
+    seconds = time.perf_counter() - start
+    if trunk and cell.is_trunk:
+        trainer.save_model(str(trunk))
+    facts = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "commit": commit()}
+    return facts | {"precision": precision()} | ({"from": "lora-8"} if checkpoint else {})
 
 
 def precision() -> str:
@@ -115,44 +126,25 @@ class SaveParts(TrainerCallback):
         control.should_save = state.global_step in {part_of(share, state.max_steps) for share in PARTS}
 
 
-def load_splits(task, budget: Budget, split: str, tokenizer, data: str | None):
-    """The training data and what the run is measured on, tokenised; the same for every method."""
-    from transformers_dylora.data import load_glue, tokenize
-
-    raw = load_glue(task, data)
-    train = raw["train"]
-    if budget.train and budget.train < len(train):
-        train = train.shuffle(seed=0).select(range(budget.train))
-    if split == "held_out":
-        halves = train.train_test_split(test_size=0.1, seed=0)
-        train, measured = halves["train"], halves["test"]
-    else:
-        measured = raw[task.splits("validation")[0]]
-        if budget.validation:
-            measured = measured.select(range(min(budget.validation, len(measured))))
-    return (tokenize(part, task, tokenizer, budget.max_length, False, False) for part in (train, measured))
-
-
-def record(cell: Cell, trainer, measured, task) -> dict:
-    """The scores (0-100) of every rank of the model as it is."""
+def record(cell: Cell, trainer, loaded: Loaded) -> dict:
+    """The scores (0-100; losses as they are) of every rank of the model as it is."""
     start = time.perf_counter()
-    metrics = trainer.predict(measured, metric_key_prefix="x").metrics
+    if loaded.metric == "loss":
+        metrics, factor = trainer.evaluate(loaded.measured, metric_key_prefix="x"), 1
+    else:
+        metrics, factor = trainer.predict(loaded.measured, metric_key_prefix="x").metrics, 100
     seconds = time.perf_counter() - start
-    scores = {str(b): round(100 * metrics[f"x_r{b}_{task.main_metric}"], 4) for b in trainer.eval_ranks}
-    return {
-        **vars(cell),
-        "metric": task.main_metric,
-        "scores": scores,
-        "evaluation_seconds": round(seconds, 1),
-    }
+    names = {b: f"x_r{b}_{loaded.metric}" for b in trainer.eval_ranks} or {cell.trained.r: f"x_{loaded.metric}"}
+    scores = {str(b): round(factor * metrics[name], 4) for b, name in names.items()}
+    return {**vars(cell), "metric": loaded.metric, "scores": scores, "evaluation_seconds": round(seconds, 1)}
 
 
-def reduced(cell: Cell, by: str, trainer, measured, task) -> dict:
+def reduced(cell: Cell, by: str, trainer, loaded: Loaded) -> dict:
     """The record of the model with as many components as at ranks 1, 2, 4 and 8, chosen over all layers."""
     looked_at = trainer.train_dataset.shuffle(seed=0)
     looked_at = looked_at.select(range(min(LOOKED_AT, len(looked_at))))
     kept = to_keep(trainer.model, by, SHOWN, trainer.get_eval_dataloader(looked_at))
-    found = {b: record(cell, trainer, measured, task) for b in with_components(trainer.model, kept)}
+    found = {b: record(cell, trainer, loaded) for b in with_components(trainer.model, kept)}
     scores = {str(b): each["scores"][str(R_MAX)] for b, each in found.items()}
     seconds = sum(each["evaluation_seconds"] for each in found.values())
     return found[R_MAX] | {"scores": scores, "evaluation_seconds": round(seconds, 1)}
@@ -164,13 +156,14 @@ def commit() -> str:
 
 
 def run_all(cells: list[Cell], options) -> None:
-    """Run what has no line yet, in order, in ``options.processes`` processes of one thread."""
+    """Run what has no line yet, in order, in ``options.processes`` processes of one thread; one is this process."""
     file = Path(options.results) / "runs.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
     missing = [cell for cell in cells if not cell.done(read_records(file))]
     print(f"{len(cells) - len(missing)} of {len(cells)} runs are there", flush=True)
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        waiting = {pool.submit(run_cell, cell, options.encoder, options.data, options.keep): cell for cell in missing}
+    several = options.processes > 1
+    with ProcessPoolExecutor(options.processes, get_context("spawn")) if several else ThreadPoolExecutor(1) as pool:
+        waiting = {pool.submit(run_cell, cell, options.base, options.data, options.keep): cell for cell in missing}
         for number, future in enumerate(as_completed(waiting), 1):
             records = future.result()
             with open(file, "a", encoding="utf-8") as lines:

@@ -13,10 +13,11 @@ from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .cells import TRIED_RATE, area, chosen_rates, chosen_strengths
+from .cells import TRIED_RATE, area, chosen_rates, chosen_strengths, usual_records
 from .held_out import lead_table, rate_table, tried_table
-from .methods import CUTS, DEFAULT, SHOWN, SQUEEZE, SWEEP
+from .methods import ADALORA, CUTS, DEFAULT, SHOWN, SQUEEZE, SWEEP
 from .naming import HEAD, NAMES, OF_SWEEP, ROWS, called, order, strength_of
+from .wide import language_tables, rank_tables, target_tables
 
 # The tasks that averages are over. RTE, from scratch with so small an encoder, stays at chance and adds noise alone.
 AVERAGED = ("cola", "sst2", "mnli", "qnli", "qqp")
@@ -57,7 +58,7 @@ def sweep_methods(records: list[dict]) -> dict[int, str]:
 def rows_of(record: dict, records: list[dict]) -> list[tuple[str, list[int]]]:
     """The rows that a run belongs to, and the ranks that it gives them."""
     rows = []
-    for row, by_rank in (("sweep", sweep_methods(records)), ("squeeze", SQUEEZE)):
+    for row, by_rank in (("sweep", sweep_methods(records)), ("squeeze", SQUEEZE), ("adalora", ADALORA)):
         if ranks := [r for r, name in by_rank.items() if name == record["method"]]:
             rows.append((row, ranks))
     return rows or [(record["method"], [int(b) for b in record["scores"]])]
@@ -128,7 +129,9 @@ def average_table(found: dict, records: list[dict]) -> list[str]:
         apart = [interval([by_seed[seed][b] - sweep[seed][b] for seed in both]) for b in SHOWN] if both else []
         apart += [interval([np.mean([by_seed[s][b] - sweep[s][b] for b in SHOWN]) for s in both])] if both else []
         beside = [""] * 5 if method == "sweep" else apart
-        trainings = {"sweep": "4", "squeeze": "1.6"}.get(method, "1")  # of squeeze the first 0.8 are shared
+        trainings = {"sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(
+            method, "1"
+        )  # of squeeze the first 0.8 are shared
         own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
         settings = [trainings, strength_of(method, chosen), own_rates]
         rows.append([called(method), *settings, *cells, str(len(by_seed)), *beside])
@@ -185,6 +188,7 @@ def averages_to_curves(found: dict) -> list[Curve]:
 
 def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
     """README.md and curves.png from the records."""
+    everything, records = records, usual_records(records)
     found = scores(records)
     lines = [
         "# Does one DyLoRA run match a LoRA sweep?",
@@ -199,6 +203,8 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
         "    python -m scripts.study leads --encoder encoder --data glue",
         "    python -m scripts.study runs --encoder encoder --data glue --rate 1e-3 --methods lora-8 mixed-0.8",
+        "    python -m scripts.study wide --encoder encoder --data glue",
+        "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",
         "    python -m scripts.study tables",
         "    python -m scripts.study cell cola mixed-0.8 0 --rate 1e-3 --encoder encoder --data glue      # one again",
         "",
@@ -227,6 +233,7 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
                 write_atomically(
                     directory / f"curves.{kind}", lambda file, kind=kind: plot_curves(drawn, file, kind=kind)
                 )
+    lines += [*rank_tables(everything), *target_tables(everything), *language_tables(everything)]
     lines += lead_table(records)
     lines += [
         "## Learning rates",

@@ -13,17 +13,19 @@ from transformers_dylora.tasks import TASKS
 import loralib as lora
 from loralib.model import lora_layers
 from scripts.study import __main__ as study
-from scripts.study import cells, reducing, running
+from scripts.study import adalora, cells, language, loading, reducing, running, wide
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
+from scripts.study import trainer as study_trainer
+from scripts.study import tried as study_tried
 
 from ..nlu.test_data import write
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=9).filter(any), st.integers(1, 70), st.integers(0, 99))
 def test_an_even_draw_gives_each_rank_its_share(weights, n, seed):
-    ranks = study_methods.even_draw(weights, n, str(seed))
-    assert len(ranks) == n and torch.equal(ranks, study_methods.even_draw(weights, n, str(seed)))
+    ranks = study_trainer.even_draw(weights, n, str(seed))
+    assert len(ranks) == n and torch.equal(ranks, study_trainer.even_draw(weights, n, str(seed)))
     for b, weight in enumerate(weights, 1):
         assert abs(int((ranks == b).sum()) - n * weight / sum(weights)) < 1 + 1e-9
 
@@ -109,7 +111,7 @@ def test_matryoshkalora_is_as_released():
         method = study_methods.METHODS[f"matryoshka-{name}"]
         model = torch.nn.Sequential(torch.nn.Linear(50, 6))
         lora.inject(model, ["0"], r=method.r, lora_alpha=method.alpha, scaling=method.scaling)
-        study_methods.StudyTrainer.widen(model)
+        study_trainer.StudyTrainer.widen(model)
         layer = model[0]
         assert 0.8 / 8**0.5 < layer.lora_A.abs().max() <= 1 / 8**0.5
         torch.nn.init.normal_(layer.lora_B)
@@ -216,16 +218,19 @@ def test_the_reduction_by_svd_is_pefts_at_every_rank(roberta_checkpoint, tmp_pat
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(parameter)
-    found = reducing.svd_components(model, str(roberta_checkpoint), str(tmp_path), TASKS["rte"])
+    lora.save_adapter(model, tmp_path / "adapter")
     base = AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=2)
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "adapter"))
+    reducing.cut(model, "cut-svd")
+    found = dict(lora_layers(model))
     assert len(found) == 4
     for b in (1, 3, 8):
         config, state = convert_to_lora(adapted, rank=b)
-        for path, (A, B) in found.items():
+        for path, layer in found.items():
             key = f"base_model.model.{path}.lora_"
             wanted = config.lora_alpha / config.r * state[f"{key}B.weight"] @ state[f"{key}A.weight"]
-            torch.testing.assert_close(B[:, :b] @ A[:b], wanted, rtol=1e-3, atol=1e-4)
+            update = 2 * layer.lora_B[:, :b] @ layer.lora_A[:b]  # alpha / r is 2
+            torch.testing.assert_close(update, wanted, rtol=1e-3, atol=1e-4)
 
 
 def encoder_with_adapters():
@@ -286,7 +291,18 @@ def test_one_threshold_keeps_the_nearest_update_and_one_share_is_pefts(b):
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch, roberta_checkpoint):
+def as_it_was():
+    """A run takes one thread and silences transformers; what comes after finds both as they were."""
+    from transformers.utils import logging
+
+    threads, verbosity = torch.get_num_threads(), logging.get_verbosity()
+    yield
+    torch.set_num_threads(threads)
+    logging.set_verbosity(verbosity)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch, roberta_checkpoint, as_it_was):
     """Options of the commands, on rte and cola with a few examples each."""
     for task in ("rte", "cola"):
         write(tmp_path / "glue" / task, TASKS[task])
@@ -367,6 +383,158 @@ VARIANTS = [
 ]
 
 
+@pytest.mark.parametrize("r_max", [16, 64])
+def test_a_method_at_another_r_max_is_as_strong_and_measured_at_powers_of_two(r_max):
+    ranks = [2**k for k in range(r_max.bit_length())]
+    for name in ("lora-8", study_methods.DEFAULT):
+        method = study_tried.named(name).at(r_max)
+        assert (method.r, method.strength) == (r_max, 2)
+        assert method.ranks == ([r_max] if name == "lora-8" else ranks)
+    assert study_tried.named("lora-2").at(r_max) == study_tried.named("lora-2")  # trained for rank 2, whatever r_max
+    summed = study_tried.named("matryoshka-1/r").at(r_max)
+    assert list(summed.schedule.gate_ranks) == ranks and summed.strength == 1 / r_max
+    with pytest.raises(ValueError, match="is for r_max 8 alone"):
+        study_tried.named("squeeze-1").at(r_max)
+
+
+def test_main_tables_hold_the_usual_runs_alone(tmp_path):
+    cell = cells.Cell("cola", "lora-8", 0, 1e-3)
+    others = [
+        cells.Cell("cola", "lora-8", 0, 1e-3, r_max=64),
+        cells.Cell("cola", "lora-8", 0, 1e-3, targets=cells.ALL_LINEAR),
+        cells.Cell("webnlg", "lora-8", 0, 1e-3),
+    ]
+    file = tmp_path / "runs.jsonl"
+    old = {name: value for name, value in vars(cell).items() if name not in ("r_max", "targets")}
+    file.write_text("".join(json.dumps(line) + "\n" for line in [old, *map(vars, others)]))
+    records = cells.read_records(file)
+    assert cells.usual_records(records) == [vars(cell)]
+    assert all(each.done(records) for each in (cell, *others))
+    assert not cells.Cell("cola", "lora-8", 0, 1e-3, r_max=16).done(records)
+
+
+def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
+    def line(method, seed, scores, **apart):
+        own = vars(cells.Cell("sst2", method, seed, 1e-3)) | {"evaluation_seconds": 2.0 if "lora" in method else 9.0}
+        return own | {"scores": {str(b): v for b, v in scores.items()}, "metric": "accuracy"} | apart
+
+    ranks = study_methods.shown_up_to(16)
+    lines = [line(f"lora-{b}", 0, {b: 80.0 + b}) for b in (1, 2, 4, 8)]
+    lines += [line("lora-8", 0, {16: 96.0}, r_max=16), line("cut-svd", 0, dict.fromkeys(ranks, 70.0), r_max=16)]
+    lines += [line(study_methods.DEFAULT, 0, {b: 81.5 + b for b in ranks}, r_max=16)]
+    text = "\n".join(wide.rank_tables(lines))
+    assert "| the default minus the sweep | +1.5 | +1.5 | +1.5 | +1.5 | +1.5 |" in text
+    assert "| +12.5 | +13.5 | +15.5 | +19.5 | +27.5 |" in text and "Measuring 5 ranks took 4.5 times" in text
+    assert "LoRA trained at rank 16, reduced by SVD" in text and "r_max 64" not in text
+    assert wide.target_tables(lines) == [] and wide.language_tables(lines) == []
+    lines = [
+        line(name, seed, scores, targets=cells.ALL_LINEAR)
+        for seed, more in ((0, 0.0), (1, 2.0))
+        for name, scores in (
+            *((f"lora-{b}", {b: 80.0 + more}) for b in (1, 2, 4, 8)),
+            ("cut-svd", dict.fromkeys((1, 2, 4, 8), 79.0)),
+            (study_methods.DEFAULT, dict.fromkeys((1, 2, 4, 8), 81.0 + 2 * more)),
+        )
+    ]
+    text = "\n".join(wide.target_tables(lines))
+    assert text.count("+2.0 ± 1.0") == 4 and text.count("+4.0 ± 2.0") == 4 and "2 seeds" in text
+
+
+def test_a_language_models_best_rate_has_the_lowest_loss():
+    lines = [
+        vars(cells.Cell("webnlg", "lora-8", 0, rate, "held_out", targets=cells.ALL_LINEAR))
+        | {"metric": "loss", "scores": {"8": loss}}
+        for rate, loss in ((5e-4, 1.2), (1e-3, 1.0), (2e-3, 1.1))
+    ]
+    assert cells.chosen_rates(lines, cells.LANGUAGE_RATE_RUNS) == {"lora-8": 1e-3}
+
+
+def webnlg(directory, n: int) -> None:
+    directory.mkdir(parents=True)
+    for split in ("train", "validation"):
+        entries = [
+            {"category": "x", "triples": [["w1", f"w{i}", "w2"]] * (1 + i % 3), "references": [f"w3 w{i}", "w4"]}
+            for i in range(n)
+        ]
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+@pytest.mark.slow
+def test_a_language_model_from_its_rates_to_its_table(tmp_path, monkeypatch, as_it_was):
+    from ..loralib.training.test_trl import language_model, tokenizer
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(cells.LANGUAGE, "webnlg", cells.Budget(epochs=1, train=24, validation=8, batch=8))
+    monkeypatch.setattr(cells, "RATES", (1e-2,))
+    monkeypatch.setattr(cells, "LIMITS", (9e-3, 1.1e-2))
+    language_model(None).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    webnlg(tmp_path / "glue" / "webnlg", 40)  # all different
+    held_out = cells.Cell("webnlg", "lora-8", 0, 1e-2, "held_out", targets=cells.ALL_LINEAR)
+    train, measured = language.entries(held_out, str(tmp_path / "glue"))
+    assert not set(map(str, train["references"])) & set(map(str, measured["references"]))
+    given = [
+        "--data",
+        str(tmp_path / "glue"),
+        "--results",
+        str(tmp_path / "results"),
+        "--model",
+        str(tmp_path / "base"),
+    ]
+    few = ["--methods", "lora-1", "lora-8", study_methods.DEFAULT, "--seeds", "0"]
+    study.main(["language", *given, "--processes", "1", "--keep", str(tmp_path / "keep"), *few])
+    lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
+    runs = {r["method"]: r for r in lines if r["split"] == "validation"}
+    assert set(runs) == {"lora-1", "lora-8", "cut-svd", study_methods.DEFAULT}
+    assert runs[study_methods.DEFAULT]["from"] == "lora-8" and runs["lora-8"]["metric"] == "loss"
+    assert runs["cut-svd"]["scores"]["8"] == pytest.approx(runs["lora-8"]["scores"]["8"], abs=2e-4)
+    assert 0 < runs["lora-8"]["scores"]["8"] < math.log(64)
+    study.main(["tables", "--results", str(tmp_path / "results")])
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "## A language model" in text and "Rates: sweep 0.001, 0.01" in text
+
+
+def test_the_completion_alone_is_counted_and_cut_entries_without_one_are_left_out():
+    from datasets import Dataset
+
+    from ..loralib.training.test_trl import tokenizer
+
+    entries = [{"triples": [["w1", "w2", "w3"]], "references": ["w4 w5", "w6"]}] * 2
+    entries.append({"triples": [["w1", "w2", "w3"]] * 9, "references": ["w4"]})
+    found = language.tokenised(Dataset.from_list(entries), tokenizer(), 20)
+    assert len(found) == 2
+    row, words = found[0], tokenizer()
+    prompt = words(language.prompt_of(entries[0]))["input_ids"]
+    assert row["input_ids"][: len(prompt)] == prompt and set(row["labels"][: len(prompt)]) == {-100}
+    assert row["labels"][len(prompt) :] == row["input_ids"][len(prompt) :] == words("w4 w5")["input_ids"] + [2]
+
+
+@pytest.mark.parametrize("b", [1, 4])
+def test_adalora_ends_at_its_budget(b, roberta_checkpoint, tmp_path):
+    from transformers import AutoModelForSequenceClassification, TrainingArguments
+
+    from loralib.trainer import DyLoRATrainer
+
+    model = AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=2)
+    rows = [{"input_ids": [5 + i % 7, 6, 7 + i % 5], "labels": i % 2} for i in range(80)]
+    model = adalora.with_adalora(model, b, ["query", "value"], 40)
+    whole = adalora.components(model)
+    args = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=2, learning_rate=1e-2, max_steps=40, use_cpu=True, report_to="none",
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = DyLoRATrainer(model=model, args=args, train_dataset=rows, callbacks=[adalora.Allocate()])
+    before = dict(model.named_parameters())["base_model.model.classifier.modules_to_save.default.dense.weight"].clone()
+    trainer.train()
+    assert adalora.components(model) == b * 4 and whole == 0  # it starts from singular values of zero
+    after = dict(model.named_parameters())["base_model.model.classifier.modules_to_save.default.dense.weight"]
+    assert not torch.equal(before, after)  # the head trains too
+
+
+def test_updates_are_those_of_the_trainer():
+    assert loading.updates(cells.Cell("sst2", "lora-8", 0, 1e-3), 10_000) == 2 * 313
+
+
 def test_the_default_is_the_librarys():
     method = study_methods.METHODS[study_methods.DEFAULT]
     ours = lora.RankSchedule().resolve(8, "alpha/r", 100)
@@ -379,10 +547,8 @@ def test_no_kind_of_variant_is_left_out():
         own = {name for name in vars(plain) if getattr(method, name) != getattr(plain, name)}
         return frozenset(own - {"title", "alpha", "scaling", "schedule"}), method.schedule.sampling
 
-    tried = {kind(method) for method in study_methods.TRIED.values()}
-    assert tried <= {kind(study_methods.TRIED[name]) for name in VARIANTS} | {
-        kind(study_methods.METHODS["matryoshka-1"])
-    }
+    tried = {kind(method) for method in study_tried.TRIED.values()}
+    assert tried <= {kind(study_tried.TRIED[name]) for name in VARIANTS} | {kind(study_methods.METHODS["matryoshka-1"])}
 
 
 @pytest.mark.slow

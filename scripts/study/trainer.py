@@ -1,0 +1,157 @@
+"""The trainer of the study: the library's, with the variants of a ``Method``, none of which the library has."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import loralib as lora
+from loralib.model import lora_layers
+from loralib.schedule import Setting
+from loralib.trainer import DyLoRATrainer
+
+from .methods import Method
+
+
+def even_draw(weights, n: int, seed: str) -> torch.Tensor:
+    """n ranks, rank b about n * weights[b - 1] / sum(weights) times, at most one more or less; their order is
+    random."""
+    import random
+
+    draw = random.Random(seed)
+    edges = torch.tensor(weights, dtype=torch.float64).cumsum(0)
+    points = (torch.arange(n, dtype=torch.float64) + draw.random()) / n * edges[-1]
+    ranks = (torch.searchsorted(edges, points, right=True) + 1).clamp(max=len(weights)).tolist()
+    draw.shuffle(ranks)
+    return torch.tensor(ranks)
+
+
+@dataclass(frozen=True)
+class AtStrengths(Setting):
+    """Ranks whose components have strengths of their own, whatever the rank."""
+
+    strengths: tuple[float, ...] = ()
+
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().apply(model, optimizer)
+        if self.strengths:
+            lora.set_gate(
+                model, (torch.arange(len(self.strengths)) < self.rank[:, None]) * torch.tensor(self.strengths)
+            )
+
+
+class StudyTrainer(DyLoRATrainer):
+    """DyLoRATrainer with the variants of a ``Method``."""
+
+    def __init__(self, method: Method, **options):
+        super().__init__(
+            schedule=method.schedule, eval_ranks=method.ranks, group_by_length=method.group_by_length, **options
+        )
+        self.method = method
+        if method.orthogonal:
+            for _, layer in lora_layers(self.model):
+                length = layer.lora_A.detach().norm() / layer.r**0.5
+                nn.init.orthogonal_(layer.lora_A, gain=float(length))
+        if method.wide_A:
+            self.widen(self.model)
+        self.groups: list[tuple[float, dict[int, float]]] = []  # the tail, settled at the ordering
+
+    @staticmethod
+    @torch.no_grad()
+    def widen(model: nn.Module) -> None:
+        """lora_A as if drawn with a bound of 1/sqrt(r) in place of 1/sqrt(in)."""
+        for _, layer in lora_layers(model):
+            layer.lora_A *= (layer.lora_A.shape[1] / layer.r) ** 0.5
+
+    def draws_by_now(self) -> bool:
+        """Whether the part at r_max is over."""
+        return self.state.global_step >= self.bound.full_steps
+
+    def training_setting(self, batch_size: int) -> Setting:
+        setting, method = super().training_setting(batch_size), self.method
+        if not self.draws_by_now():
+            return setting
+        if method.gate_after:
+            return replace(setting, gate_ranks=method.gate_after, reduce="mean")
+        if method.tail:
+            if setting.order or not self.groups:
+                self.groups = [*method.tail, *self.groups_by_cost(setting.order)]
+            return Setting(self.group_weights(), order=setting.order)
+        if method.weights:
+            return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
+        return setting
+
+    def groups_by_cost(self, order: bool) -> list[tuple[float, dict[int, float]]]:
+        """Ranks below r_max, each with a share in proportion to its loss above that of r_max, on a few training
+        batches."""
+        if not self.method.by_cost:
+            return []
+        if order:
+            lora.order_components(
+                self.model, self.optimizer
+            )  # again by the setting: of what is ordered nothing changes
+        losses = dict.fromkeys((1, 2, 4, 8), 0.0)
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad(), self.accelerator.autocast():
+            for _, batch in zip(
+                range(8),
+                super().get_eval_dataloader(self.train_dataset.select(range(min(512, len(self.train_dataset))))),
+                strict=False,
+            ):
+                for b, output in lora.at_ranks(self.model, batch, list(losses)):
+                    losses[b] += float(output.loss)
+        self.model.train(training)
+        cost = {b: max(loss - losses[8], 1e-9) for b, loss in losses.items() if b != 8}
+        return [(self.method.by_cost * value / sum(cost.values()), {b: 1.0}) for b, value in cost.items()]
+
+    def group_weights(self) -> torch.Tensor:
+        """The micro-batch's part of the update's examples, each with its group's weights of ranks."""
+        rows = torch.zeros(len(self.groups), self.method.r)
+        for row, (_, weights) in zip(rows, self.groups, strict=True):
+            for b, weight in weights.items():
+                row[b - 1] = weight
+        shares = [share for share, _ in self.groups]
+        drawn = even_draw(shares, self.place.size(0), f"{self.args.seed}:{self.state.global_step}")
+        return rows[drawn - 1][list(self.place.places())]
+
+    def even_ranks(self) -> torch.Tensor:
+        """The micro-batch's part of the even draw for the update."""
+        weights, step = list(self.method.weights), self.state.global_step
+        if self.method.anneal:
+            share = min(1.0, 2 * step / self.state.max_steps)
+            weights = [w * share for w in weights[:-1]] + [weights[-1] + (1 - share) * sum(weights[:-1])]
+        return even_draw(weights, self.place.size(0), f"{self.args.seed}:{step}")[list(self.place.places())]
+
+    def train(self, *args, **kwargs):
+        """As the library's; then own strengths of the components become part of lora_B."""
+        output = super().train(*args, **kwargs)
+        if self.method.strengths:
+            with torch.no_grad():
+                for _, layer in lora_layers(self.model):
+                    layer.lora_B *= torch.tensor(self.method.strengths) / layer.strength()
+        return output
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and self.method.distil and self.draws_by_now():
+            with torch.no_grad(), lora.use_rank(model, self.method.r):
+                full = super().compute_loss(model, inputs, True, num_items_in_batch)[1].logits
+            own = F.log_softmax(outputs.logits.float(), -1)
+            loss = loss + self.method.distil * F.kl_div(
+                own, F.log_softmax(full.float(), -1), log_target=True, reduction="batchmean"
+            )
+        return (loss, outputs) if return_outputs else loss
+
+    def create_optimizer(self, *args, **kwargs):
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if fresh and self.method.rate_B != 1:
+            B = {id(p) for name, p in self.model.named_parameters() if name.endswith("lora_B")}
+            for group in list(optimizer.param_groups):
+                own = [p for p in group["params"] if id(p) in B]
+                if own:
+                    group["params"] = [p for p in group["params"] if id(p) not in B]
+                    optimizer.add_param_group({**group, "params": own, "lr": group["lr"] * self.method.rate_B})
+        return optimizer

@@ -1,0 +1,126 @@
+"""Variants of a training that were tried; what they do in a step is in trainer.py."""
+
+from dataclasses import replace
+
+from .methods import CONSTANT_2, GATE, METHODS, MIXED, ORDERED, POWERS_SUMMED, R_MAX, SQUEEZE, Method
+
+ALL_POWERS = dict.fromkeys((1, 2, 4, 8), 1 / 4)
+UNIFORM = (1.0,) * R_MAX
+ENDS = (3, 1, 1, 1, 1, 1, 1, 3)
+POWERS = (1, 1, 0, 1, 0, 0, 0, 1)
+CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
+
+TRIED = {
+    **{
+        name: Method(
+            f"LoRA of rank 8 to 0.8 of the training, SVD, then rank {b} alone",
+            replace(ORDERED, full_rank_share=0.8),
+            tail=((1.0, {b: 1.0}),),
+            **CONSTANT_2,
+        )
+        for b, name in SQUEEZE.items()
+        if b < R_MAX
+    },
+    "matryoshka-sum": Method(
+        "fixed gate, sum over ranks 1, 2, 4, 8, alpha/sqrt(b)", POWERS_SUMMED, scaling="alpha/sqrt(b)"
+    ),
+    "ordered-0.3": Method("ordered after 0.3 of the training", replace(ORDERED, full_rank_share=0.3), **CONSTANT_2),
+    "ordered-0.7": Method("ordered after 0.7 of the training", replace(ORDERED, full_rank_share=0.7), **CONSTANT_2),
+    "ordered-geometric": Method(
+        "ordered, ranks drawn evenly, geometric 0.3",
+        ORDERED,
+        weights=tuple(0.7**b for b in range(R_MAX)),
+        **CONSTANT_2,
+    ),
+    **{
+        f"mixed-{share}": Method(
+            f"ordered after {share} of the training, then mixed", replace(MIXED, full_rank_share=share), **CONSTANT_2
+        )
+        for share in (0.7, 0.9)
+    },
+    **{
+        f"{name}-{share}": Method(
+            f"ordered after {share} of the training, then {how}",
+            replace(ORDERED, full_rank_share=share),
+            tail=tail,
+            by_cost=1 - sum(part for part, _ in tail),
+            **CONSTANT_2,
+        )
+        for share in (0.7, 0.8, 0.9)
+        for name, how, tail in [
+            (
+                "thirds",
+                "thirds of the examples at rank 1, at 1, 2, 4, 8 at once and at 8",
+                ((1 / 3, {1: 1.0}), (1 / 3, ALL_POWERS), (1 / 3, {8: 1.0})),
+            ),
+            ("halves", "halves at 1, 2, 4, 8 at once and at 8", ((1 / 2, ALL_POWERS), (1 / 2, {8: 1.0}))),
+            ("by-cost", "half at 8 and half at 1, 2, 4 by what the cut costs", ((1 / 2, {8: 1.0}),)),
+        ]
+    },
+    "ordered-even": Method("ordered, ranks drawn evenly", ORDERED, weights=UNIFORM, **CONSTANT_2),
+    "ordered-ends": Method("ordered, ranks 1 and 8 more often", ORDERED, weights=ENDS, **CONSTANT_2),
+    "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", ORDERED, weights=POWERS, **CONSTANT_2),
+    "ordered-alpha/b": Method("ordered, alpha/b", ORDERED),
+    "ordered-4": Method("ordered, one strength 4", ORDERED, scaling="alpha/r", alpha=32),
+    "ordered-8": Method("ordered, one strength 8", ORDERED, scaling="alpha/r", alpha=64),
+    "ordered-gate": Method(
+        "ordered, then fixed gate, mean", ORDERED, gate_after=tuple(range(1, R_MAX + 1)), **CONSTANT_2
+    ),
+    "ordered-gate-powers": Method(
+        "ordered, then fixed gate, mean of ranks 1, 2, 4, 8",
+        ORDERED,
+        gate_after=(1, 2, 4, 8),
+        **CONSTANT_2,
+    ),
+    "ordered-distil": Method("ordered, then distilled", ORDERED, distil=1.0, **CONSTANT_2),
+    "ordered-0.7-ends": Method(
+        "ordered after 0.7 of the training, ranks 1 and 8 more often",
+        replace(ORDERED, full_rank_share=0.7),
+        weights=ENDS,
+        **CONSTANT_2,
+    ),
+    **{
+        f"strengths-{name}": Method(
+            f"per example, component k at strength {title}", weights=weights, strengths=strengths, scaling="alpha/r"
+        )
+        for name, title, weights, strengths in [
+            ("1/k", "16/k", UNIFORM, tuple(16 / k for k in range(1, 9))),
+            ("linear", "6 (9 - k)/8", UNIFORM, tuple(6 * (9 - k) / 8 for k in range(1, 9))),
+            ("ends-1/k", "16/k, ranks 1 and 8 more often", ENDS, tuple(16 / k for k in range(1, 9))),
+            ("ends-sqrt", "8/sqrt(k), ranks 1 and 8 more often", ENDS, tuple(8 / k**0.5 for k in range(1, 9))),
+        ]
+    },
+    "even": Method("per example, evenly", weights=UNIFORM),
+    "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
+    "even-constant": Method("per example, evenly, one strength 6", weights=UNIFORM, **CONSTANT),
+    "even-constant-2": Method("per example, evenly, one strength 2", weights=UNIFORM, **CONSTANT_2),
+    "ends-constant-2": Method("per example, ranks 1 and 8 more often, one strength 2", weights=ENDS, **CONSTANT_2),
+    "distil-constant-2": Method(
+        "per example, evenly, distilled, one strength 2", weights=UNIFORM, distil=1.0, **CONSTANT_2
+    ),
+    "even-constant-16": Method("per example, evenly, one strength 16", weights=UNIFORM, scaling="alpha/r", alpha=128),
+    "ends": Method("per example, ranks 1 and 8 more often", weights=ENDS),
+    "ends-constant": Method("per example, ranks 1 and 8 more often, one strength 6", weights=ENDS, **CONSTANT),
+    "powers-constant": Method("per example, ranks 1, 2, 4, 8 alone, one strength 6", weights=POWERS, **CONSTANT),
+    "top-constant": Method("per example, rank 8 more often, one strength 6", weights=(1,) * 7 + (5,), **CONSTANT),
+    "anneal-constant": Method(
+        "per example, from rank 8 to all, one strength 6", weights=UNIFORM, anneal=True, **CONSTANT
+    ),
+    "distil-constant": Method(
+        "per example, evenly, distilled, one strength 6", weights=UNIFORM, distil=1.0, **CONSTANT
+    ),
+    "plus-constant": Method(
+        "per example, evenly, LoRA+ (B 4 times), one strength 6", weights=UNIFORM, rate_B=4.0, **CONSTANT
+    ),
+    "orthogonal-constant": Method(
+        "per example, evenly, orthogonal A, one strength 6", weights=UNIFORM, orthogonal=True, **CONSTANT
+    ),
+    "shuffled-constant": Method(
+        "per example, evenly, one strength 6, no grouping by length", weights=UNIFORM, group_by_length=False, **CONSTANT
+    ),
+    "mean-constant": Method("fixed gate, mean, one strength 6", replace(GATE, reduce="mean"), **CONSTANT),
+}
+
+
+def named(method: str) -> Method:
+    return {**METHODS, **TRIED}[method]
