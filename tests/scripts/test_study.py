@@ -75,9 +75,9 @@ def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
     assert cells.chosen_strengths(lines) == {8: "lora-8"}  # rank 1's other strength is not measured yet
     lines += lines_of("lora-1-strength-2", {low: 1, middle: 3, high: 6, 2 * high: 1})
     assert cells.chosen_strengths(lines) == {1: "lora-1-strength-2", 8: "lora-8"}
-    for score, name in ((10.0, "lora-1"), (20.0, "lora-1-strength-2")):
+    for score, name, rate in ((10.0, "lora-1", middle), (20.0, "lora-1-strength-2", high)):
         lines.append(
-            {"task": "cola", "method": name, "seed": 0, "split": "validation", "rate": 1e-3, "scores": {"1": score}}
+            {"task": "cola", "method": name, "seed": 0, "split": "validation", "rate": rate, "scores": {"1": score}}
         )
     lines += [
         {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "rate": 1e-3, "scores": {str(r): 1.0}}
@@ -86,23 +86,28 @@ def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
     assert study_tables.scores(lines)["cola", "sweep"][0][1] == 20.0
 
 
-def test_tables_show_runs_at_the_chosen_rate_and_until_then_at_the_one_of_most_runs():
+def test_tables_show_runs_at_the_chosen_rate_once_there_are_two_seeds_and_until_then_at_the_one_of_most_runs():
     low, middle, high = cells.RATES
 
-    def runs(method, rate, seeds):
-        return [
-            {"task": "cola", "method": method, "seed": s, "split": "validation", "rate": rate, "scores": {"1": rate}}
-            for s in seeds
-        ]
+    def runs(method, rate, seeds, tasks=study_tables.AVERAGED):
+        own = {"method": method, "split": "validation", "rate": rate, "scores": {"8": rate}}
+        return [own | {"task": task, "seed": s} for s in seeds for task in tasks]
 
-    lines = runs("lora-8", middle, (0, 1)) + runs("lora-8", high, (2,)) + runs("cut-svd", high, (2,))
-    lines += runs("cut-svd", middle, (0, 1)) + runs("step", low, (0, 1)) + runs("step", middle, (0,))
-    assert {(r["method"], r["rate"]) for r in study_tables.at_their_rates(lines)} == {
-        ("lora-8", middle), ("cut-svd", middle), ("step", low)
-    }  # fmt: skip
+    def rates(lines):
+        return {(r["method"], r["rate"]) for r in study_tables.at_their_rates(lines)}
+
+    lines = runs("lora-8", middle, range(3)) + runs("cut-svd", middle, range(3)) + runs("step", low, (0, 1))
+    lines += runs("lora-8", high, (0,)) + runs("cut-svd", high, (0,)) + runs("step", middle, (0,))
+    until_then = {("lora-8", middle), ("cut-svd", middle), ("step", low)}
+    assert rates(lines) == until_then and study_tables.not_yet_run(lines) == []
     lines += lines_of("lora-8", {middle: 1, high: 2, 2 * high: 1, low: 0})
-    shown = study_tables.at_their_rates(lines)
-    assert {(r["method"], r["rate"]) for r in shown} == {("lora-8", high), ("cut-svd", high), ("step", low)}
+    assert rates(lines) == until_then
+    assert study_tables.not_yet_run(lines) == [
+        "Chosen by the rates below, and not yet run: LoRA trained at rank 8, strength 2 at rate 0.002.", ""
+    ]  # fmt: skip
+    lines += runs("lora-8", high, (1,)) + runs("cut-svd", high, (1,))
+    assert rates(lines) == {("lora-8", high), ("cut-svd", high), ("step", low)}
+    assert study_tables.not_yet_run(lines) == []
 
 
 def test_matryoshkalora_is_as_released():
