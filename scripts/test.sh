@@ -11,4 +11,4 @@ if [ -z "${DYLORA_BROWSER:-}" ] && ! command -v chromium >/dev/null && ! command
 fi
 # Two processes of one thread each: the models are tiny, and threads of one would only wait for each other.
 export OMP_NUM_THREADS=1
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

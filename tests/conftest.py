@@ -10,6 +10,12 @@ from . import tiny
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_collection_modifyitems(items):
+    """Files that hold slow tests come first, so that processes end together (test.sh: --no-loadscope-reorder)."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

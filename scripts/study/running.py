@@ -65,7 +65,7 @@ def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -
         )
         facts = train(cell, trainer, trunk)
         records = [record(cell, trainer, loaded) | facts]
-        for name, made in CUTS.items() if not cell.trained.adalora else ():
+        for name, made in CUTS.items():
             if made.of != cell.method or not (cell.usual or name in CUT_EVERYWHERE):
                 continue
             own = replace(cell, method=name)

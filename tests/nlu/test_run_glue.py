@@ -153,8 +153,8 @@ def test_predictions_of_each_rank_are_that_ranks(roberta_checkpoint, glue, tmp_p
 
 
 def test_the_released_command_line_word_for_word(roberta_checkpoint, glue, tmp_path):
-    """The MNLI recipe of the released code but for the model, the data and a step limit; eight processes over gloo."""
-    line = f"""-m torch.distributed.launch --nproc_per_node=8 {SCRIPT} --model_name_or_path {roberta_checkpoint} --task_name mnli
+    """The MNLI recipe of the released code but for the model, the data, a step limit, and two processes for eight."""
+    line = f"""-m torch.distributed.launch --nproc_per_node=2 {SCRIPT} --model_name_or_path {roberta_checkpoint} --task_name mnli
       --do_train --do_eval --max_seq_length 512 --per_device_train_batch_size 16 --learning_rate 5e-4 --num_train_epochs 30 --output_dir ./mnli/model
       --overwrite_output_dir --logging_steps 10 --logging_dir ./mnli/log --evaluation_strategy epoch --save_strategy epoch --warmup_ratio 0.06
       --apply_lora --lora_r 8 --lora_alpha 16 --seed 0 --weight_decay 0.1 --dataset_dir {glue} --max_steps 2"""

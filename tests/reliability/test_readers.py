@@ -141,7 +141,7 @@ def results(tmp_path_factory) -> Path:
     return directory
 
 
-@many
+@settings(many, max_examples=25)  # a choice draws the examples anew 200 times
 @given(data=st.data())
 def test_a_tables_values(data, results, tmp_path):
     content = data.draw(edited(json.loads((results / "rank_results.json").read_text())))

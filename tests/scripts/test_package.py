@@ -110,6 +110,17 @@ def test_it_trains_saves_loads_and_exports(python, tmp_path):
     assert "other base weights" in done.stderr  # a fresh model is not the one that was trained
 
 
+@pytest.fixture(scope="module")
+def trained(python, tmp_path_factory):
+    """A directory with an adapter, a, and a run's table."""
+    directory = tmp_path_factory.mktemp("trained")
+    done = run(python, "-c", TRAINING.replace('"adapter"', '"a"'), cwd=directory)
+    assert done.returncode == 0, done.stderr
+    (directory / "run").mkdir()
+    shutil.copyfile(ROOT / "results/cola/rank_results.json", directory / "run/rank_results.json")
+    return directory
+
+
 @pytest.mark.parametrize(
     ("code", "sentence"),
     [
@@ -121,12 +132,8 @@ def test_it_trains_saves_loads_and_exports(python, tmp_path):
          "transformers is not installed; run: pip install 'dylora[train]'"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named_with_the_smallest_extra(code, sentence, python, tmp_path):
-    done = run(python, "-c", TRAINING.replace('"adapter"', '"a"'), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "run").mkdir()
-    shutil.copyfile(ROOT / "results/cola/rank_results.json", tmp_path / "run/rank_results.json")
-    done = run(python, "-c", code, cwd=tmp_path)
+def test_what_is_missing_is_named_with_the_smallest_extra(code, sentence, python, trained):
+    done = run(python, "-c", code, cwd=trained)
     assert sentence in done.stderr
 
 
