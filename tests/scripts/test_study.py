@@ -13,7 +13,7 @@ from transformers_dylora.tasks import TASKS
 import loralib as lora
 from loralib.model import lora_layers
 from scripts.study import __main__ as study
-from scripts.study import adalora, cells, language, loading, reducing, running, wide
+from scripts.study import adalora, averages, cells, held_out, language, loading, reducing, running, shown, wide
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
 from scripts.study import trainer as study_trainer
@@ -83,31 +83,31 @@ def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
         {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "rate": 1e-3, "scores": {str(r): 1.0}}
         for r in (2, 4, 8)
     ]
-    assert study_tables.scores(lines)["cola", "sweep"][0][1] == 20.0
+    assert shown.scores(lines)["cola", "sweep"][0][1] == 20.0
 
 
 def test_tables_show_runs_at_the_chosen_rate_once_there_are_two_seeds_and_until_then_at_the_one_of_most_runs():
     low, middle, high = cells.RATES
 
-    def runs(method, rate, seeds, tasks=study_tables.AVERAGED):
+    def runs(method, rate, seeds, tasks=shown.AVERAGED):
         own = {"method": method, "split": "validation", "rate": rate, "scores": {"8": rate}}
         return [own | {"task": task, "seed": s} for s in seeds for task in tasks]
 
     def rates(lines):
-        return {(r["method"], r["rate"]) for r in study_tables.at_their_rates(lines)}
+        return {(r["method"], r["rate"]) for r in shown.at_their_rates(lines)}
 
     lines = runs("lora-8", middle, range(3)) + runs("cut-svd", middle, range(3)) + runs("step", low, (0, 1))
     lines += runs("lora-8", high, (0,)) + runs("cut-svd", high, (0,)) + runs("step", middle, (0,))
     until_then = {("lora-8", middle), ("cut-svd", middle), ("step", low)}
-    assert rates(lines) == until_then and study_tables.not_yet_run(lines) == []
+    assert rates(lines) == until_then and shown.not_yet_run(lines) == []
     lines += lines_of("lora-8", {middle: 1, high: 2, 2 * high: 1, low: 0})
     assert rates(lines) == until_then
-    assert study_tables.not_yet_run(lines) == [
+    assert shown.not_yet_run(lines) == [
         "Chosen by the rates below, and not yet run: LoRA trained at rank 8, strength 2 at rate 0.002.", ""
     ]  # fmt: skip
     lines += runs("lora-8", high, (1,)) + runs("cut-svd", high, (1,))
     assert rates(lines) == {("lora-8", high), ("cut-svd", high), ("step", low)}
-    assert study_tables.not_yet_run(lines) == []
+    assert shown.not_yet_run(lines) == []
 
 
 def test_matryoshkalora_is_as_released():
@@ -153,7 +153,7 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
     lines.append(
         {"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "rate": 1e-3, "scores": {"1": 0.0}}
     )
-    found = study_tables.scores(lines)
+    found = shown.scores(lines)
     assert set(found["rte", "sweep"]) == {0, 1}
     row = next(text for text in study_tables.task_table(found, "rte") if "per example" in text)
     assert "57.0 ± 5.0" in row
@@ -169,7 +169,7 @@ def curve_lines(method, seed, curve):
             "rate": 1e-3,
             "scores": {str(b): v for b, v in curve.items()},
         }
-        for task in study_tables.AVERAGED
+        for task in shown.AVERAGED
     ]
 
 
@@ -183,12 +183,20 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
             lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r + 10 * seed})  # seeds differ, their differences do not
         own = {b: 50.0 + b + 10 * seed + gain[seed] for b in range(1, 9)}
         lines += curve_lines(study_methods.DEFAULT, seed, own)
-    rows = "\n".join(study_tables.headline(study_tables.scores(lines))).splitlines()
+    rows = "\n".join(averages.headline(shown.scores(lines))).splitlines()
     at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
-    shown = f"{sum(gain) / 2:+.1f} ± {(high - low) / 2:.1f}"
+    wanted = f"{sum(gain) / 2:+.1f} ± {(high - low) / 2:.1f}"
     for name in ("rank 1", "rank 2", "rank 4", "rank 8", "mean of the ranks"):
-        assert shown in at[name] and at[name].endswith("| no |" if worse else "| yes |")
+        assert wanted in at[name] and at[name].endswith("| no |" if worse else "| yes |")
+    # Beside the reduction by SVD, over the seeds that both have.
+    for seed in (0, 1, 2):
+        lines += curve_lines("cut-svd", seed, {b: 49.0 + b + 10 * seed for b in range(1, 9)})
+    lines += curve_lines(study_methods.DEFAULT, 2, {b: 71.0 + b for b in range(1, 9)})
+    text = "\n".join(averages.headline(shown.scores(lines)))
+    three = stats.ttest_1samp([1 + gain[0], 1 + gain[1], 2.0], 0).confidence_interval(0.95)
+    assert "that rank (2 seeds)" in text and "by SVD (3 seeds)" in text
+    assert text.count(f"{(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f} |") == 5
 
 
 def test_leads_are_paired_differences_from_the_reduction_by_svd():
@@ -200,17 +208,17 @@ def test_leads_are_paired_differences_from_the_reduction_by_svd():
     lines = [line("cut-svd", 0, 50.0), line("cut-svd", 1, 70.0), line("mixed-0.8", 0, 51.0), line("mixed-0.8", 1, 74.0)]
     lines += [line("mixed-0.8", 2, 99.0)]  # without its peer
     lines += [line("mixed-0.8", 0, 0.0, split="validation"), line("halves-0.8", 0, 9.0), line("lora-8", 0, 9.0)]
-    (row,) = [text for text in "\n".join(study_tables.lead_table(lines)).splitlines() if "+" in text or "-0" in text]
+    (row,) = [text for text in "\n".join(held_out.lead_table(lines)).splitlines() if "+" in text or "-0" in text]
     assert "0.8 at r_max, ordered, then mixed" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
-    assert study_tables.lead_table(lines[:1]) == []
+    assert held_out.lead_table(lines[:1]) == []
 
 
 def test_averages_are_over_methods_that_every_task_has():
     lines = curve_lines("example", 0, dict.fromkeys((1, 2, 4, 8), 40.0))
     lines.append(lines[0] | {"task": "rte", "scores": dict.fromkeys("1248", 90.0)})
-    found = study_tables.scores(lines + curve_lines("step", 0, dict.fromkeys((1, 2, 4, 8), 1.0))[1:])
-    assert study_tables.averaged(found, "example") == {0: dict.fromkeys((1, 2, 4, 8), 40.0)}  # RTE does not count
-    assert study_tables.averaged(found, "step") == {}
+    found = shown.scores(lines + curve_lines("step", 0, dict.fromkeys((1, 2, 4, 8), 1.0))[1:])
+    assert averages.averaged(found, "example") == {0: dict.fromkeys((1, 2, 4, 8), 40.0)}  # RTE does not count
+    assert averages.averaged(found, "step") == {}
 
 
 def test_the_reduction_by_svd_is_pefts_at_every_rank(roberta_checkpoint, tmp_path):
@@ -475,8 +483,8 @@ def test_a_language_model_from_its_rates_to_its_table(tmp_path, monkeypatch, as_
     language_model(None).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     webnlg(tmp_path / "glue" / "webnlg", 40)  # all different
-    held_out = cells.Cell("webnlg", "lora-8", 0, 1e-2, "held_out", targets=cells.ALL_LINEAR)
-    train, measured = language.entries(held_out, str(tmp_path / "glue"))
+    apart = cells.Cell("webnlg", "lora-8", 0, 1e-2, "held_out", targets=cells.ALL_LINEAR)
+    train, measured = language.entries(apart, str(tmp_path / "glue"))
     assert not set(map(str, train["references"])) & set(map(str, measured["references"]))
     given = [
         "--data",

@@ -1,0 +1,82 @@
+"""Which runs the tables show: each method's at its rate, the sweep's at its strengths, and the rows that they give."""
+
+from collections import Counter, defaultdict
+
+from .cells import chosen_rates, chosen_strengths
+from .methods import ADALORA, CUTS, SQUEEZE, SWEEP
+from .naming import OF_SWEEP, ROWS, called
+
+# The tasks that averages are over. RTE, from scratch with so small an encoder, stays at chance and adds noise alone.
+AVERAGED = ("cola", "sst2", "mnli", "qnli", "qqp")
+
+
+def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
+    """{(task, row): {seed: {rank: score}}}; a row is a method, or one of ROWS."""
+    found: dict = defaultdict(lambda: defaultdict(dict))
+    for record in at_their_rates(records, split):
+        for row, ranks in rows_of(record, records):
+            for b in ranks:
+                found[record["task"], row][record["seed"]][b] = record["scores"][str(b)]
+    for key in [key for key in found if key[1] in ROWS]:  # seeds whose four runs are there
+        found[key] = {seed: curve for seed, curve in found[key].items() if len(curve) == len(SWEEP)}
+    return {key: dict(by_seed) for key, by_seed in found.items() if by_seed}
+
+
+def run_enough(records: list[dict], method: str, rate: float, instead: str | None = None) -> bool:
+    """Whether there are two seeds of it on every task of AVERAGED, or as many runs as at the rate that most runs (of
+    ``instead``, if given) have."""
+    kept = [r for r in records if r["split"] == "validation" and r["task"] in AVERAGED]
+    own = sum((r["method"], r["rate"]) == (method, rate) for r in kept)
+    often = Counter(r["rate"] for r in kept if r["method"] == (instead or method) and r["rate"] != rate)
+    return 0 < own >= min(2 * len(AVERAGED), max(often.values(), default=0))
+
+
+def sweep_methods(records: list[dict]) -> dict[int, str]:
+    """The sweep's method at each rank: at the strength that is chosen, once there are runs of it; until then at
+    alpha / r."""
+    usual, rates = {r: names[0] for r, names in SWEEP.items()}, chosen_rates(records)
+    return usual | {
+        r: name
+        for r, name in chosen_strengths(records).items()
+        if name == usual[r] or run_enough(records, name, rates[name], usual[r])
+    }
+
+
+def rows_of(record: dict, records: list[dict]) -> list[tuple[str, list[int]]]:
+    """The rows that a run belongs to, and the ranks that it gives them."""
+    rows = []
+    for row, by_rank in (("sweep", sweep_methods(records)), ("squeeze", SQUEEZE), ("adalora", ADALORA)):
+        if ranks := [r for r, name in by_rank.items() if name == record["method"]]:
+            rows.append((row, ranks))
+    return rows or [(record["method"], [int(b) for b in record["scores"]])]
+
+
+def at_their_rates(records: list[dict], split: str = "validation") -> list[dict]:
+    """The runs that tables show: each method's at the rate that is chosen, once there are enough, and until then at the
+    one that most of its runs have; of the sweep those at one strength for each rank."""
+    kept = [r for r in records if r["split"] == split]
+    sweep, chosen = sweep_methods(records).values(), chosen_rates(records)
+    rates = {
+        method: Counter(r["rate"] for r in kept if r["method"] == method).most_common(1)[0][0]
+        for method in {r["method"] for r in kept}
+    }
+    rates |= {name: rate for name, rate in chosen.items() if name in rates and run_enough(records, name, rate)}
+    rates |= {name: rates[cut.of] for name, cut in CUTS.items() if name in rates and cut.of in rates}
+    return [
+        r for r in kept if r["rate"] == rates[r["method"]] and (r["method"] not in OF_SWEEP or r["method"] in sweep)
+    ]
+
+
+def not_yet_run(records: list[dict]) -> list[str]:
+    """What was chosen on held-out parts of train and is not what the table shows, for want of runs."""
+    shown_at = {r["method"]: r["rate"] for r in at_their_rates(records)}
+    best, sweep = chosen_strengths(records), sweep_methods(records)
+    wanted = {sweep[r] for r, name in best.items() if name == sweep[r]} | set(best.values())
+    late = [
+        f"{called(name)} at rate {rate:g}"
+        for name, rate in chosen_rates(records).items()
+        if shown_at.get(name) != rate and (name in wanted or (name not in OF_SWEEP and name in shown_at))
+    ]
+    if not late:
+        return []
+    return [f"Chosen by the rates below, and not yet run: {'; '.join(late)}.", ""]
