@@ -26,9 +26,9 @@ def run_enough(records: list[dict], method: str, rate: float, instead: str | Non
     """Whether there are two seeds of it on every task of AVERAGED, or as many runs as at the rate that most runs (of
     ``instead``, if given) have."""
     kept = [r for r in records if r["split"] == "validation" and r["task"] in AVERAGED]
-    own = sum((r["method"], r["rate"]) == (method, rate) for r in kept)
-    often = Counter(r["rate"] for r in kept if r["method"] == (instead or method) and r["rate"] != rate)
-    return 0 < own >= min(2 * len(AVERAGED), max(often.values(), default=0))
+    own = [r for r in kept if (r["method"], r["rate"]) == (method, rate)]
+    often = Counter(r["rate"] for r in kept if r["method"] == (instead or method) and r not in own)
+    return 0 < len(own) >= min(2 * len(AVERAGED), max(often.values(), default=0))
 
 
 def sweep_methods(records: list[dict]) -> dict[int, str]:

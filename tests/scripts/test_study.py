@@ -110,6 +110,18 @@ def test_tables_show_runs_at_the_chosen_rate_once_there_are_two_seeds_and_until_
     assert shown.not_yet_run(lines) == []
 
 
+@pytest.mark.parametrize(("seeds", "name"), [(1, "lora-1"), (2, "lora-1-strength-2")])
+def test_the_sweep_takes_the_chosen_strength_once_there_are_two_seeds_of_it(seeds, name):
+    low, middle, high = cells.RATES
+    lines = lines_of("lora-1", {low: 1, middle: 2, high: 1}) + lines_of(
+        "lora-1-strength-2", {low: 1, middle: 3, high: 1}
+    )
+    for method, n in (("lora-1", 3), ("lora-1-strength-2", seeds)):
+        for seed in range(n):
+            lines += curve_lines(method, seed, {1: 50.0})
+    assert shown.sweep_methods(lines)[1] == name
+
+
 def test_matryoshkalora_is_as_released():
     """The gate of scale(1) + .. over ranks 1, 2, 4, 8, no alpha, lora_A drawn with a bound of 1/sqrt(r)."""
     for name, scale in (("1", lambda b: 1.0), ("1/r", lambda b: 1 / b), ("1/sqrt(r)", lambda b: b**-0.5)):
