@@ -12,8 +12,9 @@ from loralib.gate import rank_gate
 from loralib.report.plots import COLOURS, plot_curves
 from loralib.sampling import RankSampler
 
-from .study.cells import read_records
-from .study.tables import averages_to_curves, scores
+from .study.cells import read_records, usual_records
+from .study.shown import scores
+from .study.tables import averages_to_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "docs" / "assets"
@@ -94,7 +95,7 @@ def _square(x: float, y: float, colour: str, size: float = 0.88):
 
 def average() -> None:
     """The study's main methods, mean over its tasks."""
-    found = scores(read_records(ROOT / "results" / "study" / "runs.jsonl"))
+    found = scores(usual_records(read_records(ROOT / "results" / "study" / "runs.jsonl")))
     for kind in ("png", "svg"):
         write_atomically(
             ASSETS / f"average.{kind}", lambda file, kind=kind: plot_curves(averages_to_curves(found), file, kind=kind)

@@ -39,10 +39,17 @@ def shown(values: list[float]) -> str:
     return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
 
 
+def seeds_shown(found: dict, task: str, method: str) -> dict[int, dict[int, float]]:
+    """{seed: {rank: score}} of the seeds that the sweep has too, so that rows compare; all where it has none of
+    them."""
+    own, sweep = found.get((task, method), {}), found.get((task, "sweep"), {})
+    return {seed: own[seed] for seed in own if seed in sweep} or own
+
+
 def task_table(found: dict, task: str) -> list[str]:
     rows = []
     for method in order(m for t, m in found if t == task):
-        curves = list(found[task, method].values())
+        curves = list(seeds_shown(found, task, method).values())
         cells = [shown([curve[b] for curve in curves]) for b in SHOWN]
         rows.append([called(method), *cells, shown([area(curve) for curve in curves]), str(len(curves))])
     return [f"### {NAMES[task]}", "", markdown_table([*HEAD, "AURAC", "seeds"], rows, "l"), ""]
@@ -53,7 +60,7 @@ def to_curves(found: dict) -> list[Curve]:
     drawn = []
     for task in AVERAGED:
         for method, name in DRAWN.items():
-            if by_seed := found.get((task, method)):
+            if by_seed := seeds_shown(found, task, method):
                 values = [[curve[b] for b in SHOWN] for curve in by_seed.values()]
                 drawn.append(Curve.over_seeds(NAMES[task], "", name, "score", SHOWN, values, name))
     return drawn
@@ -80,7 +87,8 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value adapted, r_max 8, "
         "alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, one CPU core a run, bf16 autocast "
         "where the processor has it and else fp32 (each line of runs.jsonl says which). Mean ± standard error over "
-        "seeds; AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
+        "seeds, those that the sweep has; a row that has none of these is over its own and compares with none (seed 3: "
+        "LoRA-Squeeze, PARA, energy). AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
         "",
         "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
         "    python -m transformers_dylora.minilm encoder",

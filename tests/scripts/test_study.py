@@ -171,6 +171,17 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
     assert "57.0 ± 5.0" in row
 
 
+def test_rows_of_a_task_are_over_the_seeds_that_the_sweep_has():
+    found = {
+        ("rte", "sweep"): {0: {1: 50.0}},
+        ("rte", "step"): {0: {1: 60.0}, 3: {1: 0.0}},
+        ("rte", "mixed"): {3: {1: 9.0}},
+    }
+    assert study_tables.seeds_shown(found, "rte", "step") == {0: {1: 60.0}}
+    assert study_tables.seeds_shown(found, "rte", "mixed") == {3: {1: 9.0}}  # alone, and its row says one seed
+    assert study_tables.seeds_shown(found, "rte", "example") == {}
+
+
 def curve_lines(method, seed, curve):
     return [
         {
