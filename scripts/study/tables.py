@@ -87,8 +87,8 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value adapted, r_max 8, "
         "alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, one CPU core a run, bf16 autocast "
         "where the processor has it and else fp32 (each line of runs.jsonl says which). Mean ± standard error over "
-        "seeds, those that the sweep has; a row that has none of these is over its own and compares with none (seed 3: "
-        "LoRA-Squeeze, PARA, energy). AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
+        "seeds, those that the sweep has; a row that has none of these is over its own and compares with no other. "
+        "AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
         "",
         "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
         "    python -m transformers_dylora.minilm encoder",
