@@ -33,23 +33,45 @@ RESULTS = ROOT / "results" / "study"
 OF_LANGUAGE = ("lora-8", DEFAULT, *(name for names in cells.SWEEP.values() for name in names if name != "lora-8"))
 
 
+FLAGS: dict[str, dict] = {
+    "--encoder": dict(
+        required=True, dest="base", metavar="DIR", help="the encoder, as transformers_dylora.minilm writes it"
+    ),
+    "--model": dict(required=True, dest="base", metavar="DIR", help="the language model: a checkpoint or a GGUF file"),
+    "--data": dict(metavar="DIR", help="the tasks; default: the hub's"),
+    "--tasks": dict(nargs="+", default=list(BUDGETS), choices=list(BUDGETS)),
+    "--methods": dict(nargs="+", choices=[*METHODS, *TRIED], help="default: all the command is for"),
+    "--seeds": dict(nargs="+", type=int, help="default: 0 1 2; of a language model 0 1"),
+    "--rate": dict(type=float, help="instead of the chosen one"),
+    "--keep": dict(metavar="DIR", help="for adapters and checkpoints of lora-8"),
+    "--processes": dict(type=int, default=os.cpu_count(), help="default: as many as cores"),
+    "--results": dict(default=str(RESULTS), metavar="DIR", help="where runs.jsonl and the tables are"),
+}
+MANY = ("--data", "--keep", "--processes", "--results")
+COMMANDS = {
+    "rates": ("--encoder", "--methods", *MANY),
+    "leads": ("--encoder", "--methods", *MANY),
+    "runs": ("--encoder", "--tasks", "--methods", "--seeds", "--rate", *MANY),
+    "wide": ("--encoder", *MANY),
+    "language": ("--model", "--methods", "--seeds", *MANY),
+    "tables": ("--results",),
+    "cell": ("--data", "--rate", "--keep", "--results"),
+}
+
+
 def line_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["rates", "leads", "runs", "wide", "language", "tables", "cell"])
-    parser.add_argument("cell", nargs="*", metavar="task method seed", help="for cell: which one")
-    parser.add_argument("--encoder", help="directory of the encoder")
-    parser.add_argument("--model", help="directory of the language model")
-    parser.add_argument("--data", help="directory of the GLUE tasks; default: the hub's")
-    parser.add_argument("--tasks", nargs="+", default=list(BUDGETS), choices=list(BUDGETS))
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS, *TRIED], help="default: all the command is for")
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2; of a language model 0 1")
-    parser.add_argument("--rate", type=float, help="for runs and cell: instead of the chosen one")
-    parser.add_argument("--held-out", action="store_true", help="for cell: measure on a tenth of train")
-    parser.add_argument("--r-max", type=int, default=R_MAX, help="for cell: as in the tables of r_max")
-    parser.add_argument("--targets", choices=[cells.USUAL_TARGETS, cells.ALL_LINEAR], help="for cell: what is adapted")
-    parser.add_argument("--keep", help="directory for adapters and checkpoints of lora-8")
-    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="default: as many as cores")
-    parser.add_argument("--results", default=str(RESULTS), help="where runs.jsonl and the tables are")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, flags in COMMANDS.items():
+        command = commands.add_parser(name)
+        for flag in flags:
+            command.add_argument(flag, **FLAGS[flag])
+    command.add_argument("cell", nargs="*", metavar="task method seed", help="which one")
+    command.add_argument("--encoder", metavar="DIR", help="the encoder")
+    command.add_argument("--model", metavar="DIR", help="the language model, for webnlg")
+    command.add_argument("--held-out", action="store_true", help="measure on a tenth of train")
+    command.add_argument("--r-max", type=int, default=R_MAX, help="as in the tables of r_max")
+    command.add_argument("--targets", choices=[cells.USUAL_TARGETS, cells.ALL_LINEAR], help="what is adapted")
     return parser
 
 
@@ -63,12 +85,6 @@ def main(argv: list[str] | None = None) -> None:
         from .tables import write_tables
 
         return write_tables(Path(options.results), read_records(file), BUDGETS)
-    language = options.command == "language" or (options.command == "cell" and options.cell[:1] == [*LANGUAGE])
-    options.base = options.model if language else options.encoder
-    if not options.base:
-        if language:
-            parser.error("a language model's runs need --model, a directory with a checkpoint or a GGUF file.")
-        parser.error(f"{options.command} needs --encoder; `python -m transformers_dylora.minilm DIR` writes one.")
     if options.command == "rates":
         return search_rates(options, file, options.methods or [*METHODS])
     if options.command == "leads":
@@ -97,12 +113,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def search_rates(options, file: Path, methods, runs=None, targets: str = cells.USUAL_TARGETS) -> None:
     """Measure until every method's grid is closed; the next rate of a grid follows from the scores of the last."""
-    while missing := cells.rate_cells(methods, of_targets(read_records(file), targets), runs, targets):
+    while missing := cells.rate_cells(methods, read_records(file), runs, targets):
         run_all(missing, options)
-
-
-def of_targets(records: list[dict], targets: str) -> list[dict]:
-    return [r for r in records if (r["targets"], r["r_max"]) == (targets, R_MAX)]
 
 
 def one_cell(parser, options, rates: dict[str, float]) -> None:
@@ -112,6 +124,10 @@ def one_cell(parser, options, rates: dict[str, float]) -> None:
             f"cell needs a task ({', '.join([*BUDGETS, *LANGUAGE])}), a method ({', '.join(known)}) and a seed."
         )
     task, name, seed = options.cell
+    needed = "model" if task in LANGUAGE else "encoder"
+    base = getattr(options, needed)
+    if not base:
+        parser.error(f"{task} needs --{needed}, the directory of its model.")
     trained = CUTS[name].of if name in CUTS else name
     if not options.rate and (trained not in rates or task in LANGUAGE):
         parser.error(f"{trained}: no learning rate is chosen yet; give --rate.")
@@ -124,7 +140,7 @@ def one_cell(parser, options, rates: dict[str, float]) -> None:
         options.r_max,
         options.targets or (cells.ALL_LINEAR if task in LANGUAGE else cells.USUAL_TARGETS),
     )
-    for found in run_cell(cell, options.base, options.data, options.keep):
+    for found in run_cell(cell, base, options.data, options.keep):
         if found["method"] == name:
             print(json.dumps(found))
 

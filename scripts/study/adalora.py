@@ -8,7 +8,7 @@ updates), masks every 10 updates, orthogonality weighs 0.1, alpha is 32.
 from transformers import TrainerCallback
 
 
-def with_adalora(model, b: int, targets: list[str], updates: int):
+def with_adalora(model, b: int, targets: list[str] | str, updates: int):
     """The classifier with PEFT's adapter, which ends at b components a layer, on average over layers."""
     from peft import AdaLoraConfig, get_peft_model
 

@@ -21,10 +21,11 @@ def averaged(found: dict, method: str) -> dict[int, dict[int, float]]:
     return {seed: {b: float(np.mean([run[seed][b] for run in runs])) for b in SHOWN} for seed in sorted(seeds)}
 
 
-def beside_the_sweep(found: dict, method: str) -> dict[int, dict[int, float]]:
-    """As ``averaged``, of the seeds that the sweep has too; all where it has none of them."""
-    by_seed, sweep = averaged(found, method), averaged(found, "sweep")
-    return {seed: by_seed[seed] for seed in by_seed if seed in sweep} or by_seed
+def beside_the_sweep(found: dict, method: str, task: str | None = None) -> dict[int, dict[int, float]]:
+    """{seed: {rank: score}} on the task (default: the mean over AVERAGED), of the seeds that the sweep has too, so that
+    rows compare; all where it has none of them."""
+    own, sweep = (found.get((task, name), {}) if task else averaged(found, name) for name in (method, "sweep"))
+    return {seed: own[seed] for seed in own if seed in sweep} or own
 
 
 def interval(values: list[float]) -> str:
@@ -35,10 +36,16 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.1f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.1f}"
 
 
+def paired(found: dict, peer: str, ranks, method: str = DEFAULT) -> list[float]:
+    """Seed by seed, ``method`` minus the peer: the mean over AVERAGED and over the ranks."""
+    ours, theirs = averaged(found, method), averaged(found, peer)
+    both = sorted(set(ours) & set(theirs))
+    return [float(np.mean([ours[s][b] - theirs[s][b] for b in ranks])) for s in both]
+
+
 def average_table(found: dict, records: list[dict]) -> list[str]:
     """The mean over tasks, and its difference from the sweep's, paired by seed, with its interval."""
-    sweep, chosen = averaged(found, "sweep"), sweep_methods(records)
-    rates = defaultdict(set)
+    chosen, rates = sweep_methods(records), defaultdict(set)
     for r in at_their_rates(records):
         for row, _ in rows_of(r, records):
             rates[row].add(r["rate"])
@@ -49,26 +56,16 @@ def average_table(found: dict, records: list[dict]) -> list[str]:
             continue
         cells = [f"{np.mean([curve[b] for curve in by_seed.values()]):.1f}" for b in SHOWN]
         cells.append(f"{np.mean([[curve[b] for b in SHOWN] for curve in by_seed.values()]):.1f}")
-        both = [seed for seed in by_seed if seed in sweep]
-        apart = [interval([by_seed[seed][b] - sweep[seed][b] for seed in both]) for b in SHOWN] if both else []
-        apart += [interval([np.mean([by_seed[s][b] - sweep[s][b] for b in SHOWN]) for s in both])] if both else []
-        beside = [""] * 5 if method == "sweep" else apart
-        trainings = {"sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(
-            method, "1"
-        )  # of squeeze the first 0.8 are shared
+        apart = [paired(found, "sweep", ranks, method) for ranks in (*([b] for b in SHOWN), SHOWN)]
+        beside = [interval(values) if values and method != "sweep" else "" for values in apart]
+        # Of squeeze the first 0.8 of the steps are shared.
+        trainings = {"sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(method, "1")
         own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
         settings = [trainings, strength_of(method, chosen), own_rates]
         rows.append([called(method), *settings, *cells, str(len(by_seed)), *beside])
     beside = [f"- sweep, {name}" for name in (*(f"r={b}" for b in SHOWN), "mean")]
     head = ["method", "trainings", "strength", "rate", *HEAD[1:], "mean", "seeds", *beside]
     return [markdown_table(head, rows, "l"), "", *not_yet_run(records)]
-
-
-def paired(found: dict, peer: str, ranks, method: str = DEFAULT) -> list[float]:
-    """Seed by seed, ``method`` minus the peer: the mean over AVERAGED and over the ranks."""
-    ours, theirs = averaged(found, method), averaged(found, peer)
-    both = sorted(set(ours) & set(theirs))
-    return [float(np.mean([ours[s][b] - theirs[s][b] for b in ranks])) for s in both]
 
 
 def headline(found: dict, method: str = DEFAULT) -> list[str]:

@@ -2,12 +2,11 @@
 
 from collections import defaultdict
 
-from loralib.report.choice import mean_and_error
 from loralib.report.tables import markdown_table
 
 from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, held_out_scores, next_rates
 from .methods import DEFAULT, METHODS, SHOWN
-from .naming import HEAD, NAMES, OF_SWEEP, order, title
+from .naming import HEAD, NAMES, OF_SWEEP, order, title, with_error
 from .tried import TRIED
 
 # What leads are held against: the plainest peer that gives every rank.
@@ -66,9 +65,7 @@ def lead_table(records: list[dict]) -> list[str]:
         if len(both) < 2:
             continue
         apart = [[runs[(*cell, method)][b] - runs[(*cell, BAR)][b] for cell in both] for b in SHOWN]
-        rows.append(
-            [title(method), *("{:+.2f} ± {:.2f}".format(*mean_and_error(each)) for each in apart), str(len(both))]
-        )
+        rows.append([title(method), *(with_error(each, 2, "+") for each in apart), str(len(both))])
     if not rows:
         return []
     tasks = ", ".join(NAMES[task].split(",")[0] for task in LEAD_TASKS)

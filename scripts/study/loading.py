@@ -51,7 +51,8 @@ def load_glue_cell(cell: Cell, encoder: str, data: str | None) -> Loaded:
     train, measured = load_splits(task, cell.budget, cell.split, tokenizer, data)
     model, _ = load_model(args, task, training=True)
     if method.adalora:
-        model = with_adalora(model, method.r, cell.targets.split(","), updates(cell, len(train)))
+        targets = ALL_LINEAR if cell.targets == ALL_LINEAR else cell.targets.split(",")
+        model = with_adalora(model, method.r, targets, updates(cell, len(train)))
     collator = DataCollatorWithPadding(tokenizer)
     return Loaded(model, tokenizer, train, measured, collator, task.main_metric, metrics_function(task))
 

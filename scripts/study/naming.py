@@ -1,9 +1,10 @@
 """What the study's tables call tasks and methods, and in which order."""
 
-from .methods import ADALORA, ALPHA, CUTS, METHODS, R_MAX, SHOWN, SWEEP
+from loralib.report.choice import mean_and_error
+
+from .methods import ALPHA, CUTS, METHODS, R_MAX, SHOWN, SWEEP
 from .tried import TRIED, named
 
-OF_ADALORA = {name: b for b, name in ADALORA.items()}
 OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
 # Rows that several runs make together, one at each rank.
 ROWS = {
@@ -19,6 +20,14 @@ NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,
 
 def title(method: str, r_max: int = R_MAX) -> str:
     return {**METHODS, **CUTS, **TRIED}[method].title.replace(f"rank {R_MAX}", f"rank {r_max}")
+
+
+def with_error(values: list[float], digits: int = 1, sign: str = "") -> str:
+    """Mean ± standard error, as tables write it; nothing where there are no values. ``sign``: "+" for differences."""
+    if not values:
+        return ""
+    mean, error = mean_and_error(values)
+    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def order(methods) -> list[str]:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from loralib.files import write_atomically, write_text
-from loralib.report.choice import mean_and_error
 from loralib.report.curves import Curve
 from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
@@ -13,7 +12,7 @@ from .averages import average_table, beside_the_sweep, headline
 from .cells import TRIED_RATE, area, usual_records
 from .held_out import lead_table, rate_table, tried_table
 from .methods import DEFAULT, SHOWN
-from .naming import HEAD, NAMES, called, order
+from .naming import HEAD, NAMES, called, order, with_error
 from .shown import AVERAGED, scores
 from .wide import language_tables, rank_tables, target_tables
 
@@ -34,24 +33,12 @@ PAPER = (
 )
 
 
-def shown(values: list[float]) -> str:
-    mean, error = mean_and_error(values)
-    return f"{mean:.1f}" if error is None else f"{mean:.1f} ± {error:.1f}"
-
-
-def seeds_shown(found: dict, task: str, method: str) -> dict[int, dict[int, float]]:
-    """{seed: {rank: score}} of the seeds that the sweep has too, so that rows compare; all where it has none of
-    them."""
-    own, sweep = found.get((task, method), {}), found.get((task, "sweep"), {})
-    return {seed: own[seed] for seed in own if seed in sweep} or own
-
-
 def task_table(found: dict, task: str) -> list[str]:
     rows = []
     for method in order(m for t, m in found if t == task):
-        curves = list(seeds_shown(found, task, method).values())
-        cells = [shown([curve[b] for curve in curves]) for b in SHOWN]
-        rows.append([called(method), *cells, shown([area(curve) for curve in curves]), str(len(curves))])
+        curves = list(beside_the_sweep(found, method, task).values())
+        cells = [with_error([curve[b] for curve in curves]) for b in SHOWN]
+        rows.append([called(method), *cells, with_error([area(curve) for curve in curves]), str(len(curves))])
     return [f"### {NAMES[task]}", "", markdown_table([*HEAD, "AURAC", "seeds"], rows, "l"), ""]
 
 
@@ -60,7 +47,7 @@ def to_curves(found: dict) -> list[Curve]:
     drawn = []
     for task in AVERAGED:
         for method, name in DRAWN.items():
-            if by_seed := seeds_shown(found, task, method):
+            if by_seed := beside_the_sweep(found, method, task):
                 values = [[curve[b] for b in SHOWN] for curve in by_seed.values()]
                 drawn.append(Curve.over_seeds(NAMES[task], "", name, "score", SHOWN, values, name))
     return drawn

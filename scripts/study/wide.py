@@ -3,13 +3,12 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
-from loralib.report.choice import mean_and_error
 from loralib.report.tables import markdown_table
 
 from . import cells
 from .cells import ALL_LINEAR, LANGUAGE_RATE_RUNS, TRIED_RATE, WIDE_TASKS
 from .methods import DEFAULT, R_MAX, SWEEP, shown_up_to
-from .naming import NAMES, ROWS, title
+from .naming import NAMES, ROWS, title, with_error
 
 SHOWN_ROWS = ("sweep", "cut-svd", DEFAULT)
 Curves = dict[str, dict[int, dict[int, float]]]  # {row: {seed: {rank: score}}}
@@ -48,20 +47,13 @@ def curve_table(found: Curves, ranks: tuple[int, ...], digits: int, r_max: int =
     rows = []
     for row in SHOWN_ROWS:
         curves = [found[row].get(seed, {}) for seed in seeds]
-        values = [shown([c[b] for c in curves if b in c], digits) for b in ranks]
+        values = [with_error([c[b] for c in curves if b in c], digits) for b in ranks]
         rows.append([ROWS.get(row) or title(row, r_max), *values])
     for row, name in (("sweep", "the default minus the sweep"), ("cut-svd", "the default minus SVD")):
         both = [(found[DEFAULT][seed], found[row].get(seed, {})) for seed in seeds]
-        values = [shown([ours[b] - c[b] for ours, c in both if b in c], digits, "+") for b in ranks]
+        values = [with_error([ours[b] - c[b] for ours, c in both if b in c], digits, "+") for b in ranks]
         rows.append([name, *values])
     return [markdown_table(["", *(f"r={b}" for b in ranks)], rows, "l"), ""]
-
-
-def shown(values: list[float], digits: int, sign: str = "") -> str:
-    if not values:
-        return ""
-    mean, error = mean_and_error(values)
-    return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def rank_tables(records: list[dict]) -> list[str]:
@@ -74,16 +66,11 @@ def rank_tables(records: list[dict]) -> list[str]:
             found = curves_of(records, kept, sweep)
             if not found[DEFAULT]:
                 continue
-            ours, plain = (kept.runs(records, name, r_max)[0] for name in (DEFAULT, "lora-8"))
-            ratio = ours["evaluation_seconds"] / plain["evaluation_seconds"]
             ranks = shown_up_to(r_max)
-            lines += [
-                f"### r_max {r_max}, {NAMES[task]}",
-                "",
-                *curve_table(found, ranks, 1, r_max),
-                f"Measuring {len(ranks)} ranks took {ratio:.1f} times as long as measuring one.",
-                "",
-            ]
+            lines += [f"### r_max {r_max}, {NAMES[task]}", "", *curve_table(found, ranks, 1, r_max)]
+            for ours, plain in zip(*(kept.runs(records, name, r_max) for name in (DEFAULT, "lora-8")), strict=False):
+                ratio = ours["evaluation_seconds"] / plain["evaluation_seconds"]
+                lines += [f"Measuring {len(ranks)} ranks took {ratio:.1f} times as long as measuring one.", ""]
     if not lines:
         return []
     return [

@@ -1,0 +1,257 @@
+"""What the study chooses and shows, from lines of runs."""
+
+import itertools
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scripts.study import averages, cells, held_out, shown, wide
+from scripts.study import methods as study_methods
+from scripts.study import tables as study_tables
+
+
+def lines_of(method, scores):
+    """Held-out records of a method, ``scores`` by rate, the same for every task and seed."""
+    return [
+        {"method": method, "rate": rate, "task": task, "scores": {"1": score}, "split": "held_out", "seed": seed}
+        for task, seed in cells.RATE_RUNS
+        for rate, score in scores.items()
+    ]
+
+
+def searched(method, peak, most=99):
+    """What the search for a method's rate finds, by rounds, where AURAC falls with the distance from ``peak``."""
+    lines, rounds = [], 0
+    while missing := cells.rate_cells([method], lines):
+        lines += [vars(cell) | {"scores": {"1": -abs(math.log2(cell.rate / peak))}} for cell in missing]
+        rounds += 1
+        assert rounds < most
+    return lines
+
+
+@given(st.integers(-3, 5))
+def test_a_grid_goes_on_until_its_best_is_inside(power):
+    peak = 1e-3 * 2.0**power
+    lines = searched("example", peak)
+    rates = sorted({line["rate"] for line in lines})
+    assert cells.chosen_rates(lines)["example"] == pytest.approx(peak)
+    assert rates[0] < 0.9 * peak and rates[-1] > 1.1 * peak  # not at an edge
+    assert all(b == pytest.approx(2 * a) for a, b in itertools.pairwise(rates))
+
+
+def test_no_rate_is_chosen_before_the_grid_is_closed():
+    low, middle, high = cells.RATES
+    assert not cells.chosen_rates(lines_of("example", {low: 1, middle: 2}))
+    assert not cells.chosen_rates(lines_of("example", {low: 1, middle: 2, high: 3}))
+    assert {cell.rate for cell in cells.rate_cells(["example"], lines_of("example", {low: 1, middle: 2, high: 3}))} == {
+        2 * high
+    }
+    assert cells.chosen_rates(lines_of("example", {low: 1, middle: 3, high: 2})) == {"example": middle}
+
+
+def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
+    low, middle, high = cells.RATES
+    lines = lines_of("lora-1", {low: 1, middle: 5, high: 2}) + lines_of("lora-8", {low: 1, middle: 2, high: 1})
+    assert cells.chosen_strengths(lines) == {8: "lora-8"}  # rank 1's other strength is not measured yet
+    lines += lines_of("lora-1-strength-2", {low: 1, middle: 3, high: 6, 2 * high: 1})
+    assert cells.chosen_strengths(lines) == {1: "lora-1-strength-2", 8: "lora-8"}
+    for score, name, rate in ((10.0, "lora-1", middle), (20.0, "lora-1-strength-2", high)):
+        lines.append(
+            {"task": "cola", "method": name, "seed": 0, "split": "validation", "rate": rate, "scores": {"1": score}}
+        )
+    lines += [
+        {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "rate": 1e-3, "scores": {str(r): 1.0}}
+        for r in (2, 4, 8)
+    ]
+    assert shown.scores(lines)["cola", "sweep"][0][1] == 20.0
+
+
+def test_tables_show_runs_at_the_chosen_rate_once_there_are_two_seeds_and_until_then_at_the_one_of_most_runs():
+    low, middle, high = cells.RATES
+
+    def runs(method, rate, seeds, tasks=shown.AVERAGED):
+        own = {"method": method, "split": "validation", "rate": rate, "scores": {"8": rate}}
+        return [own | {"task": task, "seed": s} for s in seeds for task in tasks]
+
+    def rates(lines):
+        return {(r["method"], r["rate"]) for r in shown.at_their_rates(lines)}
+
+    lines = runs("lora-8", middle, range(3)) + runs("cut-svd", middle, range(3)) + runs("step", low, (0, 1))
+    lines += runs("lora-8", high, (0,)) + runs("cut-svd", high, (0,)) + runs("step", middle, (0,))
+    until_then = {("lora-8", middle), ("cut-svd", middle), ("step", low)}
+    assert rates(lines) == until_then and shown.not_yet_run(lines) == []
+    lines += lines_of("lora-8", {middle: 1, high: 2, 2 * high: 1, low: 0})
+    assert rates(lines) == until_then
+    assert shown.not_yet_run(lines) == [
+        "Chosen by the rates below, and not yet run: LoRA trained at rank 8, strength 2 at rate 0.002.", ""
+    ]  # fmt: skip
+    lines += runs("lora-8", high, (1,)) + runs("cut-svd", high, (1,))
+    assert rates(lines) == {("lora-8", high), ("cut-svd", high), ("step", low)}
+    assert shown.not_yet_run(lines) == []
+
+
+@pytest.mark.parametrize(("seeds", "name"), [(1, "lora-1"), (2, "lora-1-strength-2")])
+def test_the_sweep_takes_the_chosen_strength_once_there_are_two_seeds_of_it(seeds, name):
+    low, middle, high = cells.RATES
+    lines = lines_of("lora-1", {low: 1, middle: 2, high: 1}) + lines_of(
+        "lora-1-strength-2", {low: 1, middle: 3, high: 1}
+    )
+    for method, n in (("lora-1", 3), ("lora-1-strength-2", seeds)):
+        for seed in range(n):
+            lines += curve_lines(method, seed, {1: 50.0})
+    assert shown.sweep_methods(lines)[1] == name
+
+
+def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
+    lines = []
+    for seed, extra in ((0, 0.0), (1, 10.0)):
+        for r in (1, 2, 4, 8):
+            lines.append(
+                {
+                    "task": "rte",
+                    "method": f"lora-{r}",
+                    "seed": seed,
+                    "split": "validation",
+                    "rate": 1e-3,
+                    "scores": {str(r): 50 + extra + r},
+                }
+            )
+        lines.append(
+            {"task": "rte", "method": "example", "seed": seed, "split": "validation", "rate": 1e-3,
+             "scores": {str(b): 51 + extra + b for b in range(1, 9)}}
+        )  # fmt: skip
+    lines.append(
+        {"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "rate": 1e-3, "scores": {"1": 0.0}}
+    )
+    found = shown.scores(lines)
+    assert set(found["rte", "sweep"]) == {0, 1}
+    row = next(text for text in study_tables.task_table(found, "rte") if "per example" in text)
+    assert "57.0 ± 5.0" in row
+
+
+def test_rows_of_a_task_are_over_the_seeds_that_the_sweep_has():
+    found = {
+        ("rte", "sweep"): {0: {1: 50.0}},
+        ("rte", "step"): {0: {1: 60.0}, 3: {1: 0.0}},
+        ("rte", "mixed"): {3: {1: 9.0}},
+    }
+    assert averages.beside_the_sweep(found, "step", "rte") == {0: {1: 60.0}}
+    assert averages.beside_the_sweep(found, "mixed", "rte") == {3: {1: 9.0}}  # alone, and its row says one seed
+    assert averages.beside_the_sweep(found, "example", "rte") == {}
+
+
+def curve_lines(method, seed, curve):
+    return [
+        {
+            "task": task,
+            "method": method,
+            "seed": seed,
+            "split": "validation",
+            "rate": 1e-3,
+            "scores": {str(b): v for b, v in curve.items()},
+        }
+        for task in shown.AVERAGED
+    ]
+
+
+@pytest.mark.parametrize(("gain", "worse"), [((0.0, 0.04), False), ((-3.0, -3.4), True), ((-4.0, 4.0), True)])
+def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
+    from scipy import stats
+
+    lines = []
+    for seed in (0, 1):
+        for r in (1, 2, 4, 8):
+            lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r + 10 * seed})  # seeds differ, their differences do not
+        own = {b: 50.0 + b + 10 * seed + gain[seed] for b in range(1, 9)}
+        lines += curve_lines(study_methods.DEFAULT, seed, own)
+    rows = "\n".join(averages.headline(shown.scores(lines))).splitlines()
+    at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
+    low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
+    wanted = f"{sum(gain) / 2:+.1f} ± {(high - low) / 2:.1f}"
+    for name in ("rank 1", "rank 2", "rank 4", "rank 8", "mean of the ranks"):
+        assert wanted in at[name] and at[name].endswith("| no |" if worse else "| yes |")
+    # Beside the reduction by SVD, over the seeds that both have.
+    for seed in (0, 1, 2):
+        lines += curve_lines("cut-svd", seed, {b: 49.0 + b + 10 * seed for b in range(1, 9)})
+    lines += curve_lines(study_methods.DEFAULT, 2, {b: 71.0 + b for b in range(1, 9)})
+    text = "\n".join(averages.headline(shown.scores(lines)))
+    three = stats.ttest_1samp([1 + gain[0], 1 + gain[1], 2.0], 0).confidence_interval(0.95)
+    assert "that rank (2 seeds)" in text and "by SVD (3 seeds)" in text
+    assert text.count(f"{(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f} |") == 5
+
+
+def test_leads_are_paired_differences_from_the_reduction_by_svd():
+    def line(method, run, score, **others):
+        task, seed = cells.LEAD_RUNS[run]
+        own = {"task": task, "seed": seed, "method": method, "split": "held_out", "rate": cells.TRIED_RATE}
+        return own | {"scores": dict.fromkeys("1248", score)} | others
+
+    lines = [line("cut-svd", 0, 50.0), line("cut-svd", 1, 70.0), line("mixed-0.8", 0, 51.0), line("mixed-0.8", 1, 74.0)]
+    lines += [line("mixed-0.8", 2, 99.0)]  # without its peer
+    lines += [line("mixed-0.8", 0, 0.0, split="validation"), line("halves-0.8", 0, 9.0), line("lora-8", 0, 9.0)]
+    (row,) = [text for text in "\n".join(held_out.lead_table(lines)).splitlines() if "+" in text or "-0" in text]
+    assert "0.8 at r_max, ordered, then mixed" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
+    assert held_out.lead_table(lines[:1]) == []
+
+
+def test_averages_are_over_methods_that_every_task_has():
+    lines = curve_lines("example", 0, dict.fromkeys((1, 2, 4, 8), 40.0))
+    lines.append(lines[0] | {"task": "rte", "scores": dict.fromkeys("1248", 90.0)})
+    found = shown.scores(lines + curve_lines("step", 0, dict.fromkeys((1, 2, 4, 8), 1.0))[1:])
+    assert averages.averaged(found, "example") == {0: dict.fromkeys((1, 2, 4, 8), 40.0)}  # RTE does not count
+    assert averages.averaged(found, "step") == {}
+
+
+def test_main_tables_hold_the_usual_runs_alone(tmp_path):
+    cell = cells.Cell("cola", "lora-8", 0, 1e-3)
+    others = [
+        cells.Cell("cola", "lora-8", 0, 1e-3, r_max=64),
+        cells.Cell("cola", "lora-8", 0, 1e-3, targets=cells.ALL_LINEAR),
+        cells.Cell("webnlg", "lora-8", 0, 1e-3),
+    ]
+    file = tmp_path / "runs.jsonl"
+    old = {name: value for name, value in vars(cell).items() if name not in ("r_max", "targets")}
+    file.write_text("".join(json.dumps(line) + "\n" for line in [old, *map(vars, others)]))
+    records = cells.read_records(file)
+    assert cells.usual_records(records) == [vars(cell)]
+    assert all(each.done(records) for each in (cell, *others))
+    assert not cells.Cell("cola", "lora-8", 0, 1e-3, r_max=16).done(records)
+
+
+def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
+    def line(method, seed, scores, **apart):
+        own = vars(cells.Cell("sst2", method, seed, 1e-3)) | {"evaluation_seconds": 2.0 if "lora" in method else 9.0}
+        return own | {"scores": {str(b): v for b, v in scores.items()}, "metric": "accuracy"} | apart
+
+    ranks = study_methods.shown_up_to(16)
+    lines = [line(f"lora-{b}", 0, {b: 80.0 + b}) for b in (1, 2, 4, 8)]
+    lines += [line("lora-8", 0, {16: 96.0}, r_max=16), line("cut-svd", 0, dict.fromkeys(ranks, 70.0), r_max=16)]
+    lines += [line(study_methods.DEFAULT, 0, {b: 81.5 + b for b in ranks}, r_max=16)]
+    text = "\n".join(wide.rank_tables(lines))
+    assert "| the default minus the sweep | +1.5 | +1.5 | +1.5 | +1.5 | +1.5 |" in text
+    assert "| +12.5 | +13.5 | +15.5 | +19.5 | +27.5 |" in text and "Measuring 5 ranks took 4.5 times" in text
+    assert "LoRA trained at rank 16, reduced by SVD" in text and "r_max 64" not in text
+    assert wide.target_tables(lines) == [] and wide.language_tables(lines) == []
+    lines = [
+        line(name, seed, scores, targets=cells.ALL_LINEAR)
+        for seed, more in ((0, 0.0), (1, 2.0))
+        for name, scores in (
+            *((f"lora-{b}", {b: 80.0 + more}) for b in (1, 2, 4, 8)),
+            ("cut-svd", dict.fromkeys((1, 2, 4, 8), 79.0)),
+            (study_methods.DEFAULT, dict.fromkeys((1, 2, 4, 8), 81.0 + 2 * more)),
+        )
+    ]
+    text = "\n".join(wide.target_tables(lines))
+    assert text.count("+2.0 ± 1.0") == 4 and text.count("+4.0 ± 2.0") == 4 and "2 seeds" in text
+
+
+def test_a_language_models_best_rate_has_the_lowest_loss():
+    lines = [
+        vars(cells.Cell("webnlg", "lora-8", 0, rate, "held_out", targets=cells.ALL_LINEAR))
+        | {"metric": "loss", "scores": {"8": loss}}
+        for rate, loss in ((5e-4, 1.2), (1e-3, 1.0), (2e-3, 1.1))
+    ]
+    assert cells.chosen_rates(lines, cells.LANGUAGE_RATE_RUNS) == {"lora-8": 1e-3}
