@@ -50,7 +50,8 @@ def highest(scores: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALayer, to
 def of_one_share(values: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALayer, torch.Tensor]:
     """The first components of each layer, as few as reach a share t of its squared singular values, with the largest t
     that leaves no more than at rank b; at least one a layer, as in PEFT."""
-    shares = {layer: (each.square().cumsum(0) / each.square().sum()).double() for layer, each in values.items()}
+    squares = {layer: each.cpu().square() for layer, each in values.items()}
+    shares = {layer: (each.cumsum(0) / each.sum()).double() for layer, each in squares.items()}
 
     def kept(t: float) -> dict[LoRALayer, torch.Tensor]:
         return {layer: torch.arange(len(each)) <= (each < t).sum() for layer, each in shares.items()}
@@ -77,7 +78,7 @@ def with_components(model, kept: dict[int, dict[LoRALayer, torch.Tensor]]):
     whole = {layer: layer.lora_B.detach().clone() for _, layer in lora_layers(model)}
     for b, chosen in kept.items():
         for layer, value in whole.items():
-            layer.lora_B.data.copy_(value * chosen[layer])
+            layer.lora_B.data.copy_(value * chosen[layer].to(value.device))
         yield b
     for layer, value in whole.items():
         layer.lora_B.data.copy_(value)

@@ -1,6 +1,7 @@
 """Training and measuring cells, one after the other or several at a time."""
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -33,6 +34,7 @@ def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -
     from transformers import TrainingArguments, set_seed, utils
 
     torch.set_num_threads(1)
+    repeatable()
     utils.logging.set_verbosity_error()
     trunk = trunk_of(cell, keep)
     with tempfile.TemporaryDirectory() as directory:
@@ -45,6 +47,7 @@ def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -
             warmup_steps=0.06,
             weight_decay=0.1,
             bf16=precision() == "bf16",
+            tf32=precision() == "tf32" or None,
             use_cpu=not torch.accelerator.is_available(),
             seed=cell.seed,
             save_strategy="no",
@@ -104,14 +107,36 @@ def train(cell: Cell, trainer, trunk: Path | None) -> dict:
     if trunk and cell.is_trunk:
         trainer.save_model(str(trunk))
     facts = {"steps": trainer.state.global_step, "seconds": round(seconds, 1), "commit": commit()}
-    return facts | {"precision": precision()} | ({"from": "lora-8"} if checkpoint else {})
+    facts |= {"precision": precision(), "device": device()}
+    return facts | ({"from": "lora-8"} if checkpoint else {})
 
 
 def precision() -> str:
-    """What a run computes in: bf16 autocast, or fp32 where the processor has no bf16 products."""
+    """What a run computes in: fp32 with TF32 products on CUDA, bf16 autocast on a processor that has its products, else
+    fp32."""
     import torch
 
-    return "bf16" if torch.accelerator.is_available() or cpu_multiplies_bf16() else "fp32"
+    if torch.accelerator.is_available():
+        return "tf32" if torch.cuda.is_available() else "fp32"
+    return "bf16" if cpu_multiplies_bf16() else "fp32"
+
+
+def device() -> str:
+    """What a run computes on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return str(torch.accelerator.current_accelerator() or "cpu")
+
+
+def repeatable() -> None:
+    """Let a cell give the same numbers again on CUDA, too."""
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(torch.cuda.is_available())
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def part_of(share: float, steps: int) -> int:
