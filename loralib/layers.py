@@ -32,6 +32,7 @@ from .layout import FIRST, Layout, LayoutError, layout_of
 from .merging import Merging
 from .recomputation import watch
 from .state import RankState, set_states
+from .walking import named_modules
 
 
 def only_gradient(value: torch.Tensor) -> torch.Tensor:
@@ -181,7 +182,7 @@ class LoRALayer(Merging):
         rank = check_rank(rank, self.r)
         gate = None
         if isinstance(rank, torch.Tensor):
-            gate = rank_gate(rank.to(self.weight.device), self.r, self.lora_alpha, self.scaling, self.gate_dtype())
+            gate = rank_gate(rank, self.r, self.lora_alpha, self.scaling, self.gate_dtype()).to(self.weight.device)
             rank = None if rank.is_floating_point() else rank
         set_states([(self, RankState(rank, gate, bool(frozen)))])
 
@@ -304,7 +305,7 @@ def gated(z: torch.Tensor, gate) -> torch.Tensor:
 def adapted_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     """The layers of a model that have an adapter, with their names, in the model's order; also those inside of PEFT's
     layers (see ``loralib.peft``)."""
-    return adapted_among(model.named_modules())
+    return adapted_among(named_modules(model))
 
 
 def adapted_among(modules: Iterable[tuple[str, nn.Module]]) -> list[tuple[str, LoRALayer]]:
@@ -348,6 +349,9 @@ class Linear(LoRALayer, nn.Linear):
     def factor_shapes(self):
         return (self.r, self.in_features), (self.out_features, self.r)
 
+    def cut(self, A, B, b):
+        return A[:b], B[:, :b]
+
     def own_base(self, x):
         if not self.fan_in_fan_out:
             return F.linear(x, self.weight, self.bias)
@@ -362,7 +366,8 @@ class Linear(LoRALayer, nn.Linear):
         z, strength = F.linear(x, A), gate
         if isinstance(gate, torch.Tensor):
             z, strength = gated(z, gate), 1
-        h = h.expand(*z.shape[:-1], -1)  # one input, many ranks
+        if h.shape[:-1] != z.shape[:-1]:
+            h = h.expand(*z.shape[:-1], -1)  # one input, many ranks
         if z.dtype != h.dtype:  # the sum takes the finer of the two
             return (h + F.linear(z if strength == 1 else z * strength, B)).to(h.dtype)
         return torch.addmm(h.reshape(-1, h.shape[-1]), z.reshape(-1, z.shape[-1]), B.T, alpha=strength).view(h.shape)
@@ -426,7 +431,9 @@ class MergedLinear(Linear):
         h = torch.einsum("...gb,gob->...go", z, B.to(z.dtype))
         return self.spread(h.flatten(-2), -1)
 
-    add_update = LoRALayer.add_update  # the update is no single product here
+    # Of several projections: the update is no single product, nor a cut a slice.
+    add_update = LoRALayer.add_update
+    cut = LoRALayer.cut
 
     def delta(self, A, B, gate):
         A = A.unflatten(0, (self.projections, B.shape[-1]))

@@ -247,13 +247,13 @@ def layout_of(layer: HasLayout, shape: torch.Size, n: int) -> Layout:
         running[0].check(n)
     if n == 1:
         return ANY
-    if not _fits(layer, shape, n) and not (isinstance(layer.layout, Layout) and layer.layout.declared):
+    if (known := _fitting(layer, shape, n)) is not None:
+        return known
+    if not (isinstance(layer.layout, Layout) and layer.layout.declared):
         for call in list(running):
             call.learn(call, n)
-            if _fits(layer, shape, n):
-                break
-    if isinstance(layer.layout, Layout) and _fits(layer, shape, n):
-        return layer.layout
+            if (learnt := _fitting(layer, shape, n)) is not None:
+                return learnt
     if isinstance(layer.layout, str):
         raise LayoutError(f"{layer.described()} cannot run with one rank per example: {layer.layout}; {WAY_OUT}.")
     got = f"{layer.described()} got an input of shape {tuple(shape)} for {n} ranks"
@@ -265,6 +265,7 @@ def layout_of(layer: HasLayout, shape: torch.Size, n: int) -> Layout:
     raise LayoutError(f"{got}, which cannot hold one row or more for each; {WAY_OUT}.")
 
 
-def _fits(layer: HasLayout, shape: torch.Size, n: int) -> bool:
-    call = next(iter(calls()), None)
-    return isinstance(layer.layout, Layout) and layer.layout.fits(shape, n, call)
+def _fitting(layer: HasLayout, shape: torch.Size, n: int) -> Layout | None:
+    """The layer's layout, if an input of this shape can hold n examples so."""
+    found = layer.layout
+    return found if isinstance(found, Layout) and found.fits(shape, n, next(iter(calls()), None)) else None

@@ -21,6 +21,7 @@ from .quantised import keep_gradients, say_what_merging_costs
 from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
+from .walking import named_modules
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
@@ -28,12 +29,12 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
     Raises ValueError if there are none, or if one of PEFT's should have ranks and has none.
     """
-    modules = list(model.named_modules())  # this runs in every step: one walk for all
+    modules = named_modules(model)  # this runs in every step: one walk for all
     _refuse_layers_without_ranks(model, modules)
     keep_gradients(module for _, module in modules)
     layers = adapted_among(modules)
     for name, layer in layers:
-        layer.module_name = name
+        vars(layer)["module_name"] = name  # as ``set_states`` does
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no loralib layer with r > 0; call loralib.inject(model, ...) first."
@@ -43,7 +44,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 
 def has_lora(model: nn.Module) -> bool:
     """Whether the model has an adapter. Raises ValueError for one of PEFT's that should have ranks and has none."""
-    modules = list(model.named_modules())
+    modules = named_modules(model)
     _refuse_layers_without_ranks(model, modules)
     return bool(adapted_among(modules))
 
@@ -192,7 +193,7 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     """
     layers = lora_layers(model)
     rank = check_rank(rank, max(layer.r for _, layer in layers))
-    gates: dict[tuple, tuple[Any, torch.Tensor]] = {}  # layers of one kind share the tensors
+    shared: dict[tuple, RankState] = {}  # layers of one kind run in one state
     states = []
     weighted = isinstance(rank, torch.Tensor) and rank.is_floating_point()
     if frozen and any(layer.components_at for _, layer in layers):
@@ -203,11 +204,11 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
             continue
         kind = (layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype())
         key = (*kind, layer.weight.device, layer.components_at)
-        if key not in gates:
+        if key not in shared:
             ranks = own_ranks(layer, rank)
-            gates[key] = None if weighted else ranks, rank_gate(ranks, *kind)
-        kept, gate = gates[key]
-        states.append((layer, RankState(kept, gate, bool(frozen), learn=layer is not model)))
+            gate = rank_gate(ranks, *kind).to(layer.weight.device)  # one transfer, not a kernel for each step of it
+            shared[key] = RankState(None if weighted else ranks, gate, bool(frozen), learn=layer is not model)
+        states.append((layer, shared[key]))
     attend(model, [layer for layer, state in states if state.learn])
     set_states(states)
 

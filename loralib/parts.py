@@ -27,8 +27,7 @@ def component_size(layer: LoRALayer) -> int:
 
 
 def own_ranks(layer: LoRALayer, ranks: torch.Tensor) -> torch.Tensor:
-    """Ranks of the model (batch,), or weights of them (batch, r_max), as the layer's own, on its device."""
-    ranks = ranks.to(layer.weight.device)
+    """Ranks of the model (batch,), or weights of them (batch, r_max), as the layer's own."""
     weighted = ranks.is_floating_point()
     if layer.components_at is None:
         return ranks if weighted else ranks.clamp(max=layer.r)
@@ -47,4 +46,4 @@ def rank_of(layers: list[LoRALayer]) -> Any:
     parts = torch.tensor([[part(layer, b) for b in range(widest.r + 1)] for layer in layers])
     now = torch.stack([torch.as_tensor(layer.get_rank()).cpu() for layer in layers])
     rank = (parts.view(len(layers), *[1] * (now.ndim - 1), -1) == now[..., None]).all(0).long().argmax(-1)
-    return rank.to(widest.weight.device) if rank.ndim else int(rank)
+    return rank if rank.ndim else int(rank)

@@ -36,10 +36,14 @@ def watch(layer: HasState, output: torch.Tensor) -> None:
     """
     if torch.compiler.is_compiling():  # a compiled graph recomputes from its own inputs, the gates among them
         return
+    forward = torch._C._current_graph_task_id() == -1
+    # A pass that will be computed again keeps its activations by hooks (or has no gradient, and is not noted either).
+    if forward and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return
     pending = _pending.get(layer)
     if pending is None:
         pending = _pending[layer] = weakref.WeakSet()
-    if torch._C._current_graph_task_id() == -1:
+    if forward:
         this = _Pass(layer.state)
         pending.add(this)
         output.register_hook(partial(_done, pending, this))

@@ -64,4 +64,4 @@ def set_states(states: Iterable[tuple[HasState, RankState]]) -> None:
     for layer, _ in states:
         layer.check_unmerged()
     for layer, state in states:
-        layer.state = state
+        vars(layer)["state"] = state  # without nn.Module's search for a parameter of that name

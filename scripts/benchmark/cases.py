@@ -109,6 +109,7 @@ QUICK = {
     "saved": steps.saved,
     "recipe-step": steps.recipe_step,
     "steps": steps.steps,
+    "overhead": steps.overhead,
     "language-steps": language_steps,
     "all-ranks": all_ranks,
     "compiled": steps.compiled,

@@ -79,6 +79,22 @@ def step_contenders(shape: Shape, r: int, inputs: dict, device: str, dtype: str,
 
 
 PEFT_LIMIT = {"PEFT LoRA": 1.03}
+NARROW = Shape("MiniLM at width 48", 48, 6, 2)
+
+
+def overhead(options: Options) -> Iterator[Row]:
+    """A step whose arithmetic is next to nothing: what is left is Python, and on a GPU the launches of kernels."""
+    rows, length = 4, 4
+    inputs = batch(rows, length, options.device)
+    contenders = step_contenders(NARROW, R_MAX, inputs, options.device, "fp32", everyone=False)
+    for step in contenders.values():
+        step()
+    times = alternate(contenders, 150, options.device)
+    for per in ("example", "step"):
+        yield from timed(
+            "overhead of a step", f"{NARROW.name}, batch {rows} x {length}", times, f"DyLoRA, rank per {per}",
+            {"PEFT LoRA": 1.1},
+        )  # fmt: skip
 
 
 def steps(options: Options) -> Iterator[Row]:

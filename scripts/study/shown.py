@@ -23,12 +23,12 @@ def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, st
 
 
 def run_enough(records: list[dict], method: str, rate: float, instead: str | None = None) -> bool:
-    """Whether there are two seeds of it on every task of AVERAGED, or as many runs as at the rate that most runs (of
+    """Whether there are three seeds of it on every task of AVERAGED, or as many runs as at the rate that most runs (of
     ``instead``, if given) have."""
     kept = [r for r in records if r["split"] == "validation" and r["task"] in AVERAGED]
     own = [r for r in kept if (r["method"], r["rate"]) == (method, rate)]
     often = Counter(r["rate"] for r in kept if r["method"] == (instead or method) and r not in own)
-    return 0 < len(own) >= min(2 * len(AVERAGED), max(often.values(), default=0))
+    return 0 < len(own) >= min(3 * len(AVERAGED), max(often.values(), default=0))
 
 
 def sweep_methods(records: list[dict]) -> dict[int, str]:

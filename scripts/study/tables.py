@@ -1,5 +1,6 @@
 """The study's page and curves, from results/study/runs.jsonl."""
 
+from collections import Counter
 from pathlib import Path
 
 from loralib.files import write_atomically, write_text
@@ -11,7 +12,7 @@ from ..pages import page
 from .averages import average_table, beside_the_sweep, headline
 from .cells import TRIED_RATE, area, usual_records
 from .held_out import lead_table, rate_table, tried_table
-from .methods import DEFAULT, SHOWN
+from .methods import CUTS, DEFAULT, SHOWN
 from .naming import HEAD, NAMES, called, order, with_error
 from .shown import AVERAGED, scores
 from .wide import language_tables, rank_tables, target_tables
@@ -64,6 +65,15 @@ def averages_to_curves(found: dict) -> list[Curve]:
     return drawn
 
 
+def where(records: list[dict]) -> str:
+    """How many trainings ran on what."""
+    trained = [r for r in records if r["method"] not in CUTS]
+    counts = Counter(r.get("device", "cpu") for r in trained)
+    on = [f"{counts[name]} on one {name} (fp32, products in TF32)" for name in sorted(counts) if name != "cpu"]
+    on += [f"{counts['cpu']} on a processor core each (bf16 autocast where it has bf16 products, else fp32)"]
+    return f"Of the trainings, {' and '.join(on)}; each line of runs.jsonl says where and in which precision."
+
+
 def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
     """README.md and curves.png from the records."""
     everything, records = records, usual_records(records)
@@ -72,10 +82,11 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         "# Does one DyLoRA run match a LoRA sweep?",
         "",
         "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value adapted, r_max 8, "
-        "alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1, one CPU core a run, bf16 autocast "
-        "where the processor has it and else fp32 (each line of runs.jsonl says which). Mean ± standard error over "
-        "seeds, those that the sweep has; a row that has none of these is over its own and compares with no other. "
-        "AURAC over ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
+        "alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1. Mean ± standard error over seeds, "
+        "those that the sweep has; a row that has none of these is over its own and compares with no other. AURAC over "
+        "ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
+        "",
+        where(everything),
         "",
         "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
         "    python -m transformers_dylora.minilm encoder",

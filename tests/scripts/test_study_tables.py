@@ -69,7 +69,7 @@ def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
     assert shown.scores(lines)["cola", "sweep"][0][1] == 20.0
 
 
-def test_tables_show_runs_at_the_chosen_rate_once_there_are_two_seeds_and_until_then_at_the_one_of_most_runs():
+def test_tables_show_runs_at_the_chosen_rate_once_there_are_three_seeds_and_until_then_at_the_one_of_most_runs():
     low, middle, high = cells.RATES
 
     def runs(method, rate, seeds, tasks=shown.AVERAGED):
@@ -79,7 +79,7 @@ def test_tables_show_runs_at_the_chosen_rate_once_there_are_two_seeds_and_until_
     def rates(lines):
         return {(r["method"], r["rate"]) for r in shown.at_their_rates(lines)}
 
-    lines = runs("lora-8", middle, range(3)) + runs("cut-svd", middle, range(3)) + runs("step", low, (0, 1))
+    lines = runs("lora-8", middle, range(4)) + runs("cut-svd", middle, range(4)) + runs("step", low, (0, 1))
     lines += runs("lora-8", high, (0,)) + runs("cut-svd", high, (0,)) + runs("step", middle, (0,))
     until_then = {("lora-8", middle), ("cut-svd", middle), ("step", low)}
     assert rates(lines) == until_then and shown.not_yet_run(lines) == []
@@ -89,12 +89,14 @@ def test_tables_show_runs_at_the_chosen_rate_once_there_are_two_seeds_and_until_
         "Chosen by the rates below, and not yet run: LoRA trained at rank 8, strength 2 at rate 0.002.", ""
     ]  # fmt: skip
     lines += runs("lora-8", high, (1,)) + runs("cut-svd", high, (1,))
+    assert rates(lines) == until_then
+    lines += runs("lora-8", high, (2,)) + runs("cut-svd", high, (2,))
     assert rates(lines) == {("lora-8", high), ("cut-svd", high), ("step", low)}
     assert shown.not_yet_run(lines) == []
 
 
-@pytest.mark.parametrize(("seeds", "name"), [(1, "lora-1"), (2, "lora-1-strength-2")])
-def test_the_sweep_takes_the_chosen_strength_once_there_are_two_seeds_of_it(seeds, name):
+@pytest.mark.parametrize(("seeds", "name"), [(2, "lora-1"), (3, "lora-1-strength-2")])
+def test_the_sweep_takes_the_chosen_strength_once_there_are_three_seeds_of_it(seeds, name):
     low, middle, high = cells.RATES
     lines = lines_of("lora-1", {low: 1, middle: 2, high: 1}) + lines_of(
         "lora-1-strength-2", {low: 1, middle: 3, high: 1}

@@ -1,0 +1,19 @@
+"""The modules of a model, as each training step asks for them."""
+
+from torch import nn
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """``list(model.named_modules())``, without the chain of generators that hands each one up through all levels."""
+    found, seen = [("", model)], {model}
+
+    def visit(parent: nn.Module, prefix: str) -> None:
+        for key, child in parent._modules.items():
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append((prefix + key, child))
+                if child._modules:
+                    visit(child, f"{prefix}{key}.")
+
+    visit(model, "")
+    return found
