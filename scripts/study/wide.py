@@ -7,10 +7,11 @@ from loralib.report.tables import markdown_table
 
 from . import cells
 from .cells import ALL_LINEAR, LANGUAGE_RATE_RUNS, TRIED_RATE, WIDE_TASKS
+from .held_out import BAR
 from .methods import DEFAULT, R_MAX, SWEEP, shown_up_to
 from .naming import NAMES, ROWS, title, with_error
 
-SHOWN_ROWS = ("sweep", "cut-svd", DEFAULT)
+SHOWN_ROWS = ("sweep", BAR, DEFAULT)
 Curves = dict[str, dict[int, dict[int, float]]]  # {row: {seed: {rank: score}}}
 
 
@@ -25,7 +26,7 @@ class Kept:
 
     def runs(self, records: list[dict], method: str, r_max: int) -> list[dict]:
         wanted = {"task": self.task, "targets": self.targets, "split": "validation", "method": method, "r_max": r_max}
-        rate = self.rates.get("lora-8" if method == "cut-svd" else method, TRIED_RATE)
+        rate = self.rates.get("lora-8" if method == BAR else method, TRIED_RATE)
         return [r for r in records if r["rate"] == rate and all(r[key] == value for key, value in wanted.items())]
 
 
@@ -35,7 +36,7 @@ def curves_of(records: list[dict], kept: Kept, sweep: dict[int, str]) -> Curves:
     for b in shown_up_to(kept.r_max):
         for r in kept.runs(records, sweep[b], R_MAX) if b in sweep else kept.runs(records, "lora-8", b):
             found["sweep"][r["seed"]][b] = r["scores"][str(b)]
-    for method in ("cut-svd", DEFAULT):
+    for method in (BAR, DEFAULT):
         for r in kept.runs(records, method, kept.r_max):
             found[method][r["seed"]] = {int(b): score for b, score in r["scores"].items()}
     return found
@@ -49,7 +50,7 @@ def curve_table(found: Curves, ranks: tuple[int, ...], digits: int, r_max: int =
         curves = [found[row].get(seed, {}) for seed in seeds]
         values = [with_error([c[b] for c in curves if b in c], digits) for b in ranks]
         rows.append([ROWS.get(row) or title(row, r_max), *values])
-    for row, name in (("sweep", "the default minus the sweep"), ("cut-svd", "the default minus SVD")):
+    for row, name in (("sweep", "the default minus the sweep"), (BAR, "the default minus SVD")):
         both = [(found[DEFAULT][seed], found[row].get(seed, {})) for seed in seeds]
         values = [with_error([ours[b] - c[b] for ours, c in both if b in c], digits, "+") for b in ranks]
         rows.append([name, *values])
@@ -104,19 +105,22 @@ def language_tables(records: list[dict]) -> list[str]:
     rates = cells.chosen_rates(own, LANGUAGE_RATE_RUNS)
     sweep = {r: names[0] for r, names in SWEEP.items()} | cells.chosen_strengths(own, LANGUAGE_RATE_RUNS)
     found = curves_of(own, Kept(task, ALL_LINEAR, rates), sweep)
-    if not found[DEFAULT]:
+    measured, searched = [], language_rates(own)
+    if found[DEFAULT]:
+        used = {row: sorted({f"{rates.get(name, TRIED_RATE):g}" for name in names}) for row, names in
+                {"sweep": sweep.values(), "SVD": ["lora-8"], "default": [DEFAULT]}.items()}  # fmt: skip
+        at = "; ".join(f"{row} {', '.join(names)}" for row, names in used.items())
+        measured = [f"On 200 entries of validation; rates: {at}.", "", *curve_table(found, shown_up_to(R_MAX), 4)]
+    if not measured and not searched:
         return []
-    used = {row: sorted({f"{rates.get(name, TRIED_RATE):g}" for name in names}) for row, names in
-            {"sweep": sweep.values(), "SVD": ["lora-8"], "default": [DEFAULT]}.items()}  # fmt: skip
-    at = "; ".join(f"{row} {', '.join(names)}" for row, names in used.items())
     return [
         "## A language model",
         "",
         "SmolLM2-135M-Instruct on WebNLG, all linear layers, 1,500 training entries, once, batch 8; the loss of the "
-        f"completions' tokens on 200 of validation, lower is better. Rates: {at}.",
+        "completions' tokens, lower is better.",
         "",
-        *curve_table(found, shown_up_to(R_MAX), 4),
-        *language_rates(own),
+        *measured,
+        *searched,
     ]
 
 
@@ -126,11 +130,11 @@ def language_rates(records: list[dict]) -> list[str]:
     rates = sorted({rate for by_rate in scores.values() for rate in by_rate})
     rows = []
     for method, by_rate in scores.items():
-        if method in {DEFAULT, *(name for names in SWEEP.values() for name in names)}:
+        if method in {DEFAULT, BAR, *(name for names in SWEEP.values() for name in names)}:
             values = [f"{-by_rate[rate]:.4f}" if rate in by_rate else "" for rate in rates]
             beyond = ", ".join(f"{rate:g}" for rate in cells.next_rates(by_rate))
             rows.append([title(method), *values, f"{chosen[method]:g}" if method in chosen else f"open: {beyond}"])
     if not rows:
         return []
     head = ["loss over ranks (AURAC)", *(f"{rate:g}" for rate in rates), "chosen"]
-    return ["Its rates, on entries of train that were not trained on:", "", markdown_table(head, rows, "l"), ""]
+    return ["Its rates, on 200 entries of train that were not trained on:", "", markdown_table(head, rows, "l"), ""]

@@ -257,3 +257,5 @@ def test_a_language_models_best_rate_has_the_lowest_loss():
         for rate, loss in ((5e-4, 1.2), (1e-3, 1.0), (2e-3, 1.1))
     ]
     assert cells.chosen_rates(lines, cells.LANGUAGE_RATE_RUNS) == {"lora-8": 1e-3}
+    text = "\n".join(wide.language_tables(lines))  # before there are runs on validation
+    assert "| 1.2000 | 1.0000 | 1.1000 | 0.001 |" in text and "On 200 entries of validation" not in text
