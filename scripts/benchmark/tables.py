@@ -17,6 +17,7 @@ from .growth import WHY
 from .rows import Options, Row
 
 PACKAGES = ("torch", "transformers", "peft", "lycoris-lora", "accelerate", "datasets")
+MISSING = "not installed"
 SLACK = 1.05  # a ratio this much above the recorded interval is a regression, and none below it
 
 
@@ -45,7 +46,7 @@ def machine(device: str) -> dict:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+            versions[package] = MISSING
     return {
         "device": name,
         "threads": torch.get_num_threads(),
@@ -64,11 +65,14 @@ def record(file: Path, rows: list[Row], growth: dict | None, options: Options, a
     before = read(file) if file.exists() else {"commands": [], "rows": [], "growth": None}
     fresh = [asdict(row) for row in rows]
     seen = {row["case"] for row in fresh}
+    now = machine(options.device)
+    earlier = before.get("machine", {}).get("versions", {})  # of a peer that is not here this time
+    now["versions"] = {name: earlier.get(name, v) if v == MISSING else v for name, v in now["versions"].items()}
     found = {
         "commands": list(
             dict.fromkeys([*before["commands"], shlex.join(["python", "-m", "scripts.benchmark", *argv])])
         ),
-        "machine": machine(options.device),
+        "machine": now,
         "rows": [row for row in before["rows"] if row["case"] not in seen] + fresh,
         "growth": growth or before["growth"],
     }

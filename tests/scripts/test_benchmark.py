@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from scripts.benchmark import __main__ as benchmark
 from scripts.benchmark import peers, tables, timing
-from scripts.benchmark.rows import Row
+from scripts.benchmark.rows import Options, Row
 
 SHAPE = peers.Shape("tiny", width=32, layers=2, heads=2)
 
@@ -80,3 +80,12 @@ def test_checking_without_a_record_says_so(tmp_path, capsys):
     with pytest.raises(SystemExit):
         benchmark.main(["--quick", "--check", "--results", str(tmp_path)])
     assert "run without --check first" in capsys.readouterr().err
+
+
+def test_a_peer_that_is_not_installed_this_time_keeps_the_version_of_its_rows(tmp_path, monkeypatch):
+    file = tmp_path / "cpu.json"
+    for peft, lycoris in (("1.0", "4.1"), ("1.1", tables.MISSING)):
+        versions = {"peft": peft, "lycoris-lora": lycoris}
+        monkeypatch.setattr(tables, "machine", lambda device, versions=versions: {"versions": dict(versions)})
+        tables.record(file, [], None, Options(), [])
+    assert tables.read(file)["machine"]["versions"] == {"peft": "1.1", "lycoris-lora": "4.1"}
