@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import zipfile
 from collections.abc import Callable, Sequence
@@ -15,8 +16,11 @@ from .results import Choice, RankResults
 def aurac(ranks: Sequence[int], scores: Sequence[float]) -> float:
     """Area under the rank-quality curve: trapezoids over rank, divided by last minus first rank.
 
-    With one rank it is that rank's score. Source: MatryoshkaLoRA, arXiv 2605.07850.
+    With one rank it is that rank's score. Raises ValueError if ranks do not rise. Source: MatryoshkaLoRA, arXiv
+    2605.07850.
     """
+    if any(low >= high for low, high in itertools.pairwise(ranks)):
+        raise ValueError(f"ranks are {list(ranks)}; give them in rising order, each with its score.")
     if len(ranks) == 1:
         return float(scores[0])
     return float(np.trapezoid(scores, ranks) / (ranks[-1] - ranks[0]))

@@ -109,8 +109,8 @@ def usual_records(records: list[dict]) -> list[dict]:
 def area(scores: dict) -> float:
     """AURAC over those of ranks 1, 2, 4, 8, .. that were measured; ``scores`` by rank, an int or, as in a file,
     text."""
-    own = {int(b): value for b, value in scores.items() if int(b) in shown_up_to(max(map(int, scores)))}
-    return aurac(list(own), list(own.values()))
+    own = {b: scores[b] for b in sorted(scores, key=int) if int(b) in shown_up_to(max(map(int, scores)))}
+    return aurac([int(b) for b in own], list(own.values()))
 
 
 def held_out_scores(records: list[dict], runs: Runs | None = None) -> dict[str, dict[float, float]]:

@@ -8,8 +8,8 @@ from .tried import TRIED, named
 OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
 # Rows that several runs make together, one at each rank.
 ROWS = {
-    "sweep": "LoRA trained at that rank alone (the sweep, 4 runs)",
-    "adalora": "AdaLoRA trained for that rank alone (4 runs)",
+    "sweep": "LoRA trained at that rank alone (the sweep)",
+    "adalora": "AdaLoRA trained for that rank alone",
     "squeeze": "LoRA of rank 8 for 0.8 of the steps, SVD, then that rank alone (LoRA-Squeeze)",
 }
 HEAD = ["method", *(f"r={b}" for b in SHOWN)]

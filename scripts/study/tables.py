@@ -9,7 +9,7 @@ from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .averages import average_table, beside_the_sweep, headline
+from .averages import average_table, beside_the_sweep, headline, task_by_task
 from .cells import TRIED_RATE, area, usual_records
 from .held_out import lead_table, rate_table, tried_table
 from .methods import CUTS, DEFAULT, SHOWN
@@ -26,6 +26,7 @@ DRAWN = {
     "step": "DyLoRA, a rank per step",
     "matryoshka-mean": "fixed gate, mean",
 }
+RUNS = "    python -m scripts.study runs --encoder encoder --data glue --rate 1e-3 --methods"
 PAPER = (
     "The paper reports, for RoBERTa-base on eight GLUE tasks, an average of 84.22 at rank 1 and 85.44 at rank 8 for "
     "one DyLoRA, against 54.90 and 85.27 for a LoRA trained at rank 8 and cut; and 83.30 / 84.47 (rank 1 / 8) for "
@@ -71,7 +72,7 @@ def where(records: list[dict]) -> str:
     counts = Counter(r.get("device", "cpu") for r in trained)
     on = [f"{counts[name]} on one {name} (fp32, products in TF32)" for name in sorted(counts) if name != "cpu"]
     on += [f"{counts['cpu']} on a processor core each (bf16 autocast where it has bf16 products, else fp32)"]
-    return f"Of the trainings, {' and '.join(on)}; each line of runs.jsonl says where and in which precision."
+    return f"Of the trainings, {' and '.join(on)}; lines of runs.jsonl name both, but for older ones of a processor."
 
 
 def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
@@ -84,7 +85,8 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value adapted, r_max 8, "
         "alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1. Mean ± standard error over seeds, "
         "those that the sweep has; a row that has none of these is over its own and compares with no other. AURAC over "
-        "ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps.",
+        "ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps. Of MNLI, QNLI and QQP "
+        "the training sets are parts, as many examples as their titles say.",
         "",
         where(everything),
         "",
@@ -92,7 +94,8 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         "    python -m transformers_dylora.minilm encoder",
         "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
         "    python -m scripts.study leads --encoder encoder --data glue",
-        "    python -m scripts.study runs --encoder encoder --data glue --rate 1e-3 --methods lora-8 mixed-0.8",
+        f"{RUNS} lora-8 lora-4 lora-2 lora-1 mixed-0.8",
+        f"{RUNS} lora-8 mixed-0.8 --seeds 3 4",
         "    python -m scripts.study wide --encoder encoder --data glue",
         "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",
         "    python -m scripts.study tables",
@@ -103,7 +106,7 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         lines += [
             "## Is one training as good as one for each rank?",
             "",
-            *headline(found),
+            *headline(found, records),
             f"## Average of {len(AVERAGED)} tasks",
             "",
             "Methods that were run on all of them, each training with the same number of steps. Strength is the "
@@ -111,6 +114,7 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
             "sweep, with its 95 percent t-interval over seeds, and the means are over the seeds that the sweep has.",
             "",
             *average_table(found, records),
+            *task_by_task(found),
             "![curves](curves.png)",
             "",
             "## By task",

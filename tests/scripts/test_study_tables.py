@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loralib.report.choice import aurac
 from scripts.study import averages, cells, held_out, shown, wide
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
+from scripts.study.running import ROOT
 
 
 def lines_of(method, scores):
@@ -169,17 +171,17 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
             lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r + 10 * seed})  # seeds differ, their differences do not
         own = {b: 50.0 + b + 10 * seed + gain[seed] for b in range(1, 9)}
         lines += curve_lines(study_methods.DEFAULT, seed, own)
-    rows = "\n".join(averages.headline(shown.scores(lines))).splitlines()
+    rows = "\n".join(averages.headline(shown.scores(lines), lines)).splitlines()
     at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
     wanted = f"{sum(gain) / 2:+.1f} ± {(high - low) / 2:.1f}"
     for name in ("rank 1", "rank 2", "rank 4", "rank 8", "mean of the ranks"):
-        assert wanted in at[name] and at[name].endswith("| no |" if worse else "| yes |")
+        assert wanted in at[name] and at[name].endswith("| not excluded |" if worse else "| excluded |")
     # Beside the reduction by SVD, over the seeds that both have.
     for seed in (0, 1, 2):
         lines += curve_lines("cut-svd", seed, {b: 49.0 + b + 10 * seed for b in range(1, 9)})
     lines += curve_lines(study_methods.DEFAULT, 2, {b: 71.0 + b for b in range(1, 9)})
-    text = "\n".join(averages.headline(shown.scores(lines)))
+    text = "\n".join(averages.headline(shown.scores(lines), lines))
     three = stats.ttest_1samp([1 + gain[0], 1 + gain[1], 2.0], 0).confidence_interval(0.95)
     assert "that rank (2 seeds)" in text and "by SVD (3 seeds)" in text
     assert text.count(f"{(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f} |") == 5
@@ -259,3 +261,41 @@ def test_a_language_models_best_rate_has_the_lowest_loss():
     assert cells.chosen_rates(lines, cells.LANGUAGE_RATE_RUNS) == {"lora-8": 1e-3}
     text = "\n".join(wide.language_tables(lines))  # before there are runs on validation
     assert "| 1.2000 | 1.0000 | 1.1000 | 0.001 |" in text and "On 200 entries of validation" not in text
+
+
+def test_a_score_counts_at_its_rank_in_whatever_order_ranks_come():
+    assert cells.area({"8": 40.0, "1": 10.0, "2": 20.0, "4": 30.0}) == cells.area({1: 10.0, 2: 20.0, 4: 30.0, 8: 40.0})
+    assert cells.area({8: 9.0, 1: 2.0}) == 5.5
+    with pytest.raises(ValueError, match="rising"):
+        aurac([8, 1], [9.0, 2.0])
+
+
+def test_differences_task_by_task_are_paired_by_seed():
+    found = {
+        (task, method): {seed: dict.fromkeys((1, 2, 4, 8), value + 10.0 * seed) for seed in seeds}
+        for task, ours in (("cola", 3.0), ("sst2", 1.0))
+        for method, value, seeds in ((study_methods.DEFAULT, ours, (0, 1)), ("cut-svd", 0.0, (0, 1, 2)))
+    }
+    rows = averages.task_by_task(found)[0].splitlines()
+    assert [row.split("|")[2].strip() for row in rows[2:]] == ["+3.0 ± 0.0", "+1.0 ± 0.0"]
+
+
+def test_pairs_on_different_devices_are_counted():
+    def run(method, seed, **device):
+        scores = {"1": 1.0, "2": 1.0, "4": 1.0, "8": 1.0} if method == study_methods.DEFAULT else {method[-1]: 1.0}
+        return vars(cells.Cell("cola", method, seed, 1e-3)) | {"scores": scores, **device}
+
+    lines = [run(f"lora-{b}", 0) for b in (1, 2, 4, 8)] + [run(study_methods.DEFAULT, 0, device="some GPU")]
+    assert averages.devices_apart(lines, study_methods.DEFAULT, "sweep") == (4, 4)
+    lines += [run("lora-1", 1, device="some GPU"), run(study_methods.DEFAULT, 1, device="some GPU")]
+    assert averages.devices_apart(lines, study_methods.DEFAULT, "sweep") == (4, 5)
+
+
+def test_each_cut_in_the_repository_is_of_the_training_whose_line_is_there():
+    records = cells.read_records(ROOT / "results" / "study" / "runs.jsonl")
+    place = [name for name in cells.Cell.__dataclass_fields__ if name != "method"]
+    trained = {(r["method"], *(r[name] for name in place)): r for r in records}
+    for r in records:
+        if r["method"] in study_methods.CUTS:
+            whole = trained[(study_methods.CUTS[r["method"]].of, *(r[name] for name in place))]
+            assert r["seconds"] == whole["seconds"], r  # of the training
