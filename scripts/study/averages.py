@@ -71,7 +71,7 @@ def average_table(found: dict, records: list[dict]) -> list[str]:
 def task_by_task(found: dict, method: str = DEFAULT, peer: str = BAR) -> list[str]:
     """Where the difference from the plainest peer comes from: one row a task, and the mean of all but the first."""
     rows = []
-    for name, tasks in [*((NAMES[task], [task]) for task in AVERAGED), (f"all but {AVERAGED[0]}", AVERAGED[1:])]:
+    for name, tasks in [*((NAMES[task], [task]) for task in AVERAGED), ("all but the first", AVERAGED[1:])]:
         runs = [(found.get((task, method), {}), found.get((task, peer), {})) for task in tasks]
         seeds = sorted(set.intersection(*(set(ours) & set(theirs) for ours, theirs in runs)))
         if seeds:

@@ -131,7 +131,7 @@ def device() -> str:
 
 
 def repeatable() -> None:
-    """Let a cell give the same numbers again on CUDA, too."""
+    """On CUDA: deterministic kernels alone; torch raises where an operation has none."""
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
