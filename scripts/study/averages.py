@@ -11,7 +11,7 @@ from loralib.report.tables import markdown_table
 from .held_out import BAR
 from .methods import DEFAULT, R_MAX, SHOWN
 from .naming import HEAD, NAMES, called, order, strength_of
-from .shown import AVERAGED, at_their_rates, not_yet_run, rows_of, sweep_methods
+from .shown import AVERAGED, by_row, not_yet_run, sweep_methods
 
 
 def averaged(found: dict, method: str) -> dict[int, dict[int, float]]:
@@ -46,9 +46,8 @@ def paired(found: dict, peer: str, ranks, method: str = DEFAULT) -> list[float]:
 def average_table(found: dict, records: list[dict]) -> list[str]:
     """The mean over tasks, and its difference from the sweep's, paired by seed, with its interval."""
     chosen, rates = sweep_methods(records), defaultdict(set)
-    for r in at_their_rates(records):
-        for row, _ in rows_of(r, records):
-            rates[row].add(r["rate"])
+    for record, row, _ in by_row(records):
+        rates[row].add(record["rate"])
     rows = []
     for method in order({m for _, m in found}):
         by_seed = beside_the_sweep(found, method)
@@ -84,9 +83,9 @@ def task_by_task(found: dict, method: str = DEFAULT, peer: str = BAR) -> list[st
 def devices_apart(records: list[dict], method: str, peer: str) -> tuple[int, int]:
     """Of the pairs of runs on AVERAGED, rank by rank: how many ran on different devices, and how many there are."""
     on: dict = {}
-    for r in at_their_rates(records):
-        for row, ranks in rows_of(r, records):
-            on |= {(row, r["task"], r["seed"], b): r.get("device", "cpu") for b in ranks if r["task"] in AVERAGED}
+    for record, row, ranks in by_row(records):
+        if record["task"] in AVERAGED:
+            on |= {(row, record["task"], record["seed"], b): record.get("device", "cpu") for b in ranks}
     pairs = [(value, on[peer, *place]) for (row, *place), value in on.items() if row == method and (peer, *place) in on]
     return sum(ours != theirs for ours, theirs in pairs), len(pairs)
 

@@ -13,10 +13,9 @@ AVERAGED = ("cola", "sst2", "mnli", "qnli", "qqp")
 def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
     """{(task, row): {seed: {rank: score}}}; a row is a method, or one of ROWS."""
     found: dict = defaultdict(lambda: defaultdict(dict))
-    for record in at_their_rates(records, split):
-        for row, ranks in rows_of(record, records):
-            for b in ranks:
-                found[record["task"], row][record["seed"]][b] = record["scores"][str(b)]
+    for record, row, ranks in by_row(records, split):
+        for b in ranks:
+            found[record["task"], row][record["seed"]][b] = record["scores"][str(b)]
     for key in [key for key in found if key[1] in ROWS]:  # seeds whose four runs are there
         found[key] = {seed: curve for seed, curve in found[key].items() if len(curve) == len(SWEEP)}
     return {key: dict(by_seed) for key, by_seed in found.items() if by_seed}
@@ -42,13 +41,16 @@ def sweep_methods(records: list[dict]) -> dict[int, str]:
     }
 
 
-def rows_of(record: dict, records: list[dict]) -> list[tuple[str, list[int]]]:
-    """The rows that a run belongs to, and the ranks that it gives them."""
-    rows = []
-    for row, by_rank in (("sweep", sweep_methods(records)), ("squeeze", SQUEEZE), ("adalora", ADALORA)):
-        if ranks := [r for r, name in by_rank.items() if name == record["method"]]:
-            rows.append((row, ranks))
-    return rows or [(record["method"], [int(b) for b in record["scores"]])]
+def by_row(records: list[dict], split: str = "validation") -> list[tuple[dict, str, list[int]]]:
+    """The runs that tables show, each once for every row that it belongs to, with the ranks that it gives the row."""
+    several = {"sweep": sweep_methods(records), "squeeze": SQUEEZE, "adalora": ADALORA}
+    found = []
+    for record in at_their_rates(records, split):
+        method = record["method"]
+        rows = [(row, [r for r, name in by_rank.items() if name == method]) for row, by_rank in several.items()]
+        rows = [(row, ranks) for row, ranks in rows if ranks]
+        found += [(record, *row) for row in rows or [(method, [int(b) for b in record["scores"]])]]
+    return found
 
 
 def at_their_rates(records: list[dict], split: str = "validation") -> list[dict]:
