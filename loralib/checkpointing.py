@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import nn
 
+from .layers import LoRALayer
 from .model import lora_layers
 from .recomputation import states_put_back
 
@@ -18,9 +20,15 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple]:
     Gradients are then exact whatever happens to the ranks between forward and backward pass. ``DyLoRATrainer`` does
     this by itself.
     """
-    layers = [layer for _, layer in lora_layers(model)]
+    return Contexts([layer for _, layer in lora_layers(model)])
 
-    def contexts():
-        return contextlib.nullcontext(), states_put_back([(layer, layer.state) for layer in layers])
 
-    return contexts
+@dataclass(frozen=True)
+class Contexts:
+    """The two contexts of a checkpointed block, of its forward pass and of its recomputation. A value and no closure: a
+    copy of a model that holds it gets one of its own layers."""
+
+    layers: list[LoRALayer]
+
+    def __call__(self) -> tuple:
+        return contextlib.nullcontext(), states_put_back([(layer, layer.state) for layer in self.layers])

@@ -30,7 +30,7 @@ from .checks import check_int
 from .gate import check_rank, check_scaling, rank_gate, scale
 from .layout import FIRST, Layout, LayoutError, layout_of
 from .merging import Merging
-from .recomputation import watch
+from .recomputation import check_recomputation, in_backward, note_pass
 from .state import RankState, set_states
 from .walking import named_modules
 
@@ -215,14 +215,27 @@ class LoRALayer(Merging):
         return self.own_base(x) if self._base is None else self._base(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.base(x)
         if self.r == 0 or self.is_merged:
-            return h
-        if not (isinstance(self.state.rank, int) and self.state.rank == 0):
+            return self.base(x)
+        self.begin(x)
+        return self.finish(self.base(x), x)
+
+    def begin(self, x: torch.Tensor) -> None:
+        """Raise RuntimeError if this pass recomputes one that ran at another rank."""
+        if in_backward():
+            check_recomputation(self, (x,) if self.is_off else (x, self.lora_A, self.lora_B))
+
+    def finish(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """h, the base layer's output, plus the update of x."""
+        if not self.is_off:
             h = self._updated(h, x, self.state)
-        if self.training and h.requires_grad:
-            watch(self, h)
+        note_pass(self, h)
         return h
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the rank is 0, at which there is no update."""
+        return isinstance(self.state.rank, int) and self.state.rank == 0
 
     def _updated(self, h: torch.Tensor, x: torch.Tensor, state: RankState) -> torch.Tensor:
         """h plus the update of x at ``state``."""

@@ -29,7 +29,6 @@ from transformers.pytorch_utils import Conv1D
 from . import layers
 from .gate import check_scaling
 from .quantised import is_quantised, unpack
-from .recomputation import watch
 from .state import RankState
 
 # Fields of LoraConfig under which an adapter is more or other than a low-rank update with ranks to choose.
@@ -161,12 +160,8 @@ class Within(_Any):
 
     def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """h, the output so far, plus the update of x."""
-        state = self.state
-        if not (isinstance(state.rank, int) and state.rank == 0):
-            h = self._updated(h, x, state)
-        if self.training and h.requires_grad:
-            watch(self, h)
-        return h
+        self.begin(x)
+        return self.finish(h, x)
 
     def train(self, mode: bool = True):
         self.training = mode

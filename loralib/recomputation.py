@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -18,56 +18,69 @@ from .state import HasState, RankState, set_states
 
 
 class _Pass:
-    """A forward pass of one layer whose backward pass is still to come. Its graph keeps it alive."""
+    """A forward pass of one layer that may be computed again. Its graph keeps it alive."""
 
     def __init__(self, state: RankState):
         self.state = state
+        self.over = False  # whether a backward pass went through it
+
+    def end_with_backward(self, gradient: torch.Tensor) -> None:
+        """A hook on the output. The gradient comes before what made the output is computed again, hence at the end."""
+        torch.autograd.Variable._execution_engine.queue_callback(partial(setattr, self, "over", True))
 
 
 # Beside the layers and not in them, since weak references can be neither copied nor pickled.
-_pending: weakref.WeakKeyDictionary[HasState, weakref.WeakSet[_Pass]] = weakref.WeakKeyDictionary()
-_put_back = 0  # how many recomputations run whose states ``states_put_back`` vouches for
+_passes: weakref.WeakKeyDictionary[HasState, weakref.WeakSet[_Pass]] = weakref.WeakKeyDictionary()
+_vouched: set[int] = set()  # ids of the layers for which ``states_put_back`` stands
 
 
-def watch(layer: HasState, output: torch.Tensor) -> None:
-    """Note the state of a training pass by its output or, within a backward pass, compare with those noted.
+def note_pass(layer: HasState, output: torch.Tensor) -> None:
+    """Note the state of a pass that will be computed again, by its output."""
+    if torch.compiler.is_compiling() or not output.requires_grad or in_backward():
+        return
+    # A pass that will be computed again keeps its activations by hooks.
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+        return
+    this = _Pass(layer.state)
+    _passes.setdefault(layer, weakref.WeakSet()).add(this)
+    output.register_hook(this.end_with_backward)
 
-    Raises RuntimeError where the pass that is computed again ran, or may have run, in another state.
+
+def check_recomputation(layer: HasState, inputs: Iterable[torch.Tensor]) -> None:
+    """Within a backward pass: raise RuntimeError unless the layer ran in the state that it has now.
+
+    Unless no gradient is wanted to any of ``inputs``: what the layer gets, and its factors.
+
+    This stands before anything is computed: a recomputation ends in the middle of its last layer, with the last tensor
+    that is needed. Of several passes that wait for their backward pass all must have run in this state.
     """
-    if torch.compiler.is_compiling():  # a compiled graph recomputes from its own inputs, the gates among them
+    if not torch.is_grad_enabled() or id(layer) in _vouched:
         return
-    forward = torch._C._current_graph_task_id() == -1
-    # A pass that will be computed again keeps its activations by hooks (or has no gradient, and is not noted either).
-    if forward and torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+    if not any(tensor.requires_grad for tensor in inputs):
         return
-    pending = _pending.get(layer)
-    if pending is None:
-        pending = _pending[layer] = weakref.WeakSet()
-    if forward:
-        this = _Pass(layer.state)
-        pending.add(this)
-        output.register_hook(partial(_done, pending, this))
-        return
-    if not _put_back and not (pending and all(layer.state.same_as(earlier.state) for earlier in pending)):
+    passes = list(_passes.get(layer, ()))
+    waiting = [each for each in passes if not each.over] or passes  # of a graph that is kept, its second time
+    if not waiting or not all(layer.state.same_as(each.state) for each in waiting):
         raise RuntimeError(
             f"{layer.described()} is computed again in the backward pass, and not at the rank of its forward pass; "
             f"give gradient checkpointing use_reentrant=False and context_fn=loralib.checkpoint_contexts(model)."
         )
 
 
-def _done(pending: weakref.WeakSet[_Pass], this: _Pass, gradient: torch.Tensor) -> None:
-    pending.discard(this)
+def in_backward() -> bool:
+    """Whether a backward pass runs. A compiled graph recomputes from its own inputs, the gates among them: not there."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager
 def states_put_back(states: list[tuple[HasState, RankState]]) -> Iterator[None]:
     """A recomputation within the body runs in these states, known to be those of its forward pass."""
-    global _put_back
     before = [(layer, layer.state) for layer, _ in states]
+    fresh = {id(layer) for layer, _ in states} - _vouched
     set_states(states)
-    _put_back += 1
+    _vouched.update(fresh)
     try:
         yield
     finally:
-        _put_back -= 1
+        _vouched.difference_update(fresh)
         set_states(before)
