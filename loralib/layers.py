@@ -223,19 +223,14 @@ class LoRALayer(Merging):
     def begin(self, x: torch.Tensor) -> None:
         """Raise RuntimeError if this pass recomputes one that ran at another rank."""
         if in_backward():
-            check_recomputation(self, (x,) if self.is_off else (x, self.lora_A, self.lora_B))
+            check_recomputation(self, (x,) if self.state.is_off else (x, self.lora_A, self.lora_B))
 
     def finish(self, h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """h, the base layer's output, plus the update of x."""
-        if not self.is_off:
+        if not self.state.is_off:
             h = self._updated(h, x, self.state)
         note_pass(self, h)
         return h
-
-    @property
-    def is_off(self) -> bool:
-        """Whether the rank is 0, at which there is no update."""
-        return isinstance(self.state.rank, int) and self.state.rank == 0
 
     def _updated(self, h: torch.Tensor, x: torch.Tensor, state: RankState) -> torch.Tensor:
         """h plus the update of x at ``state``."""

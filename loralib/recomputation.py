@@ -68,7 +68,8 @@ def check_recomputation(layer: HasState, inputs: Iterable[torch.Tensor]) -> None
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs. A compiled graph recomputes from its own inputs, the gates among them: not there."""
+    """Whether a backward pass runs. Not in a compiled graph: that recomputes from its own inputs, the gates among
+    them."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

@@ -34,6 +34,11 @@ class RankState:
                 "frozen."
             )
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the rank is 0, at which there is no update."""
+        return isinstance(self.rank, int) and self.rank == 0
+
     def same_as(self, other: RankState) -> bool:
         """Whether a layer computes the same, and trains the same components, in both."""
         if self is other:
