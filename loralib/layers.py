@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .checks import check_int
+from .components import Components
 from .gate import check_rank, check_scaling, rank_gate, scale
 from .layout import FIRST, Layout, LayoutError, layout_of
 from .merging import Merging
@@ -40,7 +41,7 @@ def only_gradient(value: torch.Tensor) -> torch.Tensor:
     return value - value.detach()
 
 
-class LoRALayer(Merging):
+class LoRALayer(Components, Merging):
     """What all layers share. ``r=0`` makes a plain layer without adapter, as in microsoft/LoRA.
 
     Args:
@@ -272,29 +273,6 @@ class LoRALayer(Merging):
     def strength(self) -> float:
         """scale(b) at the int rank in use."""
         return scale(self.state.rank, self.r, self.lora_alpha, self.scaling)
-
-    def split_A(self, A: torch.Tensor) -> torch.Tensor:
-        """View lora_A, whole or cut, with a dimension for the component: (projections, r, rows, in)."""
-        return A.view(self.projections, len(A) // (self.projections * self.rows), self.rows, A.shape[1])
-
-    def split_B(self, B: torch.Tensor) -> torch.Tensor:
-        """View lora_B, whole or cut, with a dimension for the component: (out, r, rows)."""
-        return B.view(len(B), B.shape[1] // self.rows, self.rows)
-
-    def first_components(self, b: int, frozen: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """The factors cut to rank b; with ``frozen``, all but component b cut off from the gradient."""
-        if b == self.r and not frozen:
-            return self.lora_A, self.lora_B
-        A, B = self.cut(self.lora_A, self.lora_B, b)
-        if frozen:
-            A, B = self.split_A(A), self.split_B(B)
-            A = torch.cat([A[:, : b - 1].detach(), A[:, b - 1 :]], dim=1).flatten(0, 2)
-            B = torch.cat([B[:, : b - 1].detach(), B[:, b - 1 :]], dim=1).flatten(1, 2)
-        return A, B
-
-    def cut(self, A: torch.Tensor, B: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Factors of rank r, cut to rank b."""
-        return self.split_A(A)[:, :b].flatten(0, 2), self.split_B(B)[:, :b].flatten(1, 2)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling!r}"
