@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import UninitializedParameter
 
 from .convolution import Conv2d
 from .layers import Embedding, Linear, LoRALayer
@@ -48,10 +49,40 @@ def around(module: Any, **adapter) -> LoRALayer | None:
     return Linear.around(module, {"in_features": rows, "out_features": columns, "fan_in_fan_out": True}, **adapter)
 
 
+def adapt(modules: dict[str, Any], options: dict[str, tuple[int, float]], **adapter) -> dict[str, LoRALayer]:
+    """Make the layers for ``options``, {name: (r, alpha)}: {name: layer}, once for a module under several names.
+
+    Raises ValueError that names the first module that cannot be adapted; then none is, and all are as they were.
+    """
+    layers: dict[str, LoRALayer] = {}
+    trained = {name: modules[name].weight.requires_grad for name in options if "weight" in modules[name]._parameters}
+    try:
+        for name, (rank, alpha) in options.items():
+            module = modules[name]
+            if any(layer.base_layer is module for layer in layers.values()):
+                continue
+            layer = around(module, r=rank, lora_alpha=alpha, **adapter)
+            if layer is None:
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}, which computes in its own way and cannot be adapted; leave "
+                    "it out of target_modules."
+                )
+            layers[name] = layer
+    except BaseException:
+        for name, requires_grad in trained.items():  # a layer shares its base layer's parameters
+            for factor in ("lora_A", "lora_B"):
+                modules[name]._parameters.pop(factor, None)
+            modules[name].weight.requires_grad_(requires_grad)
+        raise
+    return layers
+
+
 def _kind(module: nn.Module) -> type | None:
     """The plain type that ``module`` is, or derives from; ``object`` stands for Conv1D, which lives in transformers."""
     if isinstance(module, (LoRALayer, NonDynamicallyQuantizableLinear)) or "weight" not in module._parameters:
         return None  # nn.MultiheadAttention never calls its NonDynamicallyQuantizableLinear
+    if isinstance(module.weight, UninitializedParameter):
+        return None  # it has no shape yet
     if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
         return object
     if type(module) is nn.Conv2d:

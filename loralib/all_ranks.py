@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .gate import check_rank
 from .layers import LoRALayer
-from .layout import LayoutError, same
+from .layout import LayoutError, examples_in, same
+from .learning import aside, random_factors
 from .model import lora_layers, max_rank, use_rank
 from .sharding import is_sharded_model
 
@@ -56,6 +57,7 @@ def at_ranks(
     Raises TypeError or ValueError for what is no rank.
     """
     r_max = max_rank(model)
+    ranks = list(ranks)
     if any(isinstance(b, torch.Tensor) for b in ranks):
         raise TypeError("ranks holds a tensor; give ints: the whole batch runs at each of them.")
     ranks = [check_rank(b, r_max) for b in ranks]
@@ -89,9 +91,10 @@ def _together(model: nn.Module, at, group: list[int], rank, batch, inputs) -> li
     kind = tuple(leaf.ndim if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
     known = _cuts.setdefault(model, {})
     if kind not in known:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            alone = tree_leaves(at(group[0], inputs))
-        dims = [_batch_dim(x, y, len(group), model.training) for x, y in zip(leaves, alone, strict=True)]
+        # With other factors and without dropout: at those at hand the ranks may be too alike to tell them apart.
+        with aside(model), random_factors(model):
+            probed, alone = tree_leaves(at(rank, batch)), tree_leaves(at(group[0], inputs))
+        dims = [_batch_dim(x, y, len(group)) for x, y in zip(probed, alone, strict=True)]
         if "none" in dims:
             _one_by_one.add(model)
             return None
@@ -102,7 +105,7 @@ def _together(model: nn.Module, at, group: list[int], rank, batch, inputs) -> li
     ]
 
 
-def _batch_dim(whole: Any, alone: Any, parts: int, training: bool) -> int | str | None:
+def _batch_dim(whole: Any, alone: Any, parts: int) -> int | str | None:
     """The dimension in which an output holds several ranks' examples, seen beside that of the first rank alone.
 
     None: no tensor, or one without examples. "none": what cannot be cut, since it puts examples together.
@@ -113,8 +116,7 @@ def _batch_dim(whole: Any, alone: Any, parts: int, training: bool) -> int | str 
     if len(grown) != 1 or whole.shape[grown[0]] != parts * alone.shape[grown[0]]:
         return "none"
     first = _part(whole, grown[0], 0, parts).detach()
-    equal = same(first.float(), alone.float(), rounded=True)
-    return grown[0] if training or equal else "none"  # dropout makes any two passes differ
+    return grown[0] if same(first.float(), alone.float(), rounded=True) else "none"
 
 
 def _part(output: Any, dim: Any, place: int, parts: int) -> Any:
@@ -125,7 +127,7 @@ def _part(output: Any, dim: Any, place: int, parts: int) -> Any:
 
 def batch_size(inputs: dict[str, Any]) -> int:
     """Examples in a batch: the first dimension of its first tensor."""
-    return next(len(value) for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
+    return examples_in(inputs)
 
 
 def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list[tuple[list[int], Any, dict[str, Any]]]:
@@ -225,28 +227,28 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
             if isinstance(value, torch.Tensor):
                 trust(value)
 
-    replaced = []
+    replaced: list[tuple[nn.Module, str, Any]] = []
 
     def replace(module: nn.Module, name: str) -> None:
         replaced.append((module, name, module.__dict__.get(name)))
         setattr(module, name, once(module, getattr(module, name)))
 
     # Modules with an adapter inside are entered; the largest ones without run once; an adapted layer's base does.
-    entered = {id(model)}
-    for name, _ in lora_layers(model):
-        parent = model
-        for part in name.split(".")[:-1] if name else ():
-            parent = getattr(parent, part)
-            entered.add(id(parent))
+    adapted = {model.get_submodule(name) for name, _ in lora_layers(model)}
+    visited: dict[nn.Module, bool] = {}  # a module that stands in several places is visited once
 
-    def visit(module: nn.Module) -> None:
-        if isinstance(module, LoRALayer) and module.r:
-            replace(module, "base")
-        elif id(module) in entered:
-            for child in module.children():
-                visit(child)
-        else:
-            replace(module, "forward")
+    def visit(module: nn.Module) -> bool:
+        """Set up all below a module; whether an adapter is inside."""
+        if module not in visited:
+            plain = [child for child in module.children() if not visit(child)]
+            visited[module] = module in adapted or len(plain) < len(list(module.children()))
+            if isinstance(module, LoRALayer) and module.r:
+                replace(module, "base")
+            elif visited[module]:
+                for child in plain:
+                    if "forward" not in {name for other, name, _ in replaced if other is child}:
+                        replace(child, "forward")
+        return visited[module]
 
     try:
         visit(model)

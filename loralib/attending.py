@@ -33,15 +33,37 @@ def attend(model: nn.Module, layers: list[LoRALayer] | None = None) -> None:
 
 
 def _enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    if getattr(model, _UNKNOWN, False) and not learning.passes_run():
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _forget_broken_off()
+    if getattr(model, _UNKNOWN, False) and (compiling or not learning.passes_run()):
         _learn(model, args, kwargs)
-    if torch.compiler.is_compiling() or learning.passes_run():
+    if compiling or learning.passes_run():
         return
-    call = Call(model, args, kwargs, learning.learn)
+    call = Call(model, args, kwargs, learning.learn, sys._getframe(1))
     calls().append(call)
     watch = first_call(model)
     if watch is not None:
         _watches[id(call)] = watch
+
+
+def _forget_broken_off() -> None:
+    """Of calls that ended by Ctrl-C or another BaseException no hook tells: their frames run no more."""
+    if not calls():
+        return
+    frame, running = sys._getframe(1), set()
+    while frame is not None:
+        running.add(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    for call in [call for call in calls() if call.frame not in running]:
+        _end(call)
+
+
+def _end(call: Call) -> None:
+    calls().remove(call)
+    watch = _watches.pop(id(call), None)
+    if watch is not None:
+        watch.close()
 
 
 def _learn(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -77,10 +99,7 @@ def _judge(model: nn.Module, args: tuple, output: Any) -> None:
 def _leave(model: nn.Module, args: tuple, output: Any) -> None:
     call = _running(model)
     if call is not None:
-        calls().pop()
-        watch = _watches.pop(id(call), None)
-        if watch is not None:
-            watch.close()
+        _end(call)
 
 
 def attend_no_more(model: nn.Module) -> None:

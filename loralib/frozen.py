@@ -20,6 +20,8 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         model = lora.inject(...); optimizer = torch.optim.AdamW(...)
         lora.freeze_undrawn(optimizer, model)
     """
+    while hasattr(optimizer, "optimizer"):  # accelerate's, around one of torch's
+        optimizer = optimizer.optimizer
     layers = [layer for _, layer in lora_layers(model)]
     undrawn: list[torch.Tensor] = []
     kept: dict[tuple, torch.Tensor] = {}

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 from .model import lora_layers, max_rank, scaling_of, set_rank
 from .parts import component_size
 from .sharding import at_rest
+from .walking import modes_of, put_modes
 
 
 def component_importance(
@@ -32,7 +33,7 @@ def component_importance(
     """
     layers = lora_layers(model)
     found = {name: torch.zeros(layer.r, device=layer.lora_A.device) for name, layer in layers}
-    states, training, count = [layer.state for _, layer in layers], model.training, 0
+    states, modes, count = [layer.state for _, layer in layers], modes_of(model), 0
     device = layers[0][1].lora_A.device
     model.eval()
     try:
@@ -52,7 +53,7 @@ def component_importance(
                     found[name] += (gradient * gate.detach()).square().to(found[name].device)
             count += 1
     finally:
-        model.train(training)
+        put_modes(modes)
         for (_, layer), state in zip(layers, states, strict=True):
             layer.state = state
     if not count:

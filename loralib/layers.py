@@ -90,6 +90,7 @@ class LoRALayer(Components, Merging):
         # other, and since the layer alone is registered in its model, names and state-dict keys stay what they are.
         for shared in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             layer.__dict__[shared] = base.__dict__[shared]
+        layer._modules.update(base._modules)
         layer.__dict__["_base"] = base
         vars(layer).update(geometry)
         layer.merge_weights = True
@@ -182,7 +183,7 @@ class LoRALayer(Components, Merging):
         """
         rank = check_rank(rank, self.r)
         gate = None
-        if isinstance(rank, torch.Tensor):
+        if isinstance(rank, torch.Tensor) and self.r:
             gate = rank_gate(rank, self.r, self.lora_alpha, self.scaling, self.gate_dtype()).to(self.weight.device)
             rank = None if rank.is_floating_point() else rank
         set_states([(self, RankState(rank, gate, bool(frozen)))])
@@ -450,6 +451,14 @@ class Embedding(LoRALayer, nn.Embedding):
             num_embeddings, embedding_dim, r=r, lora_alpha=lora_alpha, scaling=scaling,
             merge_weights=merge_weights, **kwargs,
         )  # fmt: skip
+
+    def set_up_adapter(self, r, *args, **kwargs):
+        if r and self.max_norm is not None:
+            raise ValueError(
+                f"The embedding has max_norm={self.max_norm}, which rescales rows of its weight in every call, and no "
+                "update can be merged into such a weight; make it without max_norm."
+            )
+        super().set_up_adapter(r, *args, **kwargs)
 
     def factor_shapes(self):
         return (self.r, self.num_embeddings), (self.embedding_dim, self.r)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch.utils._pytree import tree_flatten_with_path
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 # What is the same in a batch and alone differs by rounding (up to 1e-3 in fp32, 5e-2 in bf16), other content by about
 # 1.
@@ -88,6 +88,7 @@ class Call:
     args: tuple
     kwargs: dict[str, Any]
     learn: Callable[[Call, int], None]
+    frame: Any = None  # that runs as long as the call
     checked: set[int] = field(default_factory=set)
 
     def shapes(self) -> dict[str, torch.Size]:
@@ -123,6 +124,26 @@ def calls() -> list[Call]:
     if not hasattr(_running, "calls"):
         _running.calls = []
     return _running.calls
+
+
+def tensors_in(tree: Any) -> list[torch.Tensor]:
+    """The tensors with a dimension or more of a batch or an output, in order; mappings of any class are entered."""
+    found: list[torch.Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            found += [leaf] if leaf.ndim else []
+        elif hasattr(leaf, "items"):  # torch takes a UserDict, which transformers' BatchEncoding is, for a leaf
+            found += tensors_in(dict(leaf))
+    return found
+
+
+def examples_in(batch: Any) -> int:
+    """How many examples a batch has: the rows of its first tensor. Raises ValueError if it holds none."""
+    for tensor in tensors_in(batch):
+        return len(tensor)
+    raise ValueError(
+        f"A batch is {type(batch).__name__} without a tensor, so it does not say how many examples it has."
+    )
 
 
 # --- finding a layout ---------------------------------------------------------------------------------

@@ -8,22 +8,36 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from .checks import check_int
 from .cutting import Batch, batches
 from .gate import rank_gate
 from .layers import LoRALayer, adapted_layers
-from .layout import ALIKE, CHANGING, UNREACHED, Call, Layout, LayoutError, Seen, agreed, calls, distinct, infer
+from .layout import (
+    ALIKE,
+    CHANGING,
+    UNREACHED,
+    Call,
+    Layout,
+    LayoutError,
+    Seen,
+    agreed,
+    calls,
+    distinct,
+    infer,
+    tensors_in,
+)
 from .quantised import row_by_row
 from .sharding import is_sharded_model, without_fsdp
 from .state import RankState
+from .walking import modes_of, put_modes
 
 SINGLES = 4  # examples of a batch that run one by one
 ROUNDS = 2  # batches that are compared: the one at hand, and one of its tokens mixed up
@@ -32,12 +46,12 @@ TOGETHER = (
     "all processes learn together where examples stand, from a batch of 2 or more in each: call loralib.learn_layout("
     "model, **batch) in all of them, or say it with loralib.declare_layout(model, 0)"
 )
-_learning = False
+_this_thread = threading.local()
 
 
 def passes_run() -> bool:
-    """Whether the passes that run are those made for learning."""
-    return _learning
+    """Whether the passes that run in this thread are those made for learning."""
+    return getattr(_this_thread, "learning", False)
 
 
 def learn_layout(model: nn.Module, *args, **kwargs) -> None:
@@ -50,7 +64,7 @@ def learn_layout(model: nn.Module, *args, **kwargs) -> None:
 
     Raises LayoutError if the model cannot run examples one by one.
     """
-    size = next((len(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x.ndim), 1)
+    size = next(map(len, tensors_in((args, kwargs))), 1)
     gates = [layer.state.gate for _, layer in adapted_layers(model) if layer.state.learn]
     n = next((len(g) for g in gates if g is not None and g.ndim == 2), size)
     call = Call(model, args, kwargs, learn)
@@ -92,7 +106,7 @@ def _learn_alone(call: Call, n: int) -> None:
     failures: list[Exception] = []
     results: list[Layouts] = []
     layers = adapted_layers(call.model)
-    with _aside(call.model):
+    with aside(call.model):
         for batch in batches(call, n):
             try:
                 results.append(_compared(call, batch, n))
@@ -151,13 +165,12 @@ def _alike(one: Layout | str, other: Layout | str) -> bool:
 
 
 @contextlib.contextmanager
-def _aside(model: nn.Module) -> Iterator[None]:
+def aside(model: nn.Module) -> Iterator[None]:
     """Passes in the body leave no trace: evaluation mode, no gradient; generators, modes and states are put back."""
-    global _learning
-    modes = [(module, module.training) for module in model.modules()]
+    modes = modes_of(model)
     states = [(layer, layer.state) for _, layer in adapted_layers(model)]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    outer, _learning = _learning, True
+    outer, _this_thread.learning = passes_run(), True
     nested = any(call.model is model for call in calls())
     # Accelerate wraps a model's forward in an autocast object that cannot be entered twice; within a call it is active
     # anyway.
@@ -176,15 +189,12 @@ def _aside(model: nn.Module) -> Iterator[None]:
             with row_by_row(model.modules()):
                 yield
         finally:
-            _learning = outer
+            _this_thread.learning = outer
             if wrapper is not None:
                 model.forward = wrapper
             for layer, state in states:
                 layer.state = state
-            for module, training in modes:
-                module.training = training
-                if isinstance(module, LoRALayer):
-                    module.base_layer.training = training
+            put_modes(modes)
 
 
 def _pass(model: nn.Module, batch: Batch) -> tuple[Record, list[torch.Tensor]]:
@@ -202,11 +212,7 @@ def _pass(model: nn.Module, batch: Batch) -> tuple[Record, list[torch.Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-    return record, [x for x in tree_leaves(_as_tree(output)) if isinstance(x, torch.Tensor) and x.ndim]
-
-
-def _as_tree(output: Any) -> Any:
-    return dict(output) if hasattr(output, "items") else output
+    return record, tensors_in(output)
 
 
 @dataclass(frozen=True)
@@ -278,19 +284,27 @@ def _is_doubtful(layer: LoRALayer, layouts: Layouts, first: Round) -> bool:
     return isinstance(layout, Layout) and layout.source is None and not layout.shared and rows
 
 
+@contextlib.contextmanager
+def random_factors(model: nn.Module) -> Iterator[None]:
+    """Within the body the adapters have other factors, whose update is about as large as its input."""
+    generator = torch.Generator().manual_seed(0)
+    with contextlib.ExitStack() as stack:
+        for _, layer in adapted_layers(model):
+            for factor in (layer.lora_A, layer.lora_B):
+                stack.callback(setattr, factor, "data", factor.data)
+                random = torch.randn(factor.shape, generator=generator) / math.sqrt(factor.shape[-1])
+                factor.data = random.to(factor.device, factor.dtype)
+        yield
+
+
 def _grows(model: nn.Module, batch: Batch, n: int, chosen: list[int], layouts: Layouts) -> bool:
     """Whether the model runs right when a layer gives n outputs for an input that all examples share.
 
     With other factors, since fresh ones have no effect: n ranks at once against the examples one by one.
     """
-    generator = torch.Generator().manual_seed(0)
-    with contextlib.ExitStack() as stack:
+    with random_factors(model), contextlib.ExitStack() as stack:
         for _, layer in adapted_layers(model):
             stack.callback(setattr, layer, "layout", layer.layout)
-            for factor in (layer.lora_A, layer.lora_B):
-                stack.callback(setattr, factor, "data", factor.data)
-                random = torch.randn(factor.shape, generator=generator) / math.sqrt(factor.shape[-1])
-                factor.data = random.to(factor.device, factor.dtype)
         for layer, layout in layouts.items():
             layer.layout = layout
         ranks = torch.arange(n)

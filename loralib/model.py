@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .acting import keep_off_fast_path, look_again
-from .adapting import around
+from .adapting import adapt
 from .attending import attend, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
@@ -118,7 +118,8 @@ def inject(
     if target_modules is not None and not isinstance(target_modules, (str, list, tuple, set)):
         raise ValueError(f"target_modules is {target_modules!r}; give names of layers, or a regular expression.")
     check_int("r", r, 1, math.inf, "inject needs a maximum rank of 1 or more.")
-    heads = default_head(model) if modules_to_save is None else list(modules_to_save)
+    heads = default_head(model) if modules_to_save is None else modules_to_save
+    heads = list(dict.fromkeys([*getattr(model, "lora_modules_to_save", []), *heads]))  # of an earlier call too
     modules = dict(model.named_modules(remove_duplicate=False))
     for head in heads:
         if not any(matches(name, [head]) for name in modules):
@@ -129,22 +130,10 @@ def inject(
             "inject before fully_shard."
         )
     names = chosen_layers(model, modules, heads, target_modules, exclude_modules, layers_to_transform, layers_pattern)
-    layers: dict[str, LoRALayer] = {}
-    for name, (rank, alpha) in layer_options(names, r, lora_alpha, rank_pattern, alpha_pattern).items():
-        module = modules[name]
-        if any(layer.base_layer is module for layer in layers.values()):
-            continue
-        layer = around(
-            module, r=rank, lora_alpha=alpha, lora_dropout=lora_dropout, scaling=scaling, in_fp32=autocast_adapter_dtype
-        )
-        if layer is None:
-            raise ValueError(
-                f"{name} is a {type(module).__name__}, which computes in its own way and cannot be adapted; leave it "
-                "out of target_modules."
-            )
-        layers[name] = layer
-    keep_gradients(model.modules())
     copied = tied(model, heads)
+    options = layer_options(names, r, lora_alpha, rank_pattern, alpha_pattern)
+    layers = adapt(modules, options, lora_dropout=lora_dropout, scaling=scaling, in_fp32=autocast_adapter_dtype)
+    keep_gradients(model.modules())
     around_module = {id(layer.base_layer): layer for layer in layers.values()}
     for name, module in modules.items():  # a module under two names is one adapted layer under both
         if id(module) in around_module:
@@ -267,9 +256,11 @@ def use_rank(model: nn.Module, rank) -> Iterator[nn.Module]:
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """Freeze all but the adapters (as in microsoft/LoRA) and the modules to save (a classifier's head).
 
-    ``bias``: "none", "all" (train every bias) or "lora_only" (the biases of the adapted layers).
+    ``bias``: "none", "all" (train every bias) or "lora_only" (the biases of the adapted layers). Raises ValueError for
+    a model of PEFT's.
     """
     _check_bias(bias)
+    _refuse_peft(model, "get_peft_model has marked what trains: leave this call out")
     setattr(model, "lora_bias", bias)  # noqa: B010
     attend(model)
     heads = modules_to_save(model)
@@ -285,8 +276,10 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, torch.Tensor]:
-    """The adapters' entries of ``model.state_dict()``, with the biases that ``bias`` names, as in microsoft/LoRA."""
+    """The adapters' entries of ``model.state_dict()``, with the biases that ``bias`` names, as in microsoft/LoRA.
+    Raises ValueError for a model of PEFT's."""
     _check_bias(bias)
+    _refuse_peft(model, "take peft.get_peft_model_state_dict(model)")
     state = model.state_dict()
     kept = {key for key in state if key.rpartition(".")[2] in ("lora_A", "lora_B")}
     if bias == "all":
@@ -294,6 +287,11 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, torch.Ten
     elif bias == "lora_only":
         kept |= {f"{name}.bias" for name, _ in lora_layers(model)} & state.keys()
     return {key: value for key, value in state.items() if key in kept}
+
+
+def _refuse_peft(model: nn.Module, instead: str) -> None:
+    if any(not isinstance(model.get_submodule(name), LoRALayer) for name, _ in lora_layers(model)):
+        raise ValueError(f"The adapter of this {type(model).__name__} is PEFT's to keep; {instead}.")
 
 
 def _check_bias(bias: str) -> None:
@@ -331,14 +329,16 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         return by_peft()
     say_what_merging_costs(layer for _, layer in adapted_layers(model))
     stored: list[torch.Tensor] = []
-    for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, LoRALayer)]:
-        layer.module_name = name
-        parent, _, child = name.rpartition(".")
-        plain = layer.to_plain()
-        stored += layer._base_weight or []
+    plain: dict[LoRALayer, nn.Module] = {}
+    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALayer)]:
+        if layer not in plain:  # one that stands in several places is one layer there
+            layer.module_name = name
+            plain[layer] = layer.to_plain()
+            stored += layer._base_weight or []
         if not name:
-            return plain
-        setattr(model.get_submodule(parent), child, plain)
+            return plain[layer]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain[layer])
     attend_no_more(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "apply_lora", False):

@@ -9,10 +9,10 @@ from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from .checks import check_int
-from .gate import check_rank
+from .gate import SCALINGS, check_rank
+from .layout import examples_in
 from .model import set_matryoshka_gate, set_rank
 from .ordering import order_components
 from .sampling import RankSampler
@@ -82,11 +82,13 @@ class RankSchedule:
         for name, given in idle.items():
             if given:
                 raise ValueError(f"{name} has no effect with sampling={self.sampling!r}; leave it out.")
+        if self.gate_ranks is not None and not self.gate_ranks:
+            raise ValueError("gate_ranks is empty; name the ranks that train, or leave it out for all of them.")
         share = self.full_rank_share
-        if share is not None and (not 0 <= share < 1 or (share and not self.draws)):
+        if share is not None and (isinstance(share, str) or not 0 <= share < 1 or (share and not self.draws)):
             raise ValueError(
-                f"full_rank_share is {share} with sampling={self.sampling!r}; give 0 to below 1, and 0 where no ranks "
-                "are drawn."
+                f"full_rank_share is {share!r} with sampling={self.sampling!r}; give 0 to below 1, and 0 where no "
+                "ranks are drawn."
             )
         if self.distribution == "mixed" and (self.frozen or self.sampling == "step"):
             raise ValueError(
@@ -111,6 +113,9 @@ class RankSchedule:
         Without ``steps`` (it is not known yet) the result can tell its title and facts and no settings. Raises
         ValueError for ranks beyond r_max.
         """
+        check_int("r_max", r_max, 1, float("inf"), "the highest rank is an int of 1 or more.")
+        if scaling not in (*SCALINGS, "several"):  # what ``scaling_of`` tells of a model
+            raise ValueError(f"scaling is {scaling!r}; choose one of {', '.join(map(repr, SCALINGS))}.")
         share = self.full_rank_share
         if share is None:
             share = FULL_RANK_SHARE if self.draws and scaling == "alpha/r" else 0.0
@@ -224,8 +229,7 @@ class BoundSchedule:
         try:
             for _ in range(epochs):
                 for batch in batches:
-                    size = next(len(x) for x in tree_leaves(batch) if isinstance(x, torch.Tensor) and x.ndim)
-                    bound.setting(number // accumulate, size, number % accumulate).apply(model, optimizer)
+                    bound.setting(number // accumulate, examples_in(batch), number % accumulate).apply(model, optimizer)
                     number += 1
                     yield batch
         finally:
@@ -280,7 +284,7 @@ def title_of(facts: dict, r_max: int) -> str:
     if "sampling" not in known:
         return "an adapter"
     try:
-        return RankSchedule(**known).resolve(r_max, "").title()
+        return RankSchedule(**known).resolve(r_max, "several").title()
     except (TypeError, ValueError):
         return "an adapter"
 

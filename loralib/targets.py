@@ -90,7 +90,14 @@ def _layer_number(name: str, pattern: str | Collection[str] | None) -> int | Non
     ``pattern``."""
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
     for each in [rf".*\.{one}\.(\d+)\." for one in patterns] or [r".*\.[^.]*\.(\d+)\."]:
-        if found := re.match(each, f".{name}"):
+        try:
+            found = re.match(each, f".{name}")
+        except re.error as error:
+            raise ValueError(
+                f"layers_pattern is {pattern!r}, which is no regular expression ({error}); name what stands before a "
+                "layer's number."
+            ) from None
+        if found:
             return int(found[1])
     return None
 

@@ -17,3 +17,16 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
     visit(model, "")
     return found
+
+
+def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """Every module with its mode; an adapted layer's base layer, which is no child, too."""
+    modules = [module for _, module in named_modules(model)]
+    bases = [base for module in modules if (base := module.__dict__.get("_base")) is not None]
+    return [(module, module.training) for module in [*modules, *bases]]
+
+
+def put_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    """Put back what ``modes_of`` found."""
+    for module, training in modes:
+        module.training = training

@@ -1,6 +1,8 @@
 """An adapter acts, or is said not to."""
 
+import copy
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import transformers as tf
 from torch import nn
 
 import loralib as lora
+from loralib.layout import calls
 from loralib.model import lora_layers
 
 from .zoo import TINY, ids
@@ -111,6 +114,52 @@ def test_a_pass_that_fails_leaves_nothing_behind():
             model(torch.randn(2, 5))
     assert "__getattr__" not in vars(lora.LoRALayer) and not model[0]._forward_pre_hooks
     assert model(torch.randn(2, 4)).shape == (2, 4)
+
+
+class Stopped(nn.Module):
+    """Ends by Ctrl-C in the middle of a call."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.stop = nn.Linear(6, 6), False
+
+    def forward(self, x):
+        x = self.layer(x)
+        if self.stop:
+            raise KeyboardInterrupt
+        return x
+
+
+def test_a_call_that_was_broken_off_is_no_call_that_runs():
+    model, other = (lora.inject(Stopped(), ["layer"], r=4) for _ in range(2))
+    for first in (True, False):  # a model's first call is watched
+        lora.set_rank(model, torch.tensor([1, 2, 3]))
+        if not first:
+            model.stop = False
+            model(torch.randn(3, 6))
+        model.stop = True
+        with pytest.raises(KeyboardInterrupt):
+            model(torch.randn(3, 6))
+        lora.set_rank(other, torch.tensor([1, 2]))
+        other(torch.randn(2, 6))
+        assert not calls()
+    assert "__getattr__" not in vars(lora.layers.LoRALayer)
+
+
+def test_threads_learn_each_its_own_copy():
+    def run(model):
+        x, ranks = torch.randn(3, 6), torch.tensor([1, 2, 4])
+        lora.set_rank(model, ranks)
+        found = model(x)
+        for i, b in enumerate(ranks.tolist()):
+            with lora.use_rank(model, b):
+                torch.testing.assert_close(found[i : i + 1], model(x[i : i + 1]))
+
+    for _ in range(5):
+        model = lora.inject(Stopped(), ["layer"], r=4)
+        nn.init.normal_(model.layer.lora_B)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(run, [copy.deepcopy(model) for _ in range(8)]))
 
 
 def test_a_merged_model_has_no_hooks_left():

@@ -126,6 +126,8 @@ def test_what_computes_in_its_own_way_is_named():
     with pytest.raises(ValueError, match="second is a Doubled, which computes in its own way"):
         lora.inject(model, ["first", "second"], r=2)
     assert type(model.first) is nn.Linear
+    assert list(model.state_dict()) == ["first.weight", "first.bias", "second.weight", "second.bias"]
+    assert all(parameter.requires_grad for parameter in model.parameters())
     assert type(lora.inject(model, ["first"], r=2).first) is lora.Linear
 
 
@@ -191,7 +193,71 @@ def test_a_module_under_two_names_is_one_adapted_layer_under_both():
         with lora.use_rank(model, 1):
             assert torch.allclose(model(x), 2 * model.query(x))
             wanted = model(x)
-        assert torch.allclose(lora.merge(model, 1)(x), wanted, atol=1e-5)
+        merged = lora.merge(model, 1)
+        assert torch.allclose(merged(x), wanted, atol=1e-5)
+        assert merged.state_dict().keys() == Shared().state_dict().keys()
+
+
+def test_a_module_under_two_parents_runs_at_every_rank():
+    class Parent(nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            layer = nn.Linear(4, 4)
+            self.one, self.other = Parent(layer), Parent(layer)
+
+        def forward(self, x):
+            return 2 * self.one(x) + self.other(x)
+
+    model = lora.inject(Shared(), ["layer"], r=3).eval()
+    randomise(model)
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        wanted = {}
+        for b in range(4):
+            with lora.use_rank(model, b):
+                wanted[b] = model(x)
+        for b, found in lora.at_ranks(model, {"x": x}, range(4), stack=False):
+            assert torch.equal(found, wanted[b])
+    assert not [key for key in lora.merge(model, 2).state_dict() if "lora_" in key]
+
+
+def test_what_has_no_shape_yet_or_changes_its_own_weight_is_refused():
+    with pytest.raises(ValueError, match="matches no layer"):
+        lora.inject(nn.Sequential(nn.LazyLinear(4)), ["0"], r=2)
+    model = nn.Sequential(nn.Embedding(10, 4, max_norm=1.0))
+    with pytest.raises(ValueError, match=r"max_norm=1\.0, which rescales"):
+        lora.inject(model, ["0"], r=2)
+    assert list(model.state_dict()) == ["0.weight"] and model[0].weight.requires_grad
+    with pytest.raises(ValueError, match=r"max_norm=1\.0"):
+        lora.Embedding(10, 4, r=2, max_norm=1.0)
+
+
+def test_a_subclass_keeps_its_own_modules():
+    class Normed(nn.Linear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.inner = nn.Linear(1, 1)
+
+    model = nn.Sequential(Normed(4, 4))
+    keys = {*model.state_dict(), "0.lora_A", "0.lora_B"}
+    assert lora.inject(model, ["0"], r=2).state_dict().keys() == keys
+    assert model.to(torch.float64)[0].inner.weight.dtype == torch.float64
+
+
+def test_heads_of_an_earlier_call_are_kept():
+    model = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a", "b", "head")})
+    lora.inject(model, ["a"], r=2, modules_to_save=["head"])
+    lora.inject(model, ["b"], r=2)
+    lora.mark_only_lora_as_trainable(model)
+    assert model["head"].weight.requires_grad
 
 
 @pytest.mark.parametrize("targets", [["wte"], ["lm_head"]])

@@ -122,3 +122,18 @@ def test_a_step_that_the_scaler_skips_does_not_count():
         scaler.step(optimizer)
         scaler.update()
         assert moved(model, before) == [[b == 3 == rank for b in (1, 2, 3, 4)]] * 3
+
+
+def test_an_optimizer_that_accelerate_has_wrapped():
+    from accelerate import Accelerator
+
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
+    lora.mark_only_lora_as_trainable(model)
+    adamw = torch.optim.AdamW([model[0].lora_A, model[0].lora_B], lr=0.1, weight_decay=0.1)
+    optimizer = Accelerator(cpu=True).prepare_optimizer(adamw)
+    lora.freeze_undrawn(optimizer, model)
+    lora.set_rank(model, 2)
+    before = model[0].lora_A.detach().clone()
+    model(torch.randn(3, 6)).sum().backward()
+    optimizer.step()
+    assert torch.equal(model[0].lora_A[2:], before[2:])

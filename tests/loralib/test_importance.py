@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -258,3 +259,11 @@ def test_inside_peft_and_in_stock_peft(roberta_checkpoint, tmp_path):
         lora.load_adapter(again, tmp_path / "whole")
         lora.set_rank(again.eval(), 1)
         torch.testing.assert_close(again(input_ids=ids).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_mode_of_every_module_is_kept():
+    model = small_model().train()
+    model[2].eval()
+    modes = [module.training for module in model.modules()]
+    lora.component_importance(model, examples(2), lambda m, example: F.cross_entropy(m(example["x"]), example["y"]))
+    assert [module.training for module in model.modules()] == modes and not model[2].base_layer.training

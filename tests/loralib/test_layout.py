@@ -239,6 +239,29 @@ def test_at_ranks_gives_every_model_its_ranks(animal):
             assert torch.allclose(first_output(output), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_at_ranks_of_examples_put_together_is_seen_while_the_adapter_is_fresh_or_weak():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x):
+            h = self.layer(x)
+            return h - h.mean(0)
+
+    model, x = lora.inject(Centred(), ["layer"], r=4).eval(), torch.randn(3, 6)
+    with torch.no_grad():
+        for strength in (0.0, 0.02, 1.0):
+            nn.init.normal_(model.layer.lora_B).mul_(strength)
+            before, wanted = model.layer.lora_B.clone(), []
+            for b in range(1, 5):
+                with lora.use_rank(model, b):
+                    wanted.append(model(x))
+            found = [output for _, output in lora.at_ranks(model, {"x": x}, iter(range(1, 5)))]
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+            assert torch.equal(model.layer.lora_B, before)
+
+
 def test_at_ranks_of_outputs_that_put_examples_together():
     model = lora.inject(nn.Sequential(nn.Linear(6, 4)), ["0"], r=2).eval()
     nn.init.normal_(model[0].lora_B)

@@ -87,6 +87,28 @@ def test_it_computes_what_a_model_after_inject_computes(kind, options, scaling, 
             torch.testing.assert_close(one, twin, atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize("stack", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "bert", "gpt2"])
+def test_a_batch_at_every_rank_is_the_batch_at_that_rank(kind, stack):
+    """What is computed once for all ranks is not what an adapter is in."""
+    model, inputs = within(kind), {"input_ids": torch.randint(3, 100, (3, 7))}
+    with torch.no_grad():
+        wanted = []
+        for b in range(1, 5):
+            with lora.use_rank(model, b):
+                wanted.append(model(**inputs).logits)
+        for (_, output), logits in zip(lora.at_ranks(model, inputs, range(1, 5), stack=stack), wanted, strict=True):
+            torch.testing.assert_close(output.logits, logits, rtol=1e-3, atol=1e-5)
+
+
+def test_what_peft_marks_and_keeps_is_left_to_it():
+    model = within()
+    with pytest.raises(ValueError, match="PEFT's to keep; get_peft_model has marked what trains"):
+        lora.mark_only_lora_as_trainable(model)
+    with pytest.raises(ValueError, match=r"take peft\.get_peft_model_state_dict"):
+        lora.lora_state_dict(model)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("rank", [2, 4])
 def test_pefts_merging_is_at_the_rank(kind, rank):

@@ -1,6 +1,7 @@
 """RankSchedule: its defaults, what a step sets, and that it refuses what makes no sense."""
 
 import dataclasses
+from collections import UserDict
 
 import pytest
 import torch
@@ -119,6 +120,8 @@ def test_apply_orders_with_the_optimizer_and_sets_the_model():
         ({"sampling": "fixed", "r_min": 2}, "r_min has no effect"),
         ({"reduce": "mean"}, "reduce has no effect"),
         ({"gate_ranks": (1,)}, "gate_ranks has no effect"),
+        ({"gate_ranks": (), "sampling": "matryoshka"}, "gate_ranks is empty"),
+        ({"full_rank_share": "0.5"}, "full_rank_share is '0.5'"),
         ({"distribution": "mixed", "sampling": "step"}, "goes with sampling='example'"),
         ({"distribution": "mixed", "frozen": True}, "not frozen"),
         ({"p": 1.0}, "p is 1.0"),
@@ -129,6 +132,24 @@ def test_apply_orders_with_the_optimizer_and_sets_the_model():
 def test_what_makes_no_sense_is_one_sentence(options, message):
     with pytest.raises(ValueError, match=message):
         RankSchedule(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [((8, 100), "scaling is 100"), ((8, "alpha/R"), "scaling is 'alpha/R'"), ((0,), "r_max is 0")],
+)
+def test_an_adapter_that_there_is_not(options, message):
+    with pytest.raises(ValueError, match=message):
+        RankSchedule().resolve(*options)
+
+
+def test_batches_of_any_mapping_say_how_many_examples_they_have():
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
+    batches = [UserDict({"label": torch.tensor(0), "x": torch.zeros(5, 6)}), [UserDict({"x": torch.zeros(2, 6)})]]
+    schedule = RankSchedule(full_rank_share=0.0, distribution="uniform").resolve(4)
+    assert [len(lora.get_rank(model)) for _ in schedule.over(batches, model)] == [5, 2]
+    with pytest.raises(ValueError, match="A batch is dict without a tensor"):
+        list(schedule.over([{"x": 3}], model))
 
 
 def test_ranks_beyond_r_max_and_unknown_steps():
