@@ -13,7 +13,7 @@ from loralib.report.plots import COLOURS, plot_curves
 from loralib.sampling import RankSampler
 
 from .study.cells import read_records, usual_records
-from .study.shown import scores
+from .study.shown import scores_by_device
 from .study.tables import averages_to_curves
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +95,8 @@ def _square(x: float, y: float, colour: str, size: float = 0.88):
 
 def average() -> None:
     """The study's main methods, mean over its tasks."""
-    found = scores(usual_records(read_records(ROOT / "results" / "study" / "runs.jsonl")))
+    records = usual_records(read_records(ROOT / "results" / "study" / "runs.jsonl"))
+    found = next(iter(scores_by_device(records).values()))  # of the sweep's device
     for kind in ("png", "svg"):
         write_atomically(
             ASSETS / f"average.{kind}", lambda file, kind=kind: plot_curves(averages_to_curves(found), file, kind=kind)

@@ -11,17 +11,17 @@ from loralib.report.tables import markdown_table
 from .held_out import BAR
 from .methods import DEFAULT, R_MAX, SHOWN
 from .naming import HEAD, NAMES, called, order, strength_of
-from .shown import AVERAGED, by_row, not_yet_run, sweep_methods
+from .shown import AVERAGED, Found, by_row, not_yet_run, sweep_methods
 
 
-def averaged(found: dict, method: str) -> dict[int, dict[int, float]]:
+def averaged(found: Found, method: str) -> dict[int, dict[int, float]]:
     """{seed: {rank: the mean over AVERAGED}} for seeds that every task has."""
     runs = [found.get((task, method), {}) for task in AVERAGED]
     seeds = set.intersection(*(set(by_seed) for by_seed in runs))
     return {seed: {b: float(np.mean([run[seed][b] for run in runs])) for b in SHOWN} for seed in sorted(seeds)}
 
 
-def beside_the_sweep(found: dict, method: str, task: str | None = None) -> dict[int, dict[int, float]]:
+def beside_the_sweep(found: Found, method: str, task: str | None = None) -> dict[int, dict[int, float]]:
     """{seed: {rank: score}} on the task (default: the mean over AVERAGED), of the seeds that the sweep has too, so that
     rows compare; all where it has none of them."""
     own, sweep = (found.get((task, name), {}) if task else averaged(found, name) for name in (method, "sweep"))
@@ -36,38 +36,42 @@ def interval(values: list[float]) -> str:
     return f"{mean:+.1f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.1f}"
 
 
-def paired(found: dict, peer: str, ranks, method: str = DEFAULT) -> list[float]:
+def paired(found: Found, peer: str, ranks, method: str = DEFAULT) -> list[float]:
     """Seed by seed, ``method`` minus the peer: the mean over AVERAGED and over the ranks."""
     ours, theirs = averaged(found, method), averaged(found, peer)
     both = sorted(set(ours) & set(theirs))
     return [float(np.mean([ours[s][b] - theirs[s][b] for b in ranks])) for s in both]
 
 
-def average_table(found: dict, records: list[dict]) -> list[str]:
-    """The mean over tasks, and its difference from the sweep's, paired by seed, with its interval."""
+def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
+    """On one device: the mean over tasks, of the seeds that the peer has, and below it the paired differences from the
+    peer with their intervals."""
     chosen, rates = sweep_methods(records), defaultdict(set)
     for record, row, _ in by_row(records):
         rates[row].add(record["rate"])
-    rows = []
+    of_peer, means, apart = averaged(found, peer), [], []
     for method in order({m for _, m in found}):
-        by_seed = beside_the_sweep(found, method)
-        if not by_seed:
-            continue
-        cells = [f"{np.mean([curve[b] for curve in by_seed.values()]):.1f}" for b in SHOWN]
-        cells.append(f"{np.mean([[curve[b] for b in SHOWN] for curve in by_seed.values()]):.1f}")
-        apart = [paired(found, "sweep", ranks, method) for ranks in (*([b] for b in SHOWN), SHOWN)]
-        beside = [interval(values) if values and method != "sweep" else "" for values in apart]
-        # Of squeeze the first 0.8 of the steps are shared.
-        trainings = {"sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(method, "1")
-        own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
-        settings = [trainings, strength_of(method, chosen), own_rates]
-        rows.append([called(method), *settings, *cells, str(len(by_seed)), *beside])
-    beside = [f"- sweep, {name}" for name in (*(f"r={b}" for b in SHOWN), "mean")]
-    head = ["method", "trainings", "strength", "rate", *HEAD[1:], "mean", "seeds", *beside]
-    return [markdown_table(head, rows, "l"), ""]
+        own = averaged(found, method)
+        if method != peer and (both := sorted(set(own) & set(of_peer))):
+            values = [paired(found, peer, ranks, method) for ranks in (*([b] for b in SHOWN), SHOWN)]
+            apart.append([called(method), *map(interval, values), str(len(both))])
+        if set(of_peer) <= set(own):
+            curves = [[own[seed][b] for b in SHOWN] for seed in of_peer]
+            # Of squeeze the first 0.8 of the steps are shared.
+            trainings = {"sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(method, "1")
+            own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
+            cells = [f"{value:.1f}" for value in (*np.mean(curves, axis=0), np.mean(curves))]
+            means.append([called(method), trainings, strength_of(method, chosen), own_rates, *cells])
+    seeds = len(of_peer)
+    return [
+        markdown_table([f"{seeds} seeds", "trainings", "strength", "rate", *HEAD[1:], "mean"], means, "l"),
+        "",
+        markdown_table([f"minus {called(peer)}", *HEAD[1:], "mean", "seeds"], apart, "l"),
+        "",
+    ]
 
 
-def task_by_task(found: dict, method: str = DEFAULT, peer: str = BAR) -> list[str]:
+def task_by_task(found: Found, method: str = DEFAULT, peer: str = BAR) -> list[str]:
     """Where the difference from the plainest peer comes from: one row a task, and the mean of all but the first."""
     rows = []
     for name, tasks in [*((NAMES[task], [task]) for task in AVERAGED), ("all but the first", AVERAGED[1:])]:
@@ -80,48 +84,38 @@ def task_by_task(found: dict, method: str = DEFAULT, peer: str = BAR) -> list[st
     return [markdown_table(head, rows, "l"), ""] if len(rows) > 1 else []
 
 
-def devices_apart(records: list[dict], method: str, peer: str) -> tuple[int, int]:
-    """Of the pairs of runs on AVERAGED, rank by rank: how many ran on different devices, and how many there are."""
-    on: dict = {}
-    for record, row, ranks in by_row(records):
-        if record["task"] in AVERAGED:
-            on |= {(row, record["task"], record["seed"], b): record.get("device", "cpu") for b in ranks}
-    pairs = [(value, on[peer, *place]) for (row, *place), value in on.items() if row == method and (peer, *place) in on]
-    return sum(ours != theirs for ours, theirs in pairs), len(pairs)
+def with_most_seeds(founds: dict[str, Found], peer: str, method: str = DEFAULT) -> str:
+    """The device on which most seeds of both are there."""
+    return max(founds, key=lambda name: len(paired(founds[name], peer, SHOWN, method)))
 
 
-def headline(found: dict, records: list[dict], method: str = DEFAULT) -> list[str]:
+def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAULT) -> list[str]:
     """The question of the page, and what came of it: the paired differences of ``method`` from the sweep, and from the
-    plainest peer that gives every rank."""
-    peers = {"sweep": "minus a LoRA trained for that rank", BAR: f"minus LoRA of rank {R_MAX}, reduced by SVD"}
-    seeds = {peer: len(paired(found, peer, SHOWN, method)) for peer in peers}
-    peers = {peer: f"{words} ({seeds[peer]} seeds)" for peer, words in peers.items() if seeds[peer] > 1}
+    plainest peer that gives every rank, each on one device. Nothing before there are two seeds."""
+    peers = {"sweep": "a LoRA trained for that rank", BAR: f"LoRA of rank {R_MAX}, reduced by SVD"}
+    on = {peer: with_most_seeds(founds, peer, method) for peer in peers} if founds else {}
+    seeds = {peer: len(paired(founds[on[peer]], peer, SHOWN, method)) for peer in on}
+    peers = {peer: f"minus {peers[peer]} ({n} seeds, {on[peer]})" for peer, n in seeds.items() if n > 1}
     if "sweep" not in peers:
         return []
     rows = []
     for name, ranks in [*((f"rank {b}", [b]) for b in SHOWN), ("mean of the ranks", SHOWN)]:
         row = [name]
         for peer in peers:
-            apart = paired(found, peer, ranks, method)
+            apart = paired(founds[on[peer]], peer, ranks, method)
             mean, error = mean_and_error(apart)
             low = mean - stats.t.ppf(0.975, len(apart) - 1) * error
             row += [interval(apart), "excluded" if low > -1 else "not excluded"]
         rows.append(row)
     head = ["one DyLoRA training at", *(text for words in peers.values() for text in (words, "a loss of 1 point is"))]
-    apart, pairs = devices_apart(records, method, "sweep")
-    mixed = [
-        f"Beside the LoRA for that rank {apart} of {pairs} pairs ran on different devices. Such a pair shares seed, "
-        "data and order; its rounding differs, which moves a score as another seed would.",
-        "",
-    ]
     return [
         "<!-- --8<-- [start:headline] -->",
         f"Mean over {len(AVERAGED)} tasks for each seed, then the paired difference over seeds with its 95 percent "
-        "t-interval, in points. A loss of 1 point is excluded where the interval's lower end is above -1.",
+        "t-interval, in points. A loss of 1 point is excluded where the interval's lower end is above -1. Pairs are of "
+        "one device. Intervals are over seeds alone: each task has one validation set.",
         "",
         markdown_table(head, rows, "l" + "rl" * len(peers)),
         "",
-        *(mixed if apart else []),
         *not_yet_run(records),
         "<!-- --8<-- [end:headline] -->",
         "",

@@ -6,14 +6,32 @@ from .cells import chosen_rates, chosen_strengths
 from .methods import ADALORA, CUTS, SQUEEZE, SWEEP
 from .naming import OF_SWEEP, ROWS, called
 
+PROCESSOR = "cpu"
 # The tasks that averages are over. RTE, from scratch with so small an encoder, stays at chance and adds noise alone.
 AVERAGED = ("cola", "sst2", "mnli", "qnli", "qqp")
 
 
-def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, str], dict[int, dict[int, float]]]:
-    """{(task, row): {seed: {rank: score}}}; a row is a method, or one of ROWS."""
+Found = dict[tuple[str, str], dict[int, dict[int, float]]]  # {(task, row): {seed: {rank: score}}}
+
+
+def device_of(record: dict) -> str:
+    """What a run computed on; older lines, all of processors, do not say it."""
+    return record.get("device", PROCESSOR)
+
+
+def scores_by_device(records: list[dict]) -> dict[str, Found]:
+    """What was measured, apart by device, since a run's rounding there moves a score as another seed does; the sweep's
+    device first. A row is a method, or one of ROWS."""
+    shown = by_row(records)
+    sweep = Counter(device_of(record) for record, row, _ in shown if row == "sweep" and record["method"] != "lora-8")
+    devices = sorted({device_of(record) for record, _, _ in shown}, key=lambda name: (-sweep[name], name))
+    return {name: scores([each for each in shown if device_of(each[0]) == name]) for name in devices}
+
+
+def scores(shown: list[tuple[dict, str, list[int]]]) -> Found:
+    """The scores of runs of one device, as ``by_row`` gives them."""
     found: dict = defaultdict(lambda: defaultdict(dict))
-    for record, row, ranks in by_row(records, split):
+    for record, row, ranks in shown:
         for b in ranks:
             found[record["task"], row][record["seed"]][b] = record["scores"][str(b)]
     for key in [key for key in found if key[1] in ROWS]:  # seeds whose four runs are there
@@ -22,12 +40,13 @@ def scores(records: list[dict], split: str = "validation") -> dict[tuple[str, st
 
 
 def run_enough(records: list[dict], method: str, rate: float, instead: str | None = None) -> bool:
-    """Whether there are three seeds of it on every task of AVERAGED, or as many runs as at the rate that most runs (of
-    ``instead``, if given) have."""
+    """Whether one device has three seeds of it on every task of AVERAGED, or as many runs as at the rate that most runs
+    (of ``instead``, if given) have."""
     kept = [r for r in records if r["split"] == "validation" and r["task"] in AVERAGED]
-    own = [r for r in kept if (r["method"], r["rate"]) == (method, rate)]
-    often = Counter(r["rate"] for r in kept if r["method"] == (instead or method) and r not in own)
-    return 0 < len(own) >= min(3 * len(AVERAGED), max(often.values(), default=0))
+    own = Counter(device_of(r) for r in kept if (r["method"], r["rate"]) == (method, rate))
+    others = [r for r in kept if r["method"] == (instead or method) and (r["method"], r["rate"]) != (method, rate)]
+    often = Counter((r["rate"], device_of(r)) for r in others)
+    return 0 < max(own.values(), default=0) >= min(3 * len(AVERAGED), max(often.values(), default=0))
 
 
 def sweep_methods(records: list[dict]) -> dict[int, str]:
@@ -41,11 +60,11 @@ def sweep_methods(records: list[dict]) -> dict[int, str]:
     }
 
 
-def by_row(records: list[dict], split: str = "validation") -> list[tuple[dict, str, list[int]]]:
+def by_row(records: list[dict]) -> list[tuple[dict, str, list[int]]]:
     """The runs that tables show, each once for every row that it belongs to, with the ranks that it gives the row."""
     several = {"sweep": sweep_methods(records), "squeeze": SQUEEZE, "adalora": ADALORA}
     found = []
-    for record in at_their_rates(records, split):
+    for record in at_their_rates(records):
         method = record["method"]
         rows = [(row, [r for r, name in by_rank.items() if name == method]) for row, by_rank in several.items()]
         rows = [(row, ranks) for row, ranks in rows if ranks]
@@ -53,10 +72,10 @@ def by_row(records: list[dict], split: str = "validation") -> list[tuple[dict, s
     return found
 
 
-def at_their_rates(records: list[dict], split: str = "validation") -> list[dict]:
+def at_their_rates(records: list[dict]) -> list[dict]:
     """The runs that tables show: each method's at the rate that is chosen, once there are enough, and until then at the
     one that most of its runs have; of the sweep those at one strength for each rank."""
-    kept = [r for r in records if r["split"] == split]
+    kept = [r for r in records if r["split"] == "validation"]
     sweep, chosen = sweep_methods(records).values(), chosen_rates(records)
     rates = {
         method: Counter(r["rate"] for r in kept if r["method"] == method).most_common(1)[0][0]
@@ -71,14 +90,20 @@ def at_their_rates(records: list[dict], split: str = "validation") -> list[dict]
 
 def not_yet_run(records: list[dict]) -> list[str]:
     """What was chosen on held-out parts of train and is not what the table shows, for want of runs."""
+    runs = Counter((r["method"], r["rate"]) for r in records if r["split"] == "validation" and r["task"] in AVERAGED)
     shown_at = {r["method"]: r["rate"] for r in at_their_rates(records)}
     best, sweep = chosen_strengths(records), sweep_methods(records)
     wanted = {sweep[r] for r, name in best.items() if name == sweep[r]} | set(best.values())
     late = [
-        f"{called(name)} at rate {rate:g}"
+        f"{called(name)} at rate {rate:g} ({runs[name, rate]} runs)"
         for name, rate in chosen_rates(records).items()
         if shown_at.get(name) != rate and (name in wanted or (name not in OF_SWEEP and name in shown_at))
     ]
     if not late:
         return []
-    return [f"Chosen by the rates below, and not yet run: {'; '.join(late)}.", ""]
+    whole = 3 * len(AVERAGED)
+    return [
+        f"Not yet at its own best rate or strength: {'; '.join(late)}. A choice counts from {whole} runs on one device "
+        "on, three seeds of every task.",
+        "",
+    ]

@@ -9,12 +9,12 @@ from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .averages import average_table, beside_the_sweep, headline, task_by_task
+from .averages import average_tables, beside_the_sweep, headline, task_by_task, with_most_seeds
 from .cells import TRIED_RATE, area, usual_records
-from .held_out import lead_table, rate_table, tried_table
+from .held_out import BAR, lead_table, rate_table, tried_table
 from .methods import CUTS, DEFAULT, SHOWN
 from .naming import HEAD, NAMES, called, order, with_error
-from .shown import AVERAGED, scores
+from .shown import AVERAGED, PROCESSOR, Found, by_row, device_of, scores_by_device
 from .wide import language_tables, rank_tables, target_tables
 
 # What the picture shows, and how it calls it.
@@ -35,16 +35,21 @@ PAPER = (
 )
 
 
-def task_table(found: dict, task: str) -> list[str]:
+def task_table(founds: dict[str, Found], task: str, records: list[dict]) -> list[str]:
+    """Every row that was measured on the task, device by device."""
+    rates = {(row, record["task"]): record["rate"] for record, row, _ in by_row(records)}
     rows = []
-    for method in order(m for t, m in found if t == task):
-        curves = list(beside_the_sweep(found, method, task).values())
-        cells = [with_error([curve[b] for curve in curves]) for b in SHOWN]
-        rows.append([called(method), *cells, with_error([area(curve) for curve in curves]), str(len(curves))])
-    return [f"### {NAMES[task]}", "", markdown_table([*HEAD, "AURAC", "seeds"], rows, "l"), ""]
+    for device, found in founds.items():
+        for method in order(m for t, m in found if t == task):
+            curves = list(beside_the_sweep(found, method, task).values())
+            cells = [with_error([curve[b] for curve in curves]) for b in SHOWN]
+            cells.append(with_error([area(curve) for curve in curves]))
+            rows.append([called(method), *cells, str(len(curves)), f"{rates[method, task]:g}", device])
+    head = [*HEAD, "AURAC", "seeds", "rate", "device"]
+    return [f"### {NAMES[task]}", "", markdown_table(head, rows, "l" + "r" * (len(head) - 2) + "l"), ""]
 
 
-def to_curves(found: dict) -> list[Curve]:
+def to_curves(found: Found) -> list[Curve]:
     """What the picture shows: the main methods on each task, at the ranks that the sweep has."""
     drawn = []
     for task in AVERAGED:
@@ -55,7 +60,7 @@ def to_curves(found: dict) -> list[Curve]:
     return drawn
 
 
-def averages_to_curves(found: dict) -> list[Curve]:
+def averages_to_curves(found: Found) -> list[Curve]:
     """The main methods that were run on every task of AVERAGED, the mean over these."""
     drawn = []
     for method, name in DRAWN.items():
@@ -69,73 +74,101 @@ def averages_to_curves(found: dict) -> list[Curve]:
 def where(records: list[dict]) -> str:
     """How many trainings ran on what."""
     trained = [r for r in records if r["method"] not in CUTS]
-    counts = Counter(r.get("device", "cpu") for r in trained)
-    on = [f"{counts[name]} on one {name} (fp32, products in TF32)" for name in sorted(counts) if name != "cpu"]
-    on += [f"{counts['cpu']} on a processor core each (bf16 autocast where it has bf16 products, else fp32)"]
-    return f"Of the trainings, {' and '.join(on)}; lines of runs.jsonl name both, but for older ones of a processor."
+    counts = Counter(map(device_of, trained))
+    on = [f"{counts[name]} on one {name} (fp32, products in TF32)" for name in sorted(counts) if name != PROCESSOR]
+    on += [f"{counts[PROCESSOR]} on a core each of a processor (fp32, or bf16 autocast where it has bf16 products)"]
+    unnamed = sum("precision" not in r for r in trained)
+    return (
+        f"Of the trainings, {' and '.join(on)}; {unnamed} lines of runs.jsonl, of processors, do not say which of both."
+    )
+
+
+WORDS = [
+    "- **the sweep**: a LoRA trained at rank 1, another at rank 2, .. : four trainings. All other rows give every rank "
+    "by one.",
+    "- **strength**: the factor of the update B A x, alpha / r in plain LoRA; a rule in the rank b where it differs.",
+    "- **reduced by SVD**: of each layer's update the b largest singular values, as PEFT's `convert_to_lora` keeps "
+    "them. **PARA**: those above one threshold over all layers, as many in all. **energy**: of each layer those that "
+    "make up one share of its squared singular values. **Fisher**: the components that the loss depends on most, over "
+    "all layers.",
+    "- **AURAC**: the area under score over rank at ranks 1, 2, 4, 8, divided by the span: rank 1 counts 7 percent, "
+    "rank 8 29. Of a row with one rank it is the score there.",
+    "- **held out**: a tenth of the training data, never trained on; rates and strengths are chosen there.",
+    "- **ordered**: from some step on the components are the singular pairs of their update, largest first. **mixed**: "
+    "a third of the examples then run at rank 1, the others through the mean of the gates of ranks 1, 2, 4, 8.",
+    "- A run of ours goes on from the LoRA of rank 8 with the same seed where that was kept, so the two share 0.8 of "
+    "the training.",
+]
+
+COMMANDS = [
+    "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
+    "    python -m transformers_dylora.minilm encoder",
+    "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
+    "    python -m scripts.study leads --encoder encoder --data glue",
+    f"{RUNS} lora-8 lora-4 lora-2 lora-1 mixed-0.8",
+    f"{RUNS} lora-8 mixed-0.8 --seeds 3 4",
+    "    python -m scripts.study wide --encoder encoder --data glue",
+    "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",
+    "    python -m scripts.study tables",
+    "    python -m scripts.study cell cola mixed-0.8 0 --rate 1e-3 --encoder encoder --data glue      # one again",
+]
+
+
+def main_tables(founds: dict[str, Found], records: list[dict]) -> list[str]:
+    """The answer, and the averages that it comes from: beside the sweep, and beside the plainest peer."""
+    lines = ["## Is one training as good as one for each rank?", "", *headline(founds, records)]
+    for peer in ("sweep", BAR):
+        device = with_most_seeds(founds, peer)
+        tables = average_tables(founds[device], records, peer)
+        lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
+        if peer == BAR:
+            lines += task_by_task(founds[device])
+    return [*lines, "![curves](curves.png)", "", "## Words", "", *WORDS, ""]
 
 
 def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
     """README.md and curves.png from the records."""
     everything, records = records, usual_records(records)
-    found = scores(records)
+    founds = scores_by_device(records)
     lines = [
         "# Does one DyLoRA run match a LoRA sweep?",
         "",
-        "Made by the commands below. MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value adapted, r_max 8, "
-        "alpha 16, batch 32, AdamW, linear decay, warm-up 0.06, weight decay 0.1. Mean ± standard error over seeds, "
-        "those that the sweep has; a row that has none of these is over its own and compares with no other. AURAC over "
-        "ranks 1, 2, 4, 8. Every method has the same encoder, data, order and number of steps. Of MNLI, QNLI and QQP "
-        "the training sets are parts, as many examples as their titles say.",
+        "MiniLM-L6 (22 M parameters) in RoBERTa's shape, query and value adapted, r_max 8, alpha 16, batch 32, AdamW, "
+        "linear decay, warm-up 0.06, weight decay 0.1. Every method has the same encoder, data, order and number of "
+        "steps. Of MNLI, QNLI and QQP the training sets are parts, as many examples as their titles say. RTE, from "
+        "scratch with so small an encoder, stays at chance: it has a table and counts in no average. The commands "
+        "stand at the end.",
         "",
         where(everything),
         "",
-        "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
-        "    python -m transformers_dylora.minilm encoder",
-        "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
-        "    python -m scripts.study leads --encoder encoder --data glue",
-        f"{RUNS} lora-8 lora-4 lora-2 lora-1 mixed-0.8",
-        f"{RUNS} lora-8 mixed-0.8 --seeds 3 4",
-        "    python -m scripts.study wide --encoder encoder --data glue",
-        "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",
-        "    python -m scripts.study tables",
-        "    python -m scripts.study cell cola mixed-0.8 0 --rate 1e-3 --encoder encoder --data glue      # one again",
-        "",
     ]
-    if found:
+    if founds:
+        lines += main_tables(founds, records)
         lines += [
-            "## Is one training as good as one for each rank?",
-            "",
-            *headline(found, records),
-            f"## Average of {len(AVERAGED)} tasks",
-            "",
-            "Methods that were run on all of them, each training with the same number of steps. Strength is the "
-            "factor of the update, a rule in the rank b where it differs; `- sweep` is the paired difference from the "
-            "sweep, with its 95 percent t-interval over seeds, and the means are over the seeds that the sweep has.",
-            "",
-            *average_table(found, records),
-            *task_by_task(found),
-            "![curves](curves.png)",
-            "",
             "## By task",
             "",
+            "Mean ± standard error over seeds, those that the sweep has on the device. A row that has none of these is "
+            "over its own and compares with no other.",
+            "",
         ]
-        for task in [task for task in NAMES if any(t == task for t, _ in found)]:
-            lines += task_table(found, task)
-        if drawn := to_curves(found):
+        first = next(iter(founds.values()))
+        for task in [task for task in NAMES if any(t == task for found in founds.values() for t, _ in found)]:
+            lines += task_table(founds, task, records)
+        if drawn := to_curves(first):
             for kind in ("png", "svg"):
                 write_atomically(
                     directory / f"curves.{kind}", lambda file, kind=kind: plot_curves(drawn, file, kind=kind)
                 )
     lines += [*rank_tables(everything), *target_tables(everything), *language_tables(everything)]
     lines += lead_table(records)
+    tasks = " / ".join(f"{NAMES[task].split(' ')[0].rstrip(',')}'s seeds 0, 1" for task in ("cola", "sst2"))
     lines += [
         "## Learning rates",
         "",
         "AURAC on a held-out tenth of CoLA's and of SST-2's training data, seeds 0 and 1 (`python -m scripts.study "
-        "rates`); never on validation. Rates are a factor of two apart, and a grid goes on while its best mean is at "
-        'an edge. "open": which rates are still to be measured; until then the runs above are at the rate that their '
-        "table names.",
+        f"rates`); never on validation. A cell holds {tasks}. Rates are a factor of two apart, and a grid goes on "
+        'while its best mean is at an edge. "open": which rates are still to be measured; until then the runs above '
+        "are at the rate that their table names.",
         "",
         *rate_table(records),
     ]
@@ -143,7 +176,7 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         lines += [
             "## First tries",
             "",
-            f"AURAC on a held-out tenth of train at rate {TRIED_RATE:g}, seed by seed. The leads above began here.",
+            f"AURAC on a held-out tenth of train at rate {TRIED_RATE:g}, seed by seed. They led to what stands above.",
             "",
             *tried,
         ]
@@ -156,5 +189,5 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         f"One small encoder; budgets: {budget}. Seeds change the head's and the adapter's start, the order of the data "
         f"and the ranks drawn; the validation set is one. {PAPER}"
     )
-    lines += ["## Limits", "", limits, ""]
+    lines += ["## Limits", "", limits, "", "## All of it again", "", *COMMANDS, ""]
     write_text(directory / "README.md", page(lines))

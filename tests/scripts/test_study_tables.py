@@ -68,7 +68,7 @@ def test_the_sweep_takes_each_ranks_better_strength_at_its_own_rate():
         {"task": "cola", "method": f"lora-{r}", "seed": 0, "split": "validation", "rate": 1e-3, "scores": {str(r): 1.0}}
         for r in (2, 4, 8)
     ]
-    assert shown.scores(lines)["cola", "sweep"][0][1] == 20.0
+    assert shown.scores_by_device(lines)["cpu"]["cola", "sweep"][0][1] == 20.0
 
 
 def test_tables_show_runs_at_the_chosen_rate_once_there_are_three_seeds_and_until_then_at_the_one_of_most_runs():
@@ -88,7 +88,8 @@ def test_tables_show_runs_at_the_chosen_rate_once_there_are_three_seeds_and_unti
     lines += lines_of("lora-8", {middle: 1, high: 2, 2 * high: 1, low: 0})
     assert rates(lines) == until_then
     assert shown.not_yet_run(lines) == [
-        "Chosen by the rates below, and not yet run: LoRA trained at rank 8, strength 2 at rate 0.002.", ""
+        "Not yet at its own best rate or strength: LoRA trained at rank 8, strength 2 at rate 0.002 (5 runs). A choice "
+        "counts from 15 runs on one device on, three seeds of every task.", ""
     ]  # fmt: skip
     lines += runs("lora-8", high, (1,)) + runs("cut-svd", high, (1,))
     assert rates(lines) == until_then
@@ -130,9 +131,9 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
     lines.append(
         {"task": "rte", "method": "lora-1", "seed": 2, "split": "validation", "rate": 1e-3, "scores": {"1": 0.0}}
     )
-    found = shown.scores(lines)
-    assert set(found["rte", "sweep"]) == {0, 1}
-    row = next(text for text in study_tables.task_table(found, "rte") if "per example" in text)
+    founds = shown.scores_by_device(lines)
+    assert set(founds["cpu"]["rte", "sweep"]) == {0, 1}
+    row = next(text for text in study_tables.task_table(founds, "rte", lines) if "per example" in text)
     assert "57.0 ± 5.0" in row
 
 
@@ -171,7 +172,7 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
             lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r + 10 * seed})  # seeds differ, their differences do not
         own = {b: 50.0 + b + 10 * seed + gain[seed] for b in range(1, 9)}
         lines += curve_lines(study_methods.DEFAULT, seed, own)
-    rows = "\n".join(averages.headline(shown.scores(lines), lines)).splitlines()
+    rows = "\n".join(averages.headline(shown.scores_by_device(lines), lines)).splitlines()
     at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
     wanted = f"{sum(gain) / 2:+.1f} ± {(high - low) / 2:.1f}"
@@ -181,9 +182,9 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
     for seed in (0, 1, 2):
         lines += curve_lines("cut-svd", seed, {b: 49.0 + b + 10 * seed for b in range(1, 9)})
     lines += curve_lines(study_methods.DEFAULT, 2, {b: 71.0 + b for b in range(1, 9)})
-    text = "\n".join(averages.headline(shown.scores(lines), lines))
+    text = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
     three = stats.ttest_1samp([1 + gain[0], 1 + gain[1], 2.0], 0).confidence_interval(0.95)
-    assert "that rank (2 seeds)" in text and "by SVD (3 seeds)" in text
+    assert "that rank (2 seeds, cpu)" in text and "by SVD (3 seeds, cpu)" in text
     assert text.count(f"{(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f} |") == 5
 
 
@@ -204,7 +205,7 @@ def test_leads_are_paired_differences_from_the_reduction_by_svd():
 def test_averages_are_over_methods_that_every_task_has():
     lines = curve_lines("example", 0, dict.fromkeys((1, 2, 4, 8), 40.0))
     lines.append(lines[0] | {"task": "rte", "scores": dict.fromkeys("1248", 90.0)})
-    found = shown.scores(lines + curve_lines("step", 0, dict.fromkeys((1, 2, 4, 8), 1.0))[1:])
+    found = shown.scores_by_device(lines + curve_lines("step", 0, dict.fromkeys((1, 2, 4, 8), 1.0))[1:])["cpu"]
     assert averages.averaged(found, "example") == {0: dict.fromkeys((1, 2, 4, 8), 40.0)}  # RTE does not count
     assert averages.averaged(found, "step") == {}
 
@@ -280,20 +281,32 @@ def test_differences_task_by_task_are_paired_by_seed():
     assert [row.split("|")[2].strip() for row in rows[2:]] == ["+3.0 ± 0.0", "+1.0 ± 0.0"]
 
 
-def test_pairs_on_different_devices_are_counted():
-    def run(method, seed, **device):
-        scores = {"1": 1.0, "2": 1.0, "4": 1.0, "8": 1.0} if method == study_methods.DEFAULT else {method[-1]: 1.0}
-        return vars(cells.Cell("cola", method, seed, 1e-3)) | {"scores": scores, **device}
+def test_pairs_are_of_one_device_that_with_the_most_seeds():
+    def run(method, seed, score, **device):
+        ranks = [method[-1]] if method.startswith("lora") else list("1248")
+        return [line | device | {"scores": dict.fromkeys(ranks, score)} for line in curve_lines(method, seed, {1: 0.0})]
 
-    lines = [run(f"lora-{b}", 0) for b in (1, 2, 4, 8)] + [run(study_methods.DEFAULT, 0, device="some GPU")]
-    assert averages.devices_apart(lines, study_methods.DEFAULT, "sweep") == (4, 4)
-    lines += [run("lora-1", 1, device="some GPU"), run(study_methods.DEFAULT, 1, device="some GPU")]
-    assert averages.devices_apart(lines, study_methods.DEFAULT, "sweep") == (4, 5)
+    gpu = {"device": "some GPU"}
+    lines = [line for seed in (0, 1) for b in (1, 2, 4, 8) for line in run(f"lora-{b}", seed, 50.0 + seed)]
+    lines += [line for seed in (0, 1) for line in run(study_methods.DEFAULT, seed, 52.0 + seed)]
+    lines += [line for seed in (0, 1, 2) for line in run(study_methods.DEFAULT, seed, 70.0 + seed, **gpu)]
+    lines += [line for seed in (0, 1, 2) for line in run("cut-svd", seed, 69.0 + seed, **gpu)]
+    founds = shown.scores_by_device(lines)
+    assert list(founds) == ["cpu", "some GPU"]
+    assert (
+        averages.with_most_seeds(founds, "sweep") == "cpu" and averages.with_most_seeds(founds, "cut-svd") == "some GPU"
+    )
+    text = "\n".join(averages.headline(founds, lines))
+    assert text.count("| +2.0 ± 0.0 | excluded | +1.0 ± 0.0 | excluded |") == 5 and "(3 seeds, some GPU)" in text
+    means, _, apart, _ = averages.average_tables(founds["some GPU"], lines, "cut-svd")
+    assert "70.0 | 70.0 | 70.0 | 70.0 | 70.0 |" in means and "+1.0 ± 0.0 | 3 |" in apart
 
 
 def test_each_cut_in_the_repository_is_of_the_training_whose_line_is_there():
     records = cells.read_records(ROOT / "results" / "study" / "runs.jsonl")
     place = [name for name in cells.Cell.__dataclass_fields__ if name != "method"]
+    place += ["device"]
+    records = [{"device": shown.PROCESSOR} | r for r in records]
     trained = {(r["method"], *(r[name] for name in place)): r for r in records}
     for r in records:
         if r["method"] in study_methods.CUTS:
