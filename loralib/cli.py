@@ -286,7 +286,7 @@ def _inspect(args) -> None:
         if value not in (None, [], {}):
             print(f"{name:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     print(f"{'parameters':16} {facts['adapter_parameters']:,} in the adapter, {facts['head_parameters']:,} in the head")
-    longest = max(*facts["norms"], 1e-12)
+    longest = max([*facts["norms"], 1e-12])
     rows = [
         [str(b), f"{norm:.4f}", f"{'█' * round(30 * norm / longest):30}"] for b, norm in enumerate(facts["norms"], 1)
     ]

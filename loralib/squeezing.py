@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 from .adapters.export import EXPORTED, export_adapter, free_directory
 from .adapters.squeeze import Size, rank_sizes, squeeze_adapter
@@ -21,6 +22,8 @@ def squeeze(args) -> None:
         raise ValueError(
             "--base and --labels are for running the model; give --data or --importance, or leave them out."
         )
+    if Path(args.to).resolve() == Path(args.adapter).resolve():
+        raise ValueError(f"--to {args.to} is the adapter itself; give another directory.")
     free_directory(args.to, EXPORTED)
     rank, results, adapted = args.rank, None, None
     with tempfile.TemporaryDirectory() as directory:

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 import loralib as lora
 from loralib.report.tables import print_table
+from loralib.sampling import RankSampler
 from loralib.trainer import DyLoRAMixin
 
 
@@ -37,7 +38,9 @@ class Arguments:
     )
     peft: bool = field(default=False, metadata={"help": "Adapt the model inside PEFT, by DyLoraConfig."})
     lora_r: int = field(default=16, metadata={"help": "r_max: the adapter works at every rank from 1 to this."})
-    eval_ranks: str = field(default="1,2,4,8,16", metadata={"help": "The ranks to measure."})
+    eval_ranks: str | None = field(
+        default=None, metadata={"help": "The ranks to measure, as in 1,2,4. Default: 1, 2, 4, .. and r_max."}
+    )
     targets: str = field(
         default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "The layers to adapt, or all-linear."}
     )
@@ -82,13 +85,14 @@ def main(argv: list[str] | None = None):
     else:
         lora.inject(model, targets, r=args.lora_r)
         lora.mark_only_lora_as_trainable(model)
+    ranks = args.eval_ranks.split(",") if args.eval_ranks else RankSampler(args.lora_r).ladder()
     trainer = LanguageTrainer(
         model=model,
         args=config,
         processing_class=tokenizer,
         train_dataset=rows(args.train, args.max_train_samples),
         eval_dataset=rows(args.validation, args.max_val_samples),
-        eval_ranks=[int(b) for b in args.eval_ranks.split(",")],
+        eval_ranks=[int(b) for b in ranks],
     )
     trainer.train()
     results = trainer.measure_ranks()

@@ -244,6 +244,8 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
         R, alpha = files.rank_and_alpha(name)
         if dim == 0:
             ranks[name] = R // (projections * value.shape[2:].numel())
+        if value.shape[dim] != R:
+            raise ValueError(f"{files.path} says rank {R} for {name}, and {key} has {value.shape[dim]}; mend its r.")
         r = ranks[name]
         b = spread[name][rank - 1] if name in spread else min(rank, r)
         b = r if rank == files.rank else b  # a layer may hold more than the rank, where importance chose
@@ -279,7 +281,7 @@ def describe_adapter(path: str | os.PathLike) -> dict:
         pairs[name][factor] = value
     squares = defaultdict(list)
     for pair in pairs.values():
-        A, B = pair["A"], pair["B"]
+        A, B = pair["A"].float(), pair["B"].float()
         for j, square in enumerate(A.flatten(1).square().sum(1) * B.reshape(*B.shape[:2], -1).square().sum((0, 2))):
             squares[j].append(float(square))
     factors, head = files.parameters()

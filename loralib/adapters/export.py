@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..files import write_text
 from ..model import merge
 from ..report.results import RankResults
@@ -73,6 +75,8 @@ def export_merged(
         transformers.utils.logging.set_verbosity_error()
         try:
             model = getattr(transformers, auto).from_pretrained(base, **options)
+        except SafetensorError as error:
+            raise ValueError(f"The weights of the base model {base!r} cannot be read ({error}).") from None
         except OSError:
             raise ValueError(
                 f"The base model {base!r} is no directory here and not on the hub; name it with --base."

@@ -158,6 +158,8 @@ def read_losses(file: Path, results: RankResults, split: str) -> tuple[np.ndarra
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} cannot be read as a run's losses ({error}); run the evaluation again.") from None
     _, told = results.curve(split)
+    if weights.ndim == 1 and len(weights) == len(losses):
+        losses = np.where(weights[:, None] > 0, losses, 0.0)  # an example without a token that counts has no loss
     right = losses.shape == (results.splits[split][0].samples, len(told)) and weights.shape == losses.shape[:1]
     if not right or not np.allclose((losses * weights[:, None]).sum(0) / weights.sum(), told, rtol=1e-3):
         raise ValueError(

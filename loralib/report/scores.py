@@ -34,5 +34,8 @@ def score(name: str, predictions, labels, parts: tuple[str, ...] = ()) -> float:
 
 
 def decide(logits: np.ndarray) -> np.ndarray:
-    """Predictions from logits (..., classes): the largest class, or the value itself where there is one output."""
+    """Predictions from logits (..., classes): the largest class, or the value itself where there is one output. Raises
+    ValueError where one is nan."""
+    if np.isnan(logits).any():
+        raise ValueError("The model gives outputs that are no numbers (nan), so there is nothing to score.")
     return logits[..., 0] if logits.shape[-1] == 1 else logits.argmax(-1)

@@ -1,6 +1,7 @@
 """The part of the trainer that leaves results behind: what ``dylora select``, ``report`` and ``export --rank auto``
 read."""
 
+import copy
 import importlib.metadata
 import math
 import platform
@@ -27,6 +28,8 @@ class Measurements(TrainerPart):
     eval_ranks: list[int]
     scored: Scored | None  # the last evaluation's
     compute_metrics: Any
+    args: Any
+    eval_dataset: Any
 
     def measure_ranks(
         self, dataset=None, metric: str | None = None, split: str = "validation", task: str | None = None
@@ -51,13 +54,17 @@ class Measurements(TrainerPart):
                 "The model has no loralib layer, so there are no ranks to measure; call loralib.inject first."
             )
         wants_loss = metric == "loss" or (metric is None and self.compute_metrics is None)
-        size, task_metrics = self.args.per_device_eval_batch_size, self.compute_metrics
+        if isinstance(self.eval_dataset if dataset is None else dataset, dict):
+            raise ValueError("There are several evaluation datasets; measure one at a time: measure_ranks(dataset).")
+        args, task_metrics = self.args, self.compute_metrics
         if wants_loss:
-            self.args.per_device_eval_batch_size, self.compute_metrics = 1, None
+            # Workers that persist would keep the batches of an earlier evaluation.
+            self.args, self.compute_metrics = copy.copy(args), None
+            self.args.per_device_eval_batch_size, self.args.dataloader_persistent_workers = 1, False
         try:
             found = by_rank(self.evaluate(dataset), "eval")
         finally:
-            self.args.per_device_eval_batch_size, self.compute_metrics = size, task_metrics
+            self.args, self.compute_metrics = args, task_metrics
         scored = self.scored
         assert scored is not None and scored.losses is not None
         names = [name for name in found[self.eval_ranks[0]] if name not in ("loss", "perplexity")]
@@ -73,9 +80,11 @@ class Measurements(TrainerPart):
             for b in self.eval_ranks
         ]  # fmt: skip
         results = self._results(rows, metric, split, task or Path(self.args.output_dir).name)
-        if self.is_world_process_zero():
-            results = self._write(results, scored, split)
-        self.save_model()
+        try:
+            if self.is_world_process_zero():
+                results = self._write(results, scored, split)
+        finally:  # whatever the choice of a rank meets, the adapter is kept
+            self.save_model()
         return results
 
     def _results(self, rows: list[RankRow], metric: str, split: str, task: str) -> RankResults:

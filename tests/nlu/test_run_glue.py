@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers_dylora.errors import UsageError
+from transformers_dylora.output_dir import check_output_dir
 from transformers_dylora.tasks import TASKS
 
 import loralib as lora
@@ -458,11 +460,37 @@ def test_overwriting_leaves_no_table_of_the_earlier_run(roberta_checkpoint, glue
 def test_a_directory_with_other_files_is_not_overwritten_by_accident(roberta_checkpoint, glue, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    (tmp_path / "out" / "predictions_2023.npz").write_text("mine")
     argv = command(roberta_checkpoint, glue, tmp_path / "out")
     with pytest.raises(UsageError, match="--overwrite_output_dir"):
         run_glue().main(argv)
     run_glue().main([*argv, "--overwrite_output_dir"])
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "out" / "predictions_2023.npz").read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", [".", "checkpoint-2"])
+@pytest.mark.parametrize("flag", ["model_name_or_path", "tokenizer_name", "lora_path"])
+def test_what_a_training_starts_from_is_not_overwritten(flag, inside, tmp_path):
+    start = tmp_path / "out" / inside
+    start.mkdir(parents=True)
+    (start / "model.safetensors").write_text("weights")
+    args = SimpleNamespace(output_dir=str(tmp_path / "out"), do_train=True, overwrite_output_dir=True)
+    with pytest.raises(UsageError, match=f"would remove --{flag} {re.escape(str(start))}"):
+        check_output_dir(args, {f"--{flag}": str(start), "--other": "roberta-base"})
+    check_output_dir(args, {"--other": str(tmp_path), "--none": None})
+
+
+@pytest.mark.parametrize("spelling", ["--do-eval", "--do_ev", "--do_eval"])
+def test_the_short_command_does_not_train_where_told_to_evaluate(spelling, monkeypatch):
+    seen = []
+    monkeypatch.setattr("transformers_dylora.run_glue.main", lambda argv, program: seen.append(argv))
+    from transformers_dylora.run_glue import train
+
+    train([spelling, "--lora-path", "adapter", "--apply_lora", "--task_name", "rte"])
+    assert "--do_train" not in seen[0] and seen[0].count("--apply_lora") == 1
+    train(["--lora-path", "adapter", "--nonsense"])
+    assert seen[1][:3] == ["--do_train", "--do_eval", "--apply_lora"]
 
 
 def test_a_trained_adapter_is_needed_to_evaluate_alone(roberta_checkpoint, glue, tmp_path):

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given as forall
 from hypothesis import strategies as st
 from transformers_dylora.arguments import line_parser, parse
-from transformers_dylora.data import held_out
+from transformers_dylora.data import held_out, load_files
 from transformers_dylora.errors import UsageError
 from transformers_dylora.run_glue import train
 from transformers_dylora.settings import expanded, given, store_config, without_tokens
@@ -115,6 +115,25 @@ def test_a_tenth_is_held_out_always_the_same():
     assert len(held_out(data.select(range(2)))["train"]) == 1
     with pytest.raises(UsageError, match="--validation_file"):
         held_out(data.select(range(1)))
+
+
+def test_how_a_run_was_started_is_no_setting_of_it():
+    words = ["--seed", "3", "--resume_from_checkpoint", "true", "--resume-anyway", "--overwrite_output_dir", "true"]
+    assert given(words, line_parser()) == {"seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sentence"),
+    [
+        ("a.csv", ",text,label\n0,w1,yes\n", "has a column without a name"),
+        ("a.csv", 'text,label\n"' + "w" * 200_000 + '",yes\n', "cannot be read as csv"),
+        ("a.tsv", "text\tlabel\n", "ends in '.tsv'; give one that ends in"),
+    ],
+)
+def test_files_that_cannot_be_read_are_one_sentence(name, text, sentence, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match=sentence):
+        load_files({"train": str(tmp_path / name)}, str(tmp_path / "cache"))
 
 
 def rows_of(path, n=30):

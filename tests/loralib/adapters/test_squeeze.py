@@ -88,6 +88,10 @@ def test_the_command_cuts_without_data_and_wants_a_rank(roberta_checkpoint, tmp_
     assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 2
     card = (tmp_path / "small/README.md").read_text()
     assert "rank 4" in card and "DyLoRA training" not in card
+    before = (tmp_path / "small/adapter_model.safetensors").read_bytes()
+    assert main(["squeeze", str(tmp_path / "small"), "--to", str(tmp_path / "small"), "--rank", "1"]) == 2
+    assert "is the adapter itself" in capsys.readouterr().err
+    assert (tmp_path / "small/adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_classifier_is_measured_and_a_rank_chosen(roberta_checkpoint, tmp_path, capsys, monkeypatch):
@@ -150,6 +154,12 @@ def test_a_language_model_is_measured_by_the_loss_of_its_completions(llama_check
         count += len(answer)
     last = next(line for line in (tmp_path / "small/README.md").read_text().splitlines() if line.startswith("| 4 |"))
     assert f"{total / count:.4f}" in last
+    other = [*command[:3], str(tmp_path / "other"), *command[4:]]
+    assert main([*other, "--labels", "no,yes"]) == 2
+    assert "--labels are a classifier's" in capsys.readouterr().err
+    (tmp_path / "v.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "completion": ""}\n')
+    assert main(other) == 2
+    assert "has '' for completion in example 1; every example needs text" in capsys.readouterr().err
     (tmp_path / "v.jsonl").write_text('{"a": 1}\n')
     assert main([*command[:3], str(tmp_path / "other"), *command[4:]]) == 2
     assert "needs prompt and completion, or text" in capsys.readouterr().err

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     GPT2Config,
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 import loralib as lora
-from loralib.adapters.directory import cut_adapter
+from loralib.adapters.directory import cut_adapter, describe_adapter
 
 SCALINGS = ["alpha/b", "alpha/r", "alpha/sqrt(b)"]
 
@@ -190,7 +191,6 @@ def cut(path):
 
 def without_head(path):
     tensors = load_file(path / "adapter_model.safetensors")
-    from safetensors.torch import save_file
 
     save_file({k: v for k, v in tensors.items() if "classifier" not in k}, path / "adapter_model.safetensors")
 
@@ -448,6 +448,28 @@ def test_a_field_of_peft_that_changes_the_numbers_is_refused_by_name(name, value
         lora.load_adapter(stock("roberta", roberta_config)[0], tmp_path)
 
 
+def test_a_rank_that_disagrees_with_the_factors_is_refused(roberta_config, tmp_path):
+    saved(roberta_config, tmp_path / "good")
+    config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
+    for r in (2 * config["r"], config["r"] // 2):
+        (tmp_path / "good" / "adapter_config.json").write_text(json.dumps(config | {"r": r, "rank_pattern": {}}))
+        with pytest.raises(ValueError, match=f"{r}"):
+            cut_adapter(tmp_path / "good", tmp_path / "x", 1)
+        assert not (tmp_path / "x").exists()
+
+
+def test_norms_are_not_computed_in_the_files_precision(roberta_config, tmp_path):
+    saved(roberta_config, tmp_path / "fp32")
+    shutil.copytree(tmp_path / "fp32", tmp_path / "fp16")
+    tensors = load_file(tmp_path / "fp32" / "adapter_model.safetensors")
+    tensors = {name: value * 1e-3 if ".lora_B" in name else value for name, value in tensors.items()}
+    for kind in (torch.float32, torch.float16):
+        file = tmp_path / ("fp32" if kind is torch.float32 else "fp16") / "adapter_model.safetensors"
+        save_file({name: value.to(kind) for name, value in tensors.items()}, file)
+    norms = [describe_adapter(tmp_path / name)["norms"] for name in ("fp32", "fp16")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded_nor_cut(bad, roberta_config, tmp_path):
     model = saved(roberta_config, tmp_path / "good")
@@ -459,7 +481,6 @@ def test_numbers_that_are_not_finite_are_neither_saved_nor_loaded_nor_cut(bad, r
         lora.save_adapter(model, tmp_path / "good")
     assert (tmp_path / "good" / "adapter_model.safetensors").read_bytes() == before
     layer.lora_A.data[0, 0] = value
-    from safetensors.torch import save_file
 
     tensors = load_file(tmp_path / "good" / "adapter_model.safetensors")
     next(iter(tensors.values())).view(-1)[0] = bad

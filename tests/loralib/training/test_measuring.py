@@ -73,6 +73,39 @@ def test_a_language_model_by_the_losses_of_its_examples(tmp_path, capsys):
     assert rank == results.selected_rank.rank <= best and f"(rank {best}); loss" in said
 
 
+def test_an_example_without_a_token_that_counts_has_no_loss(tmp_path, capsys):
+    kind, options = prepared("causal", tmp_path / "run")
+    empty = {**options["eval_dataset"][0]}
+    empty["labels"] = torch.full_like(torch.as_tensor(empty["labels"]), -100).tolist()
+    options["eval_dataset"] = [*options["eval_dataset"], empty]
+    results = kind(**options).measure_ranks()
+    assert np.load(tmp_path / "run" / "predictions_validation.npz")["weights"][-1] == 0
+    rank, _ = commands(capsys, tmp_path / "run", tmp_path)
+    assert rank == results.selected_rank.rank and all(row.loss > 0 for row in results.splits["validation"])
+
+
+def test_the_adapter_is_kept_whatever_the_choice_of_a_rank_meets(tmp_path, monkeypatch):
+    kind, options = prepared("causal", tmp_path / "run")
+    t = kind(**options)
+    monkeypatch.setattr("loralib.training.measuring.choose", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        t.measure_ranks()
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_several_data_sets_are_measured_one_at_a_time(tmp_path):
+    kind, options = prepared("causal", tmp_path / "run")
+    options["eval_dataset"] = {"a": options["eval_dataset"], "b": options["eval_dataset"]}
+    with pytest.raises(ValueError, match="one at a time"):
+        kind(**options).measure_ranks()
+
+
+def test_outputs_that_are_no_numbers_are_not_scored():
+    with pytest.raises(ValueError, match="no numbers"):
+        decide(np.array([[0.0, np.nan]]))
+    assert decide(np.array([[0.0, -np.inf]])).tolist() == [0]
+
+
 def test_a_metric_that_nothing_resamples_is_chosen_by_its_best(tmp_path, capsys):
     kind, options = prepared("token classification", tmp_path / "run")
     t = kind(**options, compute_metrics=lambda p: {"mine": float(p.predictions.mean())})

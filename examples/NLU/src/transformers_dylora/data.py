@@ -58,7 +58,9 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
     """The rows of a file, or of a split's directory from save_to_disk. What is made of them goes to the cache, not
     beside."""
     options: dict = {}
-    kind = "arrow" if file.is_dir() else ENDINGS[file.suffix]
+    kind = "arrow" if file.is_dir() else ENDINGS.get(file.suffix, "")
+    if not kind:
+        raise UsageError(f"{file} ends in {file.suffix!r}; give one that ends in {', '.join(ENDINGS)}.")
     if kind != "arrow" and not file.stat().st_size:
         raise UsageError(f"{file} is empty; it needs at least one example.")
     try:
@@ -66,7 +68,7 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
             options = _csv_as_text(file)
         files = sorted(map(str, file.glob("*.arrow"))) if kind == "arrow" else str(file)
         return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, csv.Error) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UsageError(
             f"{file} cannot be read as {file.suffix[1:] or kind} ({reason[0] if reason else 'empty'}); mend the file."
@@ -91,6 +93,8 @@ def _csv_as_text(file: Path) -> dict:
                 )
     if empty:
         raise UsageError(f"{file} is empty; it needs at least one example.")
+    if "" in columns:
+        raise UsageError(f"{file} has a column without a name (a table's index?); name it, or leave it out.")
     text = datasets.Features({name: datasets.Value("string") for name in columns})
     return {"features": text, "keep_default_na": False, "na_filter": False}
 

@@ -12,6 +12,11 @@ from .arguments import SCHEDULE_FLAGS
 from .errors import UsageError
 
 FILE = "run_settings.json"
+# Settings of the updates that do not often change.
+OF_UPDATES = (
+    *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "label_smoothing_factor"),
+    *("neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last"),
+)
 LENGTHS = ("num_train_epochs", "max_steps")  # a longer or shorter training of the same run
 
 
@@ -33,6 +38,7 @@ def settings_of(model_args, data_args, training_args, task, train) -> dict:
         "weight_decay": args.weight_decay,
         "optim": str(args.optim),
         "max_grad_norm": args.max_grad_norm,
+        **{name: getattr(args, name) for name in OF_UPDATES},
         "examples per update": args.per_device_train_batch_size
         * args.gradient_accumulation_steps
         * max(1, args.world_size),

@@ -1,5 +1,6 @@
 """What to do with an output directory that is not empty."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -117,20 +118,30 @@ LEFT = (
 )
 
 
+# One of these is in every directory that a run wrote to.
+MARKS = (FILE, CONFIG, "dylora.json", "trainer_state.json", "training_args.bin", "rank_results.json")
+
+
 def clear_run(directory: Path) -> None:
-    """Remove what an earlier run left, so that no later run goes on from its checkpoints and nothing mixes both."""
+    """Remove what an earlier run left, so that no later run goes on from its checkpoints and nothing mixes both.
+
+    Where no run was, nothing is removed.
+    """
+    if not any((directory / name).exists() for name in MARKS):
+        return
     for checkpoint in checkpoints(directory):
         shutil.rmtree(checkpoint, ignore_errors=True)
     for file in (file for pattern in LEFT for file in directory.glob(pattern)):
         file.unlink()
 
 
-def check_output_dir(args, lora_path: str | None) -> None:
-    """Raise UsageError if nothing can be written to --output_dir, or if an adapter to start from would be removed from
-    it."""
+def check_output_dir(args, starts: dict[str, str | None]) -> None:
+    """Raise UsageError if nothing can be written to --output_dir, or if what the training starts from, {flag: path},
+    would be removed from it."""
     directory = Path(args.output_dir)
-    if lora_path and args.do_train and args.overwrite_output_dir and directory.resolve() == Path(lora_path).resolve():
-        raise UsageError(f"--overwrite_output_dir would remove --lora_path {lora_path}; give another --output_dir.")
+    for flag, path in starts.items() if args.do_train and args.overwrite_output_dir else ():
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(directory.resolve()):
+            raise UsageError(f"--overwrite_output_dir would remove {flag} {path}; give another --output_dir.")
     made = [path for path in (directory, *directory.parents) if not os.path.exists(path)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -142,5 +153,5 @@ def check_output_dir(args, lora_path: str | None) -> None:
         ) from None
     finally:
         for path in made:  # it is made again when there is something to write
-            if os.path.isdir(path):
+            with contextlib.suppress(OSError):  # another process may have put something there by now
                 path.rmdir()

@@ -32,7 +32,7 @@ from .errors import UsageError
 from .identity import check_continuation, settings_of, store
 from .modeling import known_labels, load_model, load_tokenizer, longest_input
 from .output_dir import check_output_dir, clear_run, resume_point
-from .settings import expanded, given, store_config
+from .settings import expanded, given, named, store_config
 from .stopping import StopBetweenSteps, exit_code, one_sentence
 
 FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
@@ -53,9 +53,9 @@ def main(argv: list[str] | None = None, program: str = "run_glue.py") -> RankRes
 def train(argv: list[str] | None = None) -> RankResults | None:
     """``dylora train``: as ``main``, but an adapter is trained and then measured unless the flags say otherwise."""
     argv = expanded(sys.argv[1:] if argv is None else argv)
-    flags = {word.partition("=")[0] for word in argv}
+    flags = named(argv, line_parser())
     usual = [] if flags & set(FLAGS.values()) else [FLAGS["train"], FLAGS["validation"]]
-    usual += [] if flags & {"--apply_lora", "--help", "-h"} else ["--apply_lora"]
+    usual += [] if flags & {"--apply_lora", "--help"} else ["--apply_lora"]
     return main([*usual, *argv], "dylora train")
 
 
@@ -71,7 +71,8 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
     if training_args.prediction_loss_only:
         raise UsageError("--prediction_loss_only leaves no predictions to score; leave it out.")
     if training_args.should_save:
-        check_output_dir(training_args, model_args.lora_path)
+        names = ("lora_path", "model_name_or_path", "tokenizer_name", "config_name")
+        check_output_dir(training_args, {f"--{name}": getattr(model_args, name) for name in names})
     checkpoint, notes = resume_point(training_args)
     for note in [*notes, *([f"going on from {checkpoint}"] if checkpoint else [])]:
         say(note)

@@ -1,6 +1,7 @@
 """A command line's settings as a YAML file, and back: each key is a flag without its dashes."""
 
 import argparse
+import contextlib
 import json
 from pathlib import Path
 
@@ -60,7 +61,18 @@ def given(argv: list[str], parser: argparse.ArgumentParser) -> dict:
                 found[name] = [str(action.const).lower()]
         else:
             found[name].append(word)
-    return {name: _value(values, actions[name]) for name, values in found.items() if name not in SECRETS}
+    once = (*SECRETS, "resume_from_checkpoint", "resume_anyway", "overwrite_output_dir")  # of this start, not the run
+    return {name: _value(values, actions[name]) for name, values in found.items() if name not in once}
+
+
+def named(argv: list[str], parser: argparse.ArgumentParser) -> set[str]:
+    """The flags of a command line by their whole names, ``--do_eval`` for ``--do-eval`` too; unknown ones are left to
+    the parser."""
+    found = set()
+    for flag in (word.partition("=")[0] for word in argv if word.startswith("-")):
+        with contextlib.suppress(StopIteration):
+            found.add(f"--{_action(flag, parser).dest}")
+    return found
 
 
 def without_tokens(words: list[str]) -> list[str]:

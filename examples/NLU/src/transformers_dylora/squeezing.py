@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithPadding, TrainingArguments
 
 import loralib as lora
@@ -58,11 +59,17 @@ class Adapted:
         if base is None:
             raise UsageError(f"{directory} names no base model; give it with --base.")
         classifier = kind == "SEQ_CLS"
+        if labels and not classifier:
+            raise UsageError("--labels are a classifier's; this adapter is of a language model, leave them out.")
+        if classifier and outputs(files) == 1:
+            raise UsageError(f"{directory} is a regression; give --rank, or measure it with dylora train --do_eval.")
         options = {"num_labels": outputs(files), "ignore_mismatched_sizes": True} if classifier else {}
         transformers.utils.logging.set_verbosity_error()
         try:
             model = getattr(transformers, AUTO[kind]).from_pretrained(base, dtype=torch.float32, **options)
             tokenizer = AutoTokenizer.from_pretrained(base)
+        except SafetensorError as error:
+            raise UsageError(f"The weights of the base model {base!r} cannot be read ({error}).") from None
         except OSError:
             raise UsageError(
                 f"The base model {base!r} is no directory here and not on the hub; name it with --base."
@@ -155,6 +162,14 @@ def completing(data: str, tokenizer, max_length: int):
             f"{data} has the columns {', '.join(rows.column_names)}; a language model needs prompt and completion, or "
             "text."
         )
+
+    wanted = ("prompt", "completion") if "completion" in rows.column_names else ("text",)
+    for name in wanted:
+        bad = next((i for i, value in enumerate(rows[name]) if not isinstance(value, str) or not value.strip()), None)
+        if bad is not None:
+            raise UsageError(
+                f"{data} has {rows[name][bad]!r} for {name} in example {bad}; every example needs text there."
+            )
 
     def encode(row):
         if "completion" not in row:
