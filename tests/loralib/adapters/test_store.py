@@ -449,11 +449,15 @@ def test_a_field_of_peft_that_changes_the_numbers_is_refused_by_name(name, value
 
 
 def test_a_rank_that_disagrees_with_the_factors_is_refused(roberta_config, tmp_path):
+    """Of an adapter of PEFT's; the weights' file of ours tells its rank itself."""
     saved(roberta_config, tmp_path / "good")
+    (tmp_path / "good" / "dylora.json").unlink()
+    weights = tmp_path / "good" / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)
     config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
     for r in (2 * config["r"], config["r"] // 2):
         (tmp_path / "good" / "adapter_config.json").write_text(json.dumps(config | {"r": r, "rank_pattern": {}}))
-        with pytest.raises(ValueError, match=f"{r}"):
+        with pytest.raises(ValueError, match=f"says rank {r} for"):
             cut_adapter(tmp_path / "good", tmp_path / "x", 1)
         assert not (tmp_path / "x").exists()
 
