@@ -23,7 +23,7 @@ def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple]:
     return Contexts([layer for _, layer in lora_layers(model)])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contexts:
     """The two contexts of a checkpointed block, of its forward pass and of its recomputation. A value and no closure: a
     copy of a model that holds it gets one of its own layers."""

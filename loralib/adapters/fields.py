@@ -82,6 +82,7 @@ FACTS = {
     "base_sample": (lambda value: _list_of(_finite)(value) and len(value) == 16, "16 numbers"),
     "base_sample_of": (_text, "a layer's name"),
     "labels": (_list_of(_text), "a list of names"),
+    "columns": (_list_of(_text), "a list of names"),
     "num_labels": (_whole, "a whole number above 0"),
     "task": (_text, "a text"),
     "regression": (_truth, "true or false"),

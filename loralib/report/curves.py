@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from .choice import mean_and_error, resampled_scores
 from .results import LOWER, RankResults
 from .tables import csv_text
 
+STORED = "run_settings.json"  # of examples/NLU
 SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_rank")
 
 
@@ -89,15 +92,31 @@ def bootstrap_band(results: RankResults, split: str) -> tuple[tuple[float, float
     return tuple(zip(low.tolist(), high.tolist(), strict=True))
 
 
+def settings_of_run(results: RankResults) -> dict[str, Any]:
+    """What makes a run another one, but for its seed: what its results tell, and the settings stored beside them."""
+    found = {name: getattr(results, name) for name in SETTINGS}
+    file = Path(results.directory or "", STORED)
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8")) if results.directory and file.exists() else {}
+    except (OSError, ValueError):
+        stored = {}
+    return found | {n: v for n, v in stored.items() if n not in (*found, "seed", "data_seed")}
+
+
 def curves(runs: list[RankResults]) -> list[Curve]:
-    """One curve for each task, split, method and setting; runs that differ in nothing but the seed are averaged."""
-    groups = defaultdict(list)
+    """One curve for each task, split, method and setting; runs that differ in nothing but the seed are averaged. Two
+    of one seed are no two seeds, and stand apart."""
+    groups: dict[tuple, list[RankResults]] = defaultdict(list)
     once = {Path(run.directory).resolve() if run.directory else id(run): run for run in runs}
     for results in once.values():
         for split in results.splits:
-            settings = tuple((name, getattr(results, name)) for name in SETTINGS)
             ranks = tuple(results.curve(split)[0])
-            groups[results.task, split, label(results), results.metric, ranks, settings].append(results)
+            own = settings_of_run(results) | {"examples": results.splits[split][0].samples}
+            start = (results.task, split, label(results), results.metric, ranks)
+            key = (*start, tuple((name, str(value)) for name, value in own.items()))
+            if results.seed is not None and results.seed in [other.seed for other in groups.get(key, [])]:
+                key = (*start, (*key[-1], ("run", str(results.directory))))
+            groups[key].append(results)
     found = []
     settings_of = defaultdict(list)
     for task, split, method, *_, settings in groups:
@@ -105,10 +124,11 @@ def curves(runs: list[RankResults]) -> list[Curve]:
     for (task, split, method, metric, at, settings), of_seeds in groups.items():
         # Methods of one name that differ in a setting are told apart by it.
         rivals = settings_of[task, split, method]
-        differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({str(s[n]) for s in rivals}) > 1]
+        differing = [f"{n.split('_name')[0]} {v}" for n, v in settings if len({s.get(n) for s in rivals}) > 1]
         one = of_seeds[0]
         short = one.short_name() + (f", {one.scaling}" if one.scaling not in (None, "alpha/r") else "")
-        values = np.array([[one.factor(metric) * v for v in results.curve(split)[1]] for results in of_seeds], float)
+        factor = min(results.factor(metric) for results in of_seeds)
+        values = np.array([[factor * v for v in results.curve(split)[1]] for results in of_seeds], float)
         band = bootstrap_band(one, split) if len(of_seeds) == 1 else None
         names = [", ".join([name, *differing]) for name in (method, short)]
         found.append(

@@ -60,6 +60,15 @@ def to_curves(found: Found) -> list[Curve]:
     return drawn
 
 
+def not_drawn(found: Found) -> list[str]:
+    """A sentence that names what the picture lacks."""
+    lacking = {task: [name for method, name in DRAWN.items() if (task, method) not in found] for task in AVERAGED}
+    sentences = [
+        f"{NAMES[task].split(',')[0]} has no run of: {'; '.join(names)}." for task, names in lacking.items() if names
+    ]
+    return [" ".join(sentences), ""] if sentences else []
+
+
 def averages_to_curves(found: Found) -> list[Curve]:
     """The main methods that were run on every task of AVERAGED, the mean over these."""
     drawn = []
@@ -123,7 +132,7 @@ def main_tables(founds: dict[str, Found], records: list[dict]) -> list[str]:
         lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
         if peer == BAR:
             lines += task_by_task(founds[device])
-    return [*lines, "![curves](curves.png)", "", "## Words", "", *WORDS, ""]
+    return [*lines, "![curves](curves.png)", "", *not_drawn(next(iter(founds.values()))), "## Words", "", *WORDS, ""]
 
 
 def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:

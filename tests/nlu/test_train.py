@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 import yaml
@@ -134,6 +135,23 @@ def test_files_that_cannot_be_read_are_one_sentence(name, text, sentence, tmp_pa
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=sentence):
         load_files({"train": str(tmp_path / name)}, str(tmp_path / "cache"))
+
+
+def test_a_file_with_other_contents_is_read_anew_whatever_its_time(tmp_path):
+    found = []
+    for text in ("one", "two"):
+        (tmp_path / "a.csv").write_text(f"text,label\n{text},yes\n{text},no\n")
+        os.utime(tmp_path / "a.csv", (1e9, 1e9))
+        found.append(load_files({"train": str(tmp_path / "a.csv")}, str(tmp_path / "cache"))[1]["train"]["text"][0])
+    assert found == ["one", "two"]
+
+
+def test_an_adapters_columns_are_those_that_it_was_trained_on(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n7,w1\n")
+    task, _ = load_files({"test": str(tmp_path / "a.csv")}, str(tmp_path / "cache"), ("no", "yes"), None, ("text",))
+    assert task.columns == ("text",)
+    with pytest.raises(UsageError, match="has no column 'body'"):
+        load_files({"test": str(tmp_path / "a.csv")}, str(tmp_path / "cache"), ("no", "yes"), None, ("body",))
 
 
 def rows_of(path, n=30):

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import math
@@ -109,3 +110,30 @@ def test_there_is_a_panel_for_each_task_and_no_empty_one(count, tmp_path):
     svg = (tmp_path / "c.svg").read_text()
     assert svg.count(">rank<") == count  # one axis label a panel
     assert svg.count('id="axes_') == count
+
+
+def run_in(directory, seed, settings=None, **changes):
+    directory.mkdir()
+    if settings is not None:
+        (directory / "run_settings.json").write_text(json.dumps({"seed": seed, "learning_rate": 1e-3} | settings))
+    return dataclasses.replace(as_results(seed=seed, **changes), directory=str(directory))
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one(tmp_path):
+    alike = [run_in(tmp_path / str(seed), seed, {}) for seed in (0, 1)]
+    assert [curve.seeds for curve in curves(alike)] == [2]
+    other = run_in(tmp_path / "other", 2, {"learning_rate": 0.1})
+    found = curves([*alike, other])
+    assert [curve.seeds for curve in found] == [2, 1] and found[1].method.endswith("learning_rate 0.1")
+    again = run_in(tmp_path / "again", 0, {})
+    found = curves([*alike, again])
+    assert [curve.seeds for curve in found] == [2, 1] and found[1].method.endswith(f"run {tmp_path / 'again'}")
+
+
+def test_seeds_of_a_metric_on_its_own_scale_are_on_one_scale(tmp_path):
+    def run(seed, value):
+        row = {"rank": 1, "mine": value, "loss": 0.5, "samples": 4, "adapter_parameters": 10}
+        return run_in(tmp_path / str(seed), seed, metric="mine", splits={"validation": [row]})
+
+    (curve,) = curves([run(0, 0.9), run(1, 1.1)])
+    assert curve.means == pytest.approx((1.0,)) and curve.errors == pytest.approx((0.1,))

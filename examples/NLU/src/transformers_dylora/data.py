@@ -1,6 +1,7 @@
 """Loading a task's splits, from the hub, a local directory or one's own files, and tokenising them."""
 
 import csv
+import hashlib
 from pathlib import Path
 
 import datasets
@@ -66,13 +67,24 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
     try:
         if kind == "csv":
             options = _csv_as_text(file)
-        files = sorted(map(str, file.glob("*.arrow"))) if kind == "arrow" else str(file)
+        files = sorted(map(str, file.glob("*.arrow"))) if kind == "arrow" else [str(file)]
+        options |= {"name": content_name(files)}
         return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, csv.Error) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UsageError(
             f"{file} cannot be read as {file.suffix[1:] or kind} ({reason[0] if reason else 'empty'}); mend the file."
         ) from error
+
+
+def content_name(files: list[str]) -> str:
+    """A name for these files' contents. The cache tells files apart by path and time alone, and a copy may keep its
+    time."""
+    digest = hashlib.sha256()
+    for name in files:
+        with open(name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"content-{digest.hexdigest()[:16]}"
 
 
 def _csv_as_text(file: Path) -> dict:
@@ -132,6 +144,7 @@ def load_files(
     cache_dir: str | None = None,
     labels: tuple[str, ...] = (),
     regression: bool | None = None,
+    columns: tuple[str, ...] = (),
 ) -> tuple[Task, datasets.DatasetDict]:
     """One's own data: the task it makes (columns, labels) and its splits. Raises UsageError.
 
@@ -140,6 +153,7 @@ def load_files(
     Args:
         labels: those that a model to evaluate knows, in its order; else they are the sorted ones of the first labelled
             file.
+        columns: the text columns that such a model was trained on; without, those of the first file.
         regression: whether labels are values; None: they are if any of that file's is a number with a fraction.
     """
     splits = datasets.DatasetDict()
@@ -150,7 +164,7 @@ def load_files(
             splits[name] = _read(Path(file), cache_dir)
             if not len(splits[name]):
                 raise UsageError(f"{file} is empty; it needs at least one example.")
-    texts = _text_columns(next(iter(splits.values())))
+    texts = columns or _text_columns(next(iter(splits.values())))
     labelled = [name for name, split in splits.items() if name != "test" and "label" in split.column_names]
     if not labelled and not labels and regression is None:
         raise UsageError(

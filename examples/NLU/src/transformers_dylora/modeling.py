@@ -135,6 +135,11 @@ def known_labels(args: ModelArguments) -> tuple[tuple[str, ...], bool | None]:
     return names, True if config.problem_type == "regression" or config.num_labels == 1 else None
 
 
+def known_columns(adapter: str) -> tuple[str, ...]:
+    """The text columns of one's own data that an adapter was trained on; nothing where it does not say them."""
+    return tuple(read_facts(adapter).get("columns") or ())
+
+
 def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: int | None = None):
     """The classifier, adapted if asked, the right parameters trainable; and notes on where its head comes from.
 

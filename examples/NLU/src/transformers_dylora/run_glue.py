@@ -30,7 +30,7 @@ from .arguments import line_parser, parse
 from .data import glue_task, held_out, load_files, load_glue, padding_share, tokenize
 from .errors import UsageError
 from .identity import check_continuation, settings_of, store
-from .modeling import known_labels, load_model, load_tokenizer, longest_input
+from .modeling import known_columns, known_labels, load_model, load_tokenizer, longest_input
 from .output_dir import check_output_dir, clear_run, resume_point
 from .settings import expanded, given, named, store_config
 from .stopping import StopBetweenSteps, exit_code, one_sentence
@@ -117,7 +117,8 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
         schedule=replace(model_args.schedule(), seed=training_args.seed),
         eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,
         group_by_length=data_args.group_by_length,
-        adapter_facts={"task": task.name, "labels": list(task.labels), "regression": task.regression},
+        adapter_facts={"task": task.name, "labels": list(task.labels), "regression": task.regression}
+        | ({} if data_args.task_name else {"columns": list(task.columns)}),
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     say(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train")
@@ -192,7 +193,8 @@ def load_data(data_args, model_args, training_args):
     labels, regression = ((), None) if training_args.do_train else known_labels(model_args)
     if data_args.regression is not None:
         regression = data_args.regression
-    task, raw = load_files(files, model_args.cache_dir, labels, regression)
+    trained_on = () if training_args.do_train or not model_args.lora_path else known_columns(model_args.lora_path)
+    task, raw = load_files(files, model_args.cache_dir, labels, regression, trained_on)
     if not (training_args.do_train and training_args.do_eval) or "validation" in raw or "train" not in raw:
         return task, raw, []
     whole = len(raw["train"])

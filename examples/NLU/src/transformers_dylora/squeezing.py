@@ -19,7 +19,7 @@ from loralib.report.results import RankResults
 from loralib.sampling import RankSampler
 from loralib.trainer import DyLoRATrainer
 
-from .data import load_files, tokenize
+from .data import content_name, load_files, tokenize
 from .errors import UsageError
 from .metrics import metrics_function
 
@@ -154,7 +154,8 @@ def completing(data: str, tokenizer, max_length: int):
     import datasets
 
     try:
-        rows = datasets.load_dataset("csv" if data.endswith(".csv") else "json", data_files=data, split="train")
+        kind, options = "csv" if data.endswith(".csv") else "json", {"name": content_name([data])}
+        rows = datasets.load_dataset(kind, data_files=data, split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
         raise UsageError(f"{data} cannot be read ({type(error).__name__}); give CSV or JSON lines.") from None
     if not {"prompt", "completion"} <= set(rows.column_names) and "text" not in rows.column_names:
