@@ -45,11 +45,13 @@ def paired(found: Found, peer: str, ranks, method: str = DEFAULT) -> list[float]
 
 def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
     """On one device: the mean over tasks, of the seeds that the peer has, and below it the paired differences from the
-    peer with their intervals."""
+    peer with their intervals. Nothing where the peer has no seed of all tasks."""
     chosen, rates = sweep_methods(records), defaultdict(set)
     for record, row, _ in by_row(records):
         rates[row].add(record["rate"])
     of_peer, means, apart = averaged(found, peer), [], []
+    if not of_peer:
+        return []
     for method in order({m for _, m in found}):
         own = averaged(found, method)
         if method != peer and (both := sorted(set(own) & set(of_peer))):

@@ -88,7 +88,7 @@ def where(records: list[dict]) -> str:
     on += [f"{counts[PROCESSOR]} on a core each of a processor (fp32, or bf16 autocast where it has bf16 products)"]
     unnamed = sum("precision" not in r for r in trained)
     return (
-        f"Of the trainings, {' and '.join(on)}; {unnamed} lines of runs.jsonl, of processors, do not say which of both."
+        f"Of the trainings, {' and '.join(on)}; {unnamed} lines of runs.jsonl, of processors, do not say which."
     )
 
 
@@ -128,8 +128,8 @@ def main_tables(founds: dict[str, Found], records: list[dict]) -> list[str]:
     lines = ["## Is one training as good as one for each rank?", "", *headline(founds, records)]
     for peer in ("sweep", BAR):
         device = with_most_seeds(founds, peer)
-        tables = average_tables(founds[device], records, peer)
-        lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
+        if tables := average_tables(founds[device], records, peer):
+            lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
         if peer == BAR:
             lines += task_by_task(founds[device])
     return [*lines, "![curves](curves.png)", "", *not_drawn(next(iter(founds.values()))), "## Words", "", *WORDS, ""]
