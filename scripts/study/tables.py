@@ -87,9 +87,7 @@ def where(records: list[dict]) -> str:
     on = [f"{counts[name]} on one {name} (fp32, products in TF32)" for name in sorted(counts) if name != PROCESSOR]
     on += [f"{counts[PROCESSOR]} on a core each of a processor (fp32, or bf16 autocast where it has bf16 products)"]
     unnamed = sum("precision" not in r for r in trained)
-    return (
-        f"Of the trainings, {' and '.join(on)}; {unnamed} lines of runs.jsonl, of processors, do not say which."
-    )
+    return f"Of the trainings, {' and '.join(on)}; {unnamed} lines of runs.jsonl, of processors, do not say which."
 
 
 WORDS = [
