@@ -125,11 +125,6 @@ def _part(output: Any, dim: Any, place: int, parts: int) -> Any:
     return None if dim is None else output.narrow(dim, place * (size := output.shape[dim] // parts), size)
 
 
-def batch_size(inputs: dict[str, Any]) -> int:
-    """Examples in a batch: the first dimension of its first tensor."""
-    return examples_in(inputs)
-
-
 def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list[tuple[list[int], Any, dict[str, Any]]]:
     """How to run one batch at ``ranks``: for each forward pass its ranks, what to set, and its inputs.
 
@@ -141,7 +136,7 @@ def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list
     A pass holds no more tokens than that or than the batch itself, however many ranks there are. Inputs of which one is
     neither a tensor with a row for each example nor a plain value go through rank by rank.
     """
-    size = batch_size(inputs)
+    size = examples_in(inputs)
     tokens = next(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
     plain = (bool, int, float, str, type(None))
     stack = stack and all(
@@ -227,11 +222,12 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
             if isinstance(value, torch.Tensor):
                 trust(value)
 
-    replaced: list[tuple[nn.Module, str, Any]] = []
+    replaced: dict[tuple[nn.Module, str], Any] = {}
 
     def replace(module: nn.Module, name: str) -> None:
-        replaced.append((module, name, module.__dict__.get(name)))
-        setattr(module, name, once(module, getattr(module, name)))
+        if (module, name) not in replaced:
+            replaced[module, name] = module.__dict__.get(name)
+            setattr(module, name, once(module, getattr(module, name)))
 
     # Modules with an adapter inside are entered; the largest ones without run once; an adapted layer's base does.
     adapted = {model.get_submodule(name) for name, _ in lora_layers(model)}
@@ -246,8 +242,7 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
                 replace(module, "base")
             elif visited[module]:
                 for child in plain:
-                    if "forward" not in {name for other, name, _ in replaced if other is child}:
-                        replace(child, "forward")
+                    replace(child, "forward")
         return visited[module]
 
     try:
@@ -256,7 +251,7 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
         yield new_batch
     finally:
         _sharing.pop(model, None)
-        for module, name, before in replaced:
+        for (module, name), before in replaced.items():
             if before is None:
                 delattr(module, name)
             else:

@@ -49,9 +49,8 @@ def note_pass(layer: HasState, output: torch.Tensor) -> None:
 def check_recomputation(layer: HasState, inputs: Iterable[torch.Tensor]) -> None:
     """Within a backward pass: raise RuntimeError unless the layer ran in the state that it has now.
 
-    Unless no gradient is wanted to any of ``inputs``: what the layer gets, and its factors.
-
-    This stands before anything is computed: a recomputation ends in the middle of its last layer, with the last tensor
+    ``inputs`` are what the layer gets, and its factors; where none of them wants a gradient, any state will do. This
+    stands before anything is computed: a recomputation ends in the middle of its last layer, with the last tensor
     that is needed. Of several passes that wait for their backward pass all must have run in this state.
     """
     if not torch.is_grad_enabled() or id(layer) in _vouched:

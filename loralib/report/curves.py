@@ -100,6 +100,7 @@ def settings_of_run(results: RankResults) -> dict[str, Any]:
         stored = json.loads(file.read_text(encoding="utf-8")) if results.directory and file.exists() else {}
     except (OSError, ValueError):
         stored = {}
+    stored = stored if isinstance(stored, dict) else {}
     return found | {n: v for n, v in stored.items() if n not in (*found, "seed", "data_seed")}
 
 

@@ -10,7 +10,8 @@ from transformers.trainer_pt_utils import nested_truncate
 from transformers.trainer_utils import denumpify_detensorize, has_length
 
 from ..adapters.kinds import task_type
-from ..all_ranks import at_ranks, batch_size, share_between_ranks
+from ..all_ranks import at_ranks, share_between_ranks
+from ..layout import examples_in
 from ..schedule import BoundSchedule
 from .batching import order_within
 from .metrics import Gathered, Scored, counted_tokens, in_order, rank_metrics
@@ -40,7 +41,7 @@ class EvaluationOfRanks(TrainerPart):
         if not self.eval_ranks:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
-        size, step = batch_size(inputs), super().prediction_step
+        size, step = examples_in(inputs), super().prediction_step
         given = [inputs[name] for name in self.label_names if inputs.get(name) is not None]
         # A model trained with a rank per example takes them in evaluation too. A pass of several ranks has no loss of
         # one: it must follow from the logits, as a classifier's does.

@@ -9,9 +9,9 @@ import torch
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..all_ranks import batch_size
 from ..frozen import freeze_undrawn
 from ..gate import check_rank
+from ..layout import examples_in
 from ..model import get_rank, has_lora, max_rank, scaling_of, set_rank
 from ..schedule import BoundSchedule, RankSchedule, Setting
 from .around import AroundTraining
@@ -183,7 +183,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.place.begin_micro_batch()
         if self.bound is not None:
-            setting = self.training_setting(batch_size(inputs))
+            setting = self.training_setting(examples_in(inputs))
             setting.apply(self.model, self.optimizer)
             self.ordered |= setting.order
         loss = super().training_step(model, inputs, num_items_in_batch)

@@ -84,8 +84,8 @@ def rank_tables(records: list[dict]) -> list[str]:
     return [
         "## Larger r_max",
         "",
-        f"Rate {TRIED_RATE:g}, strength 2 (the sweep below rank 8: 16/r), seed 0 alone, of which the sweep's rank 1 on "
-        "CoLA is the best of its seeds. No rate was searched at these r_max.",
+        f"Rate {TRIED_RATE:g}, strength 2 (the sweep below rank 8: 16/r), seed 0 alone. No rate was "
+        "searched at these r_max.",
         "",
         *lines,
     ]
