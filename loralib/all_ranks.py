@@ -194,6 +194,8 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
 
     def once(module: nn.Module, compute):
         def run(*args, **kwargs):
+            if torch.compiler.is_compiling():  # a graph has no identities to go by
+                return compute(*args, **kwargs)
             values = (*args, *kwargs.values())
             tensors = [value for value in values if isinstance(value, torch.Tensor)]
             simple = all(isinstance(value, (torch.Tensor, bool, int, float, str, type(None))) for value in values)

@@ -184,7 +184,7 @@ def _report(args) -> None:
     from .report.writing import write_report
 
     runs = [RankResults.read(path) for path in args.runs]
-    to = Path(args.to or (args.runs[0] if len(runs) == 1 else "dylora_report"))
+    to = Path(args.to or (runs[0].directory if len(runs) == 1 else None) or "dylora_report")
     for results in runs:
         print_table(results)
     curves = write_report(runs, to)

@@ -13,7 +13,7 @@ from torch import nn
 from .checks import check_int
 from .gate import SCALINGS, check_rank
 from .layout import examples_in
-from .model import set_matryoshka_gate, set_rank
+from .model import max_rank, scaling_of, set_matryoshka_gate, set_rank
 from .ordering import order_components
 from .sampling import RankSampler
 
@@ -129,7 +129,7 @@ class RankSchedule:
             distribution=distribution,
             reduce=(self.reduce or "sum") if self.sampling == "matryoshka" else None,
         )
-        return BoundSchedule(settled, r_max, steps)
+        return BoundSchedule(settled, r_max, steps, scaling)
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,7 @@ class BoundSchedule:
     schedule: RankSchedule
     r_max: int
     steps: int | None = None
+    scaling: str = "alpha/r"  # the rule that the defaults were settled for
 
     def __post_init__(self):
         if not 1 <= self.schedule.r_min <= self.r_max:
@@ -218,8 +219,15 @@ class BoundSchedule:
             optimizer: its momenta are turned along when the components are ordered.
             accumulate: batches to an update.
 
-        Raises ValueError if these are not as many updates as the schedule was resolved for.
+        Raises ValueError if the schedule was resolved for another r_max or scaling than the model's, or for another
+        number of updates than these.
         """
+        found = max_rank(model), scaling_of(model)
+        if found != (self.r_max, self.scaling):
+            raise ValueError(
+                f"The schedule was resolved for r_max {self.r_max} and scaling {self.scaling!r}, and the model has "
+                f"{found[0]} and {found[1]!r}; give these to resolve."
+            )
         bound, updates = self, None
         if isinstance(batches, Sized):
             updates = math.ceil(len(batches) * epochs / accumulate)

@@ -33,6 +33,11 @@ class RankState:
                 "frozen training updates the component of a drawn rank, and weights of ranks draw none; leave out "
                 "frozen."
             )
+        for name in ("rank", "gate"):  # a state outlives the mode that it is set in: training may come next
+            value = getattr(self, name)
+            if isinstance(value, torch.Tensor) and value.is_inference():
+                with torch.inference_mode(False):
+                    object.__setattr__(self, name, value.clone())
 
     @property
     def is_off(self) -> bool:

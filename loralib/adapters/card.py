@@ -78,8 +78,14 @@ def model_card(
         chosen = results.selected_rank
         if chosen:
             lines += [f"Selected on {_one_line(chosen.split)}: rank {chosen.rank}, {_with_article(chosen.rule)}.", ""]
-    lines += ["Method: DyLoRA, [arXiv 2210.07558](https://arxiv.org/abs/2210.07558).", ""]
+    if facts.get("squeezed") or _drew_ranks(facts):
+        lines += ["Method: DyLoRA, [arXiv 2210.07558](https://arxiv.org/abs/2210.07558).", ""]
     return "\n".join(lines)
+
+
+def _drew_ranks(facts: dict) -> bool:
+    """Whether the adapter is known to be trained for all its ranks; PEFT's own files tell nothing of their training."""
+    return facts.get("sampling") not in (None, "fixed")
 
 
 def _with_article(rule: str) -> str:
@@ -110,12 +116,14 @@ def _what(config: dict, facts: dict, base: str, merged: bool) -> str:
         else f"A LoRA adapter of rank {rank} for {base}"
     )
     if facts.get("squeezed"):
-        how = f"made from a LoRA of rank {r_max}, whose components were put in the order of their importance"
-    else:
-        how = "from one DyLoRA training"
+        how = f", made from a LoRA of rank {r_max}, whose components were put in the order of their importance"
+    elif _drew_ranks(facts):
+        how = ", from one DyLoRA training"
         how += f", whose adapter serves every rank from 1 to {r_max}" if r_max > 1 else ""
+    else:
+        how = f", cut from an adapter of rank {r_max}" if rank < r_max else ""
     spread = " It keeps the components of all layers that matter most, as many numbers as at one rank in every layer."
-    return f"{what}, {how} {strength}." + (spread if facts.get("spread") else "")
+    return f"{what}{how} {strength}." + (spread if facts.get("spread") else "")
 
 
 def _loading(config: dict, facts: dict, base: str, name: str, merged: bool) -> list[str]:

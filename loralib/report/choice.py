@@ -43,7 +43,7 @@ def select_rank(
     """The smallest rank that is as good as the best one, and why.
 
     Args:
-        scores: the score of each rank, higher is better; nan never wins.
+        scores: the score of each rank, higher is better; what is no finite number never wins.
         resampled: (resamples, ranks), the scores on bootstrap resamples of the evaluation data, the same resample for
             all ranks (see ``bootstrap``); needed by "1se".
         within: "1se" accepts a rank whose score is at most one standard error of its paired difference to the best
@@ -53,7 +53,8 @@ def select_rank(
     The choice's standard error is that of the difference between the chosen and the best rank: None with a margin, and
     where the best is chosen. Raises ValueError where no rank has a score.
     """
-    clean = np.nan_to_num(np.asarray(scores, float), nan=-np.inf)
+    clean = np.asarray(scores, float)
+    clean = np.where(np.isfinite(clean), clean, -np.inf)
     best = int(clean.argmax())
     if not np.isfinite(clean[best]):
         raise ValueError("No rank has a score to choose by; evaluate on data whose labels differ.")
@@ -64,8 +65,8 @@ def select_rank(
         near = "within one standard error of"
     else:
         margin = float(within)
-        if not margin >= 0:
-            raise ValueError(f"within is {within!r}; give '1se' or a margin of 0 or more points.")
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"within is {within!r}; give '1se' or a number of points, 0 or more.")
         margins = np.full(len(ranks), margin / points)
         near = f"within {margin:g} points of"
     chosen = next(k for k in range(len(ranks)) if clean[best] - clean[k] <= margins[k] + 1e-12)

@@ -1,7 +1,7 @@
 """The result of a run, read and written in one place: ``rank_results.json`` and its tables.
 
 What the files hold is in the README, "What an output directory holds". Scores are 0-1 (a correlation -1-1) here and in
-the file, 0-100 in tables. A score that is not defined is nan here and null in the file.
+the file, 0-100 in tables. A score that is not defined or infinite is nan here and null in the file.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ class RankRow:
     loss: float | None
     samples: int
     adapter_parameters: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "scores", {name: _finite(value) for name, value in self.scores.items()})
+        object.__setattr__(self, "loss", None if self.loss is None else _finite(self.loss))
 
     def value(self, name: str):
         """A column's value."""
@@ -98,6 +102,9 @@ class RankResults:
     command: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     directory: str | None = None  # where it was read from; not in the file
+
+    def __post_init__(self):
+        object.__setattr__(self, "aurac", {split: _finite(value) for split, value in self.aurac.items()})
 
     def split(self, name: str | None = None) -> str:
         """The split to speak of: the one named, else the first. Raises ValueError for one that is not there."""
@@ -224,7 +231,12 @@ class RankResults:
 
 def _null(value: float) -> float | None:
     """JSON has no nan: null instead."""
-    return None if math.isnan(value) else float(value)
+    return None if math.isnan(_finite(value)) else float(value)
+
+
+def _finite(value: float) -> float:
+    """Nan for an infinite number, of which tables, curves and JSON make nothing."""
+    return value if math.isfinite(value) else math.nan
 
 
 def _number(name: str, value) -> float:

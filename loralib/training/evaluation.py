@@ -30,6 +30,7 @@ class EvaluationOfRanks(TrainerPart):
     scored: Scored | None = None  # what the last one gathered
     rank_logits: Any = None  # its preprocess_logits_for_metrics
 
+    @torch.no_grad()  # Trainer's own step says so inside; ranks share what they can only without gradients
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """What every rank in ``eval_ranks`` gives, ranks in the last dimension: {"logits": a tensor or several, (batch,
         .., ranks), "losses": (batch, ranks + 1)}, and the labels.

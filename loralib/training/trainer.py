@@ -107,6 +107,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
                 "DyLoRATrainer orders its batches itself and measures all ranks at the end: leave out "
                 "--train_sampling_strategy batch_rebalance and --batch_eval_metrics."
             )
+        if not self.args.eval_do_concat_batches:
+            raise ValueError("eval_do_concat_batches is False; results are put in the data's order: leave it at True.")
         if (
             self.bound is not None
             and self.bound.schedule.sampling == "example"

@@ -227,3 +227,16 @@ def test_sharing_is_set_up_once_around_many_batches(roberta_config):
                 assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
                 assert model.roberta.embeddings.forward is forward
     assert "forward" not in vars(model.roberta.embeddings)
+
+
+@pytest.mark.parametrize("stack", [False, True])
+def test_a_compiled_model_stays_one_graph_and_has_its_own_outputs(stack, roberta_config):
+    model = randomised(next(models(roberta_config)))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(3):
+        batch = {"input_ids": torch.randint(3, 100, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+        lora.learn_layout(model, **batch)
+        with torch.no_grad():
+            for rank, output in lora.at_ranks(model, batch, [1, 2, 4], lambda inputs: compiled(**inputs), stack):
+                with lora.use_rank(model, rank):
+                    torch.testing.assert_close(output.logits, model(**batch).logits)

@@ -72,6 +72,12 @@ def test_report_of_one_run(capsys, folder):
     assert Path("one/rank_curve.svg").read_bytes() == before
 
 
+def test_report_of_a_runs_file_goes_beside_it(capsys, folder):
+    shutil.copytree("mnli", "by_file")
+    code, out, _ = dylora(capsys, "report", "by_file/rank_results.json")
+    assert code == 0 and "written to by_file:" in out and Path("by_file/report.html").exists()
+
+
 def test_report_of_several_runs_has_seeds_tasks_and_baselines(capsys):
     code, out, _ = dylora(capsys, "report", "mnli", "rte0", "rte1", "fixed", "--to", "all")
     assert code == 0 and "standard error" in out

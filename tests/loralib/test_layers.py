@@ -232,3 +232,14 @@ def test_bfloat16_autocast_and_mixed_ranks(kind):
         low = layer(x)
     exact = layer(x)
     assert (low.float() - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("name", ["set_rank", "set_matryoshka_gate", "set_gate"])
+def test_what_was_set_in_inference_mode_can_be_trained(name):
+    model = lora.inject(torch.nn.Sequential(torch.nn.Linear(6, 3)), ["0"], r=4)
+    with torch.inference_mode():
+        values = {"set_rank": torch.tensor([1, 2]), "set_matryoshka_gate": [1, 2], "set_gate": torch.rand(2, 4)}
+        getattr(lora, name)(model, values[name])
+        model(torch.randn(2, 6))
+    model(torch.randn(2, 6)).sum().backward()
+    assert model[0].lora_B.grad.abs().sum() > 0

@@ -270,6 +270,18 @@ def test_a_loop_that_is_left_early_leaves_the_model_at_r_max():
     assert lora.get_rank(model) == 4
 
 
+def test_a_loop_over_another_adapter_than_the_schedules_is_refused():
+    model, optimizer = a_model()
+    with pytest.raises(
+        ValueError, match="resolved for r_max 8 and scaling 'alpha/r', and the model has 4 and 'alpha/r'"
+    ):
+        next(RankSchedule().resolve(8).over(data(), model, optimizer))
+    paper = lora.inject(torch.nn.Sequential(torch.nn.Linear(6, 3)), ["0"], r=4, scaling="alpha/b")
+    with pytest.raises(ValueError, match="scaling 'alpha/r', and the model has 4 and 'alpha/b'; give these to resolve"):
+        next(RankSchedule().resolve(4).over(data(), paper))
+    next(RankSchedule().resolve(4, "alpha/b").over(data(), paper))
+
+
 def test_a_loop_over_other_updates_than_the_schedules_is_refused():
     model, optimizer = a_model()
     bound = RankSchedule().resolve(4, steps=30)

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -198,6 +199,20 @@ def test_ranks_spread_by_importance_hold_as_many_numbers_and_run_in_stock_peft(
     assert main([*command, "--to", str(tmp_path / "chosen"), *data]) == 0
     assert "rank 1: t, validation" in capsys.readouterr().out
     assert main(["squeeze", str(tmp_path / "s2"), "--rank", "1", "--to", str(tmp_path / "again")]) == 0
+
+
+@pytest.mark.parametrize("flag", ["--data", "--importance"])
+def test_half_precision_stays_half_after_running(flag, llama_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    foreign(llama_checkpoint, tmp_path / "theirs", AutoModelForCausalLM, **options)
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    save_file({key: value.half() for key, value in load_file(file).items()}, file)
+    (tmp_path / "t.jsonl").write_text('{"text": "w1 w2 w3"}\n{"text": "w4 w5"}\n')
+    command = ["squeeze", str(tmp_path / "theirs"), "--base", str(llama_checkpoint), flag, str(tmp_path / "t.jsonl")]
+    assert main([*command, "--rank", "2", "--to", str(tmp_path / "small")]) == 0
+    found = load_file(tmp_path / "small" / "adapter_model.safetensors")
+    assert {value.dtype for value in found.values()} == {torch.float16}
 
 
 def test_a_limit_of_parameters_takes_the_largest_rank_that_fits(roberta_checkpoint, tmp_path, capsys):

@@ -28,6 +28,12 @@ def test_selection_by_a_margin():
         choose([math.nan] * 4, 1)
     with pytest.raises(ValueError, match="within"):
         choose([0.5] * 4, -1)
+    for none in (math.nan, math.inf, -math.inf):
+        assert choose([none, 0.8, 0.8, none], 0) == 2
+        with pytest.raises(ValueError, match="No rank has a score"):
+            choose([none] * 4, 1)
+    with pytest.raises(ValueError, match="within is inf; give '1se' or a number of points"):
+        choose([math.nan, 0.5, 0.5, 0.5], math.inf)
 
 
 def test_selection_within_one_standard_error_uses_the_paired_difference():

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,6 +104,22 @@ def test_a_card_takes_no_lines_from_names():
     assert "\n## no" not in card and "\n- injected" not in card
 
 
+@pytest.mark.parametrize(
+    ("facts", "said", "credited"),
+    [
+        ({"sampling": "example"}, ", from one DyLoRA training, whose adapter serves every rank from 1 to 4 (", True),
+        ({"sampling": "fixed"}, "rank 2 for base, cut from an adapter of rank 4 (", False),
+        ({}, "rank 2 for base, cut from an adapter of rank 4 (", False),  # PEFT's own
+        ({"r_max": 2}, "rank 2 for base (", False),
+        ({"squeezed": True}, ", made from a LoRA of rank 4, whose components", True),
+    ],
+)
+def test_a_card_tells_of_a_training_what_is_known(facts, said, credited):
+    facts = {"rank": 2, "r_max": 4, "scaling": "alpha/r"} | facts
+    card = model_card({"base_model_name_or_path": "base", "lora_alpha": 8}, facts, None, "x")
+    assert said in card and ("Method: DyLoRA" in card) == credited
+
+
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_there_is_a_panel_for_each_task_and_no_empty_one(count, tmp_path):
     runs = [as_results(task=f"task {i}") for i in range(count)]
@@ -117,6 +134,14 @@ def run_in(directory, seed, settings=None, **changes):
     if settings is not None:
         (directory / "run_settings.json").write_text(json.dumps({"seed": seed, "learning_rate": 1e-3} | settings))
     return dataclasses.replace(as_results(seed=seed, **changes), directory=str(directory))
+
+
+@pytest.mark.parametrize("stored", ["[1, 2]", "7", "{"])
+def test_stored_settings_that_are_none_separate_no_runs(stored, tmp_path):
+    runs = [run_in(tmp_path / str(seed), seed) for seed in (0, 1)]
+    for run in runs:
+        (Path(run.directory) / "run_settings.json").write_text(stored)
+    assert [curve.seeds for curve in curves(runs)] == [2]
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one(tmp_path):

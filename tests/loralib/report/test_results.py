@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loralib.report.choice import choose
 from loralib.report.results import Choice, RankResults, RankRow
 from loralib.report.tables import to_csv, to_markdown
 
@@ -45,6 +46,16 @@ def test_written_and_read_it_is_the_same(found):
     again = RankResults.from_json(json.loads(text))
     assert repr(again) == repr(found)  # nan is not equal to itself
     assert to_markdown(again) == to_markdown(found) and to_csv(again) == to_csv(found)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_score_is_none(value, tmp_path):
+    rows = [RankRow(1, {"perplexity": value}, value, 3, 8), RankRow(2, {"perplexity": 7.0}, 0.5, 3, 16)]
+    found = RankResults("t", "m", "perplexity", {"validation": rows}, {"validation": value})
+    text = json.dumps(found.to_json())
+    assert "Infinity" not in text and "inf" not in to_csv(found) + to_markdown(found)
+    again = RankResults.from_json(json.loads(text))
+    assert to_csv(again) == to_csv(found) and choose(again, within=1).rank == 2
 
 
 @pytest.mark.parametrize("file", sorted(ROOT.glob("results/*/rank_results.json")), ids=lambda file: file.parent.name)

@@ -24,6 +24,7 @@ from transformers import (
 from transformers.training_args import ParallelMode
 
 import loralib as lora
+from loralib import all_ranks
 from loralib.trainer import DyLoRATrainer
 
 
@@ -181,6 +182,18 @@ def test_one_pass_over_the_data(roberta_config, roberta_checkpoint, tmp_path):
     t.data_collator = lambda rows: seen.append(len(rows)) or collate(rows)
     t.evaluate()
     assert sum(seen) == 13
+
+
+@pytest.mark.parametrize("sampling", ["example", "step"])
+def test_the_ranks_of_a_batch_share_its_embeddings(sampling, roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(all_ranks, "STACKED_TOKENS", 0)
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, per_device_eval_batch_size=4, sampling=sampling)
+    calls, forward = [], type(t.model.roberta.embeddings).forward
+    t.model.roberta.embeddings.forward = lambda *args, **kwargs: (
+        calls.append(torch.is_grad_enabled()) or forward(t.model.roberta.embeddings, *args, **kwargs)
+    )
+    t.evaluate()
+    assert calls == [False] * 4  # 13 examples, each at 4 ranks
 
 
 def test_some_ranks_only(roberta_config, roberta_checkpoint, tmp_path):
@@ -444,6 +457,7 @@ def test_a_model_without_adapter_is_trained_as_by_trainer(roberta_config, robert
         ({"distribution": "mixed", "frozen": True}, "trains several ranks at once"),
         ({"eval_ranks": [5]}, "rank is 5"),
         ({"train_sampling_strategy": "batch_rebalance"}, "batch_rebalance"),
+        ({"eval_do_concat_batches": False}, "put in the data's order: leave it at True"),
     ],
 )
 def test_settings_that_contradict_each_other(options, message, roberta_config, roberta_checkpoint, tmp_path):

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWith
 
 import loralib as lora
 from loralib.adapters.card import AUTO
-from loralib.adapters.directory import AdapterFiles, read_directory
+from loralib.adapters.directory import AdapterFiles, read_directory, write_adapter
 from loralib.adapters.labels import told
 from loralib.report.results import RankResults
 from loralib.sampling import RankSampler
@@ -38,6 +38,7 @@ class Adapted:
     model: Any
     tokenizer: Any
     names: tuple[str, ...] | None
+    types: dict[str, torch.dtype]  # of the tensors, which come back in these after running in fp32
 
     @classmethod
     def load(cls, directory: str | Path, base: str | None = None, labels: tuple[str, ...] = ()) -> "Adapted":
@@ -88,7 +89,8 @@ class Adapted:
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
         lora.load_adapter(model, directory)
-        return cls(Path(directory), files.facts, model, tokenizer, names if classifier else None)
+        types = {key: value.dtype for key, value in files.tensors.items()}
+        return cls(Path(directory), files.facts, model, tokenizer, names if classifier else None, types)
 
     def examples(self, data: str):
         """A file's examples as tokens, what puts them into batches, and a classifier's metrics. CSV or JSON lines; for
@@ -114,6 +116,7 @@ class Adapted:
         self.model.to(torch.accelerator.current_accelerator() or "cpu")
         lora.order_by_importance(self.model, one_by_one())
         lora.save_adapter(self.model, self.directory, extra=self.kept_facts())
+        self._keep_types()
 
     def measure(self, data: str) -> RankResults:
         """Measure every rank on a file of examples, and leave ``rank_results.json`` in the directory."""
@@ -129,7 +132,14 @@ class Adapted:
             adapter_facts=self.kept_facts(),
             eval_ranks=None if r_max <= ALL_RANKS else RankSampler(r_max).ladder(),
         )
-        return trainer.measure_ranks(task=Path(data).stem)
+        results = trainer.measure_ranks(task=Path(data).stem)
+        self._keep_types()
+        return results
+
+    def _keep_types(self) -> None:
+        files = read_directory(self.directory)
+        tensors = {key: value.to(self.types.get(key, value.dtype)) for key, value in files.tensors.items()}
+        write_adapter(self.directory, tensors, files.config, files.facts | {"scaling": files.scaling})
 
 
 def outputs(files: AdapterFiles) -> int:
