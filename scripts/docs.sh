@@ -9,7 +9,8 @@ else
   . scripts/env.sh docs
 fi
 # The pages of results are those of the repository.
-cp results/study/README.md docs/results/study.md
+sed 's/(tries\.md)/(tries-of-the-study.md)/' results/study/README.md > docs/results/study.md
+sed 's/(README\.md)/(study.md)/' results/study/tries.md > docs/results/tries-of-the-study.md
 cp results/study/curves.png docs/results/
 cp results/lm/README.md docs/results/language-model.md
 cp results/lm/*.png docs/results/

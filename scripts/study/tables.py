@@ -107,6 +107,14 @@ WORDS = [
     "the training.",
 ]
 
+FIRST_TRIES = [
+    "# First tries of the study",
+    "",
+    f"AURAC on a held-out tenth of train at rate {TRIED_RATE:g}, seed by seed. They led to what [the study](README.md) "
+    "compares.",
+    "",
+]
+
 COMMANDS = [
     "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
     "    python -m transformers_dylora.minilm encoder",
@@ -134,7 +142,7 @@ def main_tables(founds: dict[str, Found], records: list[dict]) -> list[str]:
 
 
 def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
-    """README.md and curves.png from the records."""
+    """README.md, tries.md and curves.png from the records."""
     everything, records = records, usual_records(records)
     founds = scores_by_device(records)
     lines = [
@@ -180,13 +188,8 @@ def write_tables(directory: Path, records: list[dict], budgets: dict) -> None:
         *rate_table(records),
     ]
     if tried := tried_table(records):
-        lines += [
-            "## First tries",
-            "",
-            f"AURAC on a held-out tenth of train at rate {TRIED_RATE:g}, seed by seed. They led to what stands above.",
-            "",
-            *tried,
-        ]
+        write_text(directory / "tries.md", page([*FIRST_TRIES, *tried]))
+        lines += ["What was tried first, on two tasks, has [a page of its own](tries.md).", ""]
     budget = ", ".join(
         f"{task} {b.epochs} epochs" + (f" of {b.train:,} examples" if b.train else "")
         + (f", the first {b.validation:,} of validation" if b.validation else "")

@@ -6,7 +6,11 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-RESULTS = [*ROOT.glob("results/*/README.md"), ROOT / "results" / "reliability.md"]
+RESULTS = [
+    *ROOT.glob("results/*/README.md"),
+    ROOT / "results" / "study" / "tries.md",
+    ROOT / "results" / "reliability.md",
+]
 WRITTEN = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *ROOT.glob("examples/*/README.md"),
     ROOT / "tests" / "README.md",

@@ -226,6 +226,15 @@ def test_main_tables_hold_the_usual_runs_alone(tmp_path):
     assert not cells.Cell("cola", "lora-8", 0, 1e-3, r_max=16).done(records)
 
 
+def test_first_tries_have_a_page_of_their_own(tmp_path):
+    scores = dict.fromkeys("1248", 40.0)
+    tried = vars(cells.Cell("cola", "lora-8", 0, 1e-3, "held_out")) | {"scores": scores}
+    study_tables.write_tables(tmp_path, [tried | {"scores": {"8": 27.2}}, tried | {"method": "example"}], cells.BUDGETS)
+    rows = [line for line in (tmp_path / "tries.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[-2:] == ["| LoRA trained at rank 8, strength 2 | 27.2 |  |", "| DyLoRA, per example | 40.0 |  |"]
+    assert "(tries.md)" in (tmp_path / "README.md").read_text()
+
+
 def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
     def line(method, seed, scores, **apart):
         own = vars(cells.Cell("sst2", method, seed, 1e-3)) | {"evaluation_seconds": 2.0 if "lora" in method else 9.0}
