@@ -225,6 +225,19 @@ def _rank_of(args) -> tuple[int, RankResults | None]:
     return found.rank, replace(results, selected_rank=found)
 
 
+def _warn_of_plain_lora(directory: str, rank: int) -> None:
+    """Say on stderr that a LoRA of PEFT's may be unfit for cutting: its files do not tell."""
+    from .adapters.directory import read_configs
+
+    config, facts = read_configs(directory)
+    if not facts and rank < config["r"]:
+        print(
+            f"dylora: {directory} does not say that it was trained for ranks below {config['r']}. If it was not, use "
+            "dylora squeeze, which orders its components before it cuts them.",
+            file=sys.stderr,
+        )
+
+
 def _export(args) -> None:
     from .adapters.export import EXPORTED, export_adapter, free_directory
 
@@ -232,6 +245,7 @@ def _export(args) -> None:
     rank, results = _rank_of(args)
     config = export_adapter(args.run_directory, args.to, rank, results, args.license, args.server)
     print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
+    _warn_of_plain_lora(args.run_directory, rank)
     if args.server == "vllm":
         from .adapters.serving import check_for_vllm
 
@@ -245,6 +259,7 @@ def _merge(args) -> None:
     rank, results = _rank_of(args)
     base = export_merged(args.run_directory, args.to, rank, args.base, results, args.license)
     print(f"written to {args.to}: {base} with the adapter at rank {rank} merged in")
+    _warn_of_plain_lora(args.run_directory, rank)
 
 
 def _squeeze(args) -> None:

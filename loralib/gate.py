@@ -88,7 +88,7 @@ def matryoshka_gate(r: int, alpha: float, scaling: str, ranks=None, reduce: str 
     """One fixed gate that trains all ``ranks`` at once: (r,).
 
     The sum (MatryoshkaLoRA's diagonal P, arXiv 2605.07850) or the mean over ``ranks`` (default 1..r)
-    of their gates.
+    of their gates. Raises TypeError or ValueError for what is no rank in 0..r, ValueError for another reduction.
     """
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; choose 'sum' or 'mean'.")

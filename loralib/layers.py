@@ -51,6 +51,7 @@ class LoRALayer(Components, Merging):
         scaling: "alpha/b" (the paper), "alpha/r" or "alpha/sqrt(b)".
         merge_weights: accepted for compatibility; merging is explicit here (``merge``, ``unmerge``).
 
+    The defaults of alpha and scaling are microsoft/LoRA's and the paper's; ``inject`` has 2 r and "alpha/r".
     A new layer runs at rank r and computes what its base layer computes, since one factor is zero. A layer made by its
     constructor is its own base layer; ``around`` makes one that holds another module and calls it.
 

@@ -77,7 +77,8 @@ def learn_layout(model: nn.Module, *args, **kwargs) -> None:
 def declare_layout(model: nn.Module, dim: int) -> None:
     """Say in which dimension of every adapted layer's input the examples stand, 0 or 1; it is not learnt then.
 
-    In the first dimension an example may have several rows, those of one example together.
+    In the first dimension an example may have several rows, those of one example together. A model without adapter is
+    left as it is. Raises ValueError for another dimension.
     """
     check_int("dim", dim, 0, 1, "give 0 (the first dimension) or 1 (the second).")
     for _, layer in adapted_layers(model):

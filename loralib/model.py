@@ -205,7 +205,7 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
 def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
     """Multiply the components of every layer by ``gate``, a float tensor (r_max,) or (batch, r_max), scaling included.
 
-    A layer with a smaller r uses the first r columns. ``set_rank`` replaces the gate.
+    A layer with a smaller r uses the first r columns. Raises TypeError, ValueError, or RuntimeError if one is merged.
     """
     layers = lora_layers(model)
     r_max = max(layer.r for _, layer in layers)
@@ -222,7 +222,7 @@ def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
 
 
 def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> None:
-    """Train all ``ranks`` (default: 1..r_max) at once through one fixed gate: see ``loralib.matryoshka_gate``."""
+    """Train all ``ranks`` (default: 1..r_max) at once by ``matryoshka_gate``; raises as it, and as ``set_gate``."""
     layers = lora_layers(model)
     r_max = max(layer.r for _, layer in layers)
     ranks = [check_rank(b, r_max) for b in (range(1, r_max + 1) if ranks is None else ranks)]

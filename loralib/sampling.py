@@ -26,6 +26,8 @@ class RankSampler:
             every process then has the same rank, with nothing to communicate. "mixed" is per example.
         seed: any int.
 
+    Raises ValueError for a value outside of these.
+
     Source: DyLoRA, arXiv 2210.07558, section 3 (p_B); drawing per example is nested dropout's own form.
     """
 

@@ -219,8 +219,8 @@ class BoundSchedule:
             optimizer: its momenta are turned along when the components are ordered.
             accumulate: batches to an update.
 
-        Raises ValueError if the schedule was resolved for another r_max or scaling than the model's, or for another
-        number of updates than these.
+        Raises ValueError if the schedule was resolved for another r_max or scaling than the model's or for another
+        number of updates than these, and if neither it nor ``batches`` tells that number.
         """
         found = max_rank(model), scaling_of(model)
         if found != (self.r_max, self.scaling):

@@ -55,5 +55,5 @@ exec "${launch[@]}" "$here/examples/text-classification/run_glue.py" \
   --per_device_eval_batch_size 32 --learning_rate "$lr" --num_train_epochs "$epochs" \
   --output_dir "./$task/model" --overwrite_output_dir --logging_steps 10 \
   --eval_strategy epoch --save_strategy epoch --warmup_ratio 0.06 \
-  --apply_lora --lora_r 8 --lora_alpha 16 --seed 0 --weight_decay 0.1 \
+  --apply_lora --lora_r 8 --seed 0 --weight_decay 0.1 \
   ${start[@]+"${start[@]}"} "$@"

@@ -27,7 +27,8 @@ STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 class AdapterFiles:
     """What a directory holds: the tensors, PEFT's configuration, and ``dylora.json`` (nothing where PEFT wrote it).
 
-    ``rank`` is the rank of the weights, ``scaling`` the rule of their strength.
+    ``rank`` is the rank of the weights, ``scaling`` the rule of their strength. In files that PEFT wrote that is one
+    strength for every rank, or rsLoRA's.
     """
 
     path: Path
@@ -120,7 +121,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
-    usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/b"
+    usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/r"  # as DyLoraConfig takes PEFT's own files
     files = AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
     for name, counts in (facts.get("components_at") or {}).items():
         if counts[-1] > files.rank_and_alpha(name)[0] or len(counts) != files.rank:

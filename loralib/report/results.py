@@ -1,6 +1,6 @@
 """The result of a run, read and written in one place: ``rank_results.json`` and its tables.
 
-What the files hold is in the README, "What an output directory holds". Scores are 0-1 (a correlation -1-1) here and in
+What the files hold is in ``docs/reference/output-directory.md``. Scores are 0-1 (a correlation -1-1) here and in
 the file, 0-100 in tables. A score that is not defined or infinite is nan here and null in the file.
 """
 

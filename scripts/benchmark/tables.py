@@ -152,5 +152,5 @@ def write_readme(directory: Path) -> None:
                 + ".",
             ]
     if not (directory / "cuda.json").exists():
-        lines += ["", "No GPU was at hand: `--device cuda` has no table yet."]
+        lines += ["", "All of this was measured on processors; `--device cuda` has no table yet."]
     write_text(directory / "README.md", page(lines) + "\n")

@@ -11,7 +11,7 @@ from loralib.report.tables import markdown_table
 from .held_out import BAR
 from .methods import DEFAULT, R_MAX, SHOWN
 from .naming import HEAD, NAMES, called, order, strength_of
-from .shown import AVERAGED, Found, by_row, not_yet_run, sweep_methods
+from .shown import AVERAGED, Found, by_row, not_yet_run, roundings, sweep_methods
 
 
 def averaged(found: Found, method: str) -> dict[int, dict[int, float]]:
@@ -109,15 +109,18 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
             low = mean - stats.t.ppf(0.975, len(apart) - 1) * error
             row += [interval(apart), "excluded" if low > -1 else "not excluded"]
         rows.append(row)
+    both = averaged(founds[on["sweep"]], "sweep").keys() & averaged(founds[on["sweep"]], method).keys()
+    compared = [record for record in records if record["seed"] in both or record["split"] != "validation"]
     head = ["one DyLoRA training at", *(text for words in peers.values() for text in (words, "a loss of 1 point is"))]
     return [
         "<!-- --8<-- [start:headline] -->",
         f"Mean over {len(AVERAGED)} tasks for each seed, then the paired difference over seeds with its 95 percent "
-        "t-interval, in points. A loss of 1 point is excluded where the interval's lower end is above -1. Pairs are of "
-        "one device. Intervals are over seeds alone: each task has one validation set.",
+        "t-interval, in points. A loss of 1 point is excluded where the interval's lower end is above -1. Pairs share "
+        "the seed, the data and the kind of device. Intervals are over seeds alone: each task has one validation set.",
         "",
         markdown_table(head, rows, "l" + "rl" * len(peers)),
         "",
+        *roundings(compared, on["sweep"], {"sweep": "the sweep's", method: "DyLoRA's"}),
         *not_yet_run(records),
         "<!-- --8<-- [end:headline] -->",
         "",

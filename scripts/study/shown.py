@@ -88,20 +88,43 @@ def at_their_rates(records: list[dict]) -> list[dict]:
     ]
 
 
+def _each(counts: Counter) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+
+
+def roundings(records: list[dict], device: str, rows: dict[str, str]) -> list[str]:
+    """A sentence: in which precision the runs of some rows (what to call each) were on a device. Nothing where that is
+    one for all."""
+    found = {name: Counter() for name in rows.values()}
+    for record, row, _ in by_row(records):
+        if row in rows and device_of(record) == device and record["task"] in AVERAGED:
+            found[rows[row]][record.get("precision", "of unknown precision")] += 1
+    if len(set().union(*found.values())) < 2:
+        return []
+    told = "; ".join(f"of {name} {_each(counts)}" for name, counts in found.items())
+    return [
+        f"Not all runs on {device} are of one machine, and a score moves with its rounding as with a seed: {told}.",
+        "",
+    ]
+
+
 def not_yet_run(records: list[dict]) -> list[str]:
     """What was chosen on held-out parts of train and is not what the table shows, for want of runs."""
-    runs = Counter((r["method"], r["rate"]) for r in records if r["split"] == "validation" and r["task"] in AVERAGED)
+    runs: dict[tuple[str, float], Counter] = defaultdict(Counter)
+    for r in records:
+        if r["split"] == "validation" and r["task"] in AVERAGED:
+            runs[r["method"], r["rate"]][device_of(r)] += 1
+    whole = 3 * len(AVERAGED)
     shown_at = {r["method"]: r["rate"] for r in at_their_rates(records)}
     best, sweep = chosen_strengths(records), sweep_methods(records)
     wanted = {sweep[r] for r, name in best.items() if name == sweep[r]} | set(best.values())
     late = [
-        f"{called(name)} at rate {rate:g} ({runs[name, rate]} runs)"
+        f"{called(name)} at rate {rate:g} (runs so far: {_each(runs[name, rate]) or 'none'})"
         for name, rate in chosen_rates(records).items()
         if shown_at.get(name) != rate and (name in wanted or (name not in OF_SWEEP and name in shown_at))
     ]
     if not late:
         return []
-    whole = 3 * len(AVERAGED)
     return [
         f"Not yet at its own best rate or strength: {'; '.join(late)}. A choice counts from {whole} runs on one device "
         "on, three seeds of every task.",

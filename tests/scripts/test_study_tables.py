@@ -88,7 +88,7 @@ def test_tables_show_runs_at_the_chosen_rate_once_there_are_three_seeds_and_unti
     lines += lines_of("lora-8", {middle: 1, high: 2, 2 * high: 1, low: 0})
     assert rates(lines) == until_then
     assert shown.not_yet_run(lines) == [
-        "Not yet at its own best rate or strength: LoRA trained at rank 8, strength 2 at rate 0.002 (5 runs). A choice "
+        "Not yet at its own best rate or strength: LoRA trained at rank 8, strength 2 at rate 0.002 (runs so far: 5 cpu). A choice "
         "counts from 15 runs on one device on, three seeds of every task.", ""
     ]  # fmt: skip
     lines += runs("lora-8", high, (1,)) + runs("cut-svd", high, (1,))
@@ -186,6 +186,21 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
     three = stats.ttest_1samp([1 + gain[0], 1 + gain[1], 2.0], 0).confidence_interval(0.95)
     assert "that rank (2 seeds, cpu)" in text and "by SVD (3 seeds, cpu)" in text
     assert text.count(f"{(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f} |") == 5
+
+
+def test_the_headline_says_in_which_precision_the_compared_runs_were():
+    lines = [line for seed in (0, 1) for r in (1, 2, 4, 8) for line in curve_lines(f"lora-{r}", seed, {r: 50.0})]
+    ours = [
+        line for seed in (0, 1, 2) for line in curve_lines(study_methods.DEFAULT, seed, dict.fromkeys((1, 2, 4, 8), 51))
+    ]
+
+    def told():
+        records = lines + ours
+        return "\n".join(averages.headline(shown.scores_by_device(records), records))
+
+    assert "precision" not in told()
+    ours[0]["precision"], ours[-1]["precision"] = "fp32", "bf16"  # the last is of a seed that the sweep has not
+    assert "of the sweep's 40 of unknown precision; of DyLoRA's 1 fp32, 9 of unknown precision." in told()
 
 
 def test_leads_are_paired_differences_from_the_reduction_by_svd():

@@ -71,6 +71,24 @@ def test_what_cannot_be_ordered_is_refused(roberta_checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_export_of_a_plain_lora_keeps_its_strength_and_says_what_is_unknown(roberta_checkpoint, tmp_path, capsys):
+    model = foreign(roberta_checkpoint, tmp_path / "theirs")
+    assert main(["export", str(tmp_path / "theirs"), "--rank", "4", "--to", str(tmp_path / "whole")]) == 0
+    assert "does not say" not in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "theirs"), "--rank", "2", "--to", str(tmp_path / "small")]) == 0
+    assert (
+        "does not say that it was trained for ranks below 4. If it was not, use dylora squeeze"
+        in capsys.readouterr().err
+    )
+    for name, module in model.named_modules():  # the first two components at the strength 12 / 4
+        if name.endswith(".query"):
+            module.lora_A["default"].weight.data[2:] = 0
+    small = loaded(roberta_checkpoint, tmp_path / "small")
+    for (name, ours), theirs in zip(small.named_modules(), model.modules(), strict=True):
+        if name.endswith(".query"):
+            torch.testing.assert_close(ours.get_delta_weight("default"), theirs.get_delta_weight("default"))
+
+
 def test_the_command_cuts_without_data_and_wants_a_rank(roberta_checkpoint, tmp_path, capsys):
     foreign(roberta_checkpoint, tmp_path / "theirs")
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small")]) == 2

@@ -134,7 +134,7 @@ class ModelArguments:
         default=False, metadata={"help": "Train a DyLoRA adapter and the head. Without it, the whole model."}
     )
     lora_r: int = field(default=8, metadata={"help": "r_max: the adapter works at every rank from 1 to this."})
-    lora_alpha: float = field(default=16, metadata={"help": "alpha of the scaling rule."})
+    lora_alpha: float | None = field(default=None, metadata={"help": "alpha of the scaling rule. Default: 2 lora_r."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_scaling: Literal["alpha/b", "alpha/r", "alpha/sqrt(b)"] | None = field(
         default=None,
@@ -219,6 +219,7 @@ class ModelArguments:
             raise UsageError(f"--cls_dropout is {self.cls_dropout}; give a number from 0 to below 1.")
         if self.lora_r < 1:
             raise UsageError(f"--lora_r is {self.lora_r}; give 1 or more.")
+        self.lora_alpha = 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
         if not 0 < self.lora_alpha < math.inf:
             raise UsageError(f"--lora_alpha is {self.lora_alpha}; give a number above 0.")
         if not 0 <= self.lora_dropout < 1:
