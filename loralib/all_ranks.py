@@ -62,6 +62,7 @@ def at_ranks(
         raise TypeError("ranks holds a tensor; give ints: the whole batch runs at each of them.")
     ranks = [check_rank(b, r_max) for b in ranks]
     run = run or (lambda batch: model(**batch))
+    code = getattr(run, "__code__", None)
     stack = not any("label" in name for name in inputs) if stack is None else stack
     # Under FSDP a pass is all processes' together, and how many there are must not depend on the batch of each.
     stack = stack and model not in _one_by_one and not is_sharded_model(model)
@@ -75,12 +76,12 @@ def at_ranks(
                 return run(batch)
 
         for group, rank, batch in plan:
-            parts = _together(model, at, group, rank, batch, inputs) if len(group) > 1 else None
+            parts = _together(model, at, code, group, rank, batch, inputs) if len(group) > 1 else None
             for place, b in enumerate(group):
                 yield b, at(b, inputs) if parts is None else parts[place]
 
 
-def _together(model: nn.Module, at, group: list[int], rank, batch, inputs) -> list[Any] | None:
+def _together(model: nn.Module, at, code, group: list[int], rank, batch, inputs) -> list[Any] | None:
     """The outputs of several ranks, cut from those of a pass that they share; None if they cannot share one."""
     try:
         whole = at(rank, batch)
@@ -88,9 +89,11 @@ def _together(model: nn.Module, at, group: list[int], rank, batch, inputs) -> li
         _one_by_one.add(model)
         return None
     leaves, spec = tree_flatten(whole)
-    kind = tuple(leaf.ndim if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
-    known = _cuts.setdefault(model, {})
-    if kind not in known:
+    ndims = tuple(leaf.ndim if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
+    # What makes the outputs is known by its code; another run's may hold the batch elsewhere.
+    kind, known = (code, ndims), _cuts.setdefault(model, {}) if code is not None else {}
+    size = examples_in(inputs)
+    if kind not in known or not all(map(_fits(size, len(group)), leaves, known[kind])):
         # With other factors and without dropout: at those at hand the ranks may be too alike to tell them apart.
         with aside(model), random_factors(model):
             probed, alone = tree_leaves(at(rank, batch)), tree_leaves(at(group[0], inputs))
@@ -98,11 +101,17 @@ def _together(model: nn.Module, at, group: list[int], rank, batch, inputs) -> li
         if "none" in dims:
             _one_by_one.add(model)
             return None
-        known[kind] = dims
+        known[kind] = [None if d is None else (d, x.shape[d] // size) for d, x in zip(dims, alone, strict=True)]
+    dims = [None if cut is None else cut[0] for cut in known[kind]]
     return [
-        tree_unflatten([_part(leaf, d, p, len(group)) for leaf, d in zip(leaves, known[kind], strict=True)], spec)
+        tree_unflatten([_part(leaf, d, p, len(group)) for leaf, d in zip(leaves, dims, strict=True)], spec)
         for p in range(len(group))
     ]
+
+
+def _fits(size: int, parts: int) -> Callable[[Any, tuple[int, int] | None], bool]:
+    """Whether an output holds the examples of so many ranks where, and as often, as such outputs did before."""
+    return lambda leaf, cut: cut is None or leaf.shape[cut[0]] == parts * size * cut[1]
 
 
 def _batch_dim(whole: Any, alone: Any, parts: int) -> int | str | None:
@@ -167,11 +176,11 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
     """Within the body, what does not depend on the rank runs once per batch, however many ranks the batch is run at.
 
     That is every module without an adapter inside whose inputs no adapter has touched (embeddings, the first adapted
-    block's other projections), and W0 x of an adapted layer with such an input. The body gets a function to call with
-    each batch's inputs (one dict or several) before running it; they are recognised by identity, so run these same
-    tensors. For inference only (eval mode, no gradient). What is kept is freed at the next batch: the embeddings'
-    output and a few tensors of its size, whatever r_max is. ``at_ranks`` opens this for its batch; around a loop over
-    many batches it is set up once:
+    block's other projections), and W0 x of an adapted layer with such an input; modules with forward hooks inside run
+    each time. The body gets a function to call with each batch's inputs (one dict or several) before running it; they
+    are recognised by identity, so run these same tensors. For inference only (eval mode, ``torch.no_grad``). What is
+    kept is freed at the next batch: the embeddings' output and a few tensors of its size, whatever r_max is.
+    ``at_ranks`` opens this for its batch; around a loop over many batches it is set up once:
 
         with torch.no_grad(), lora.share_between_ranks(model):
             for batch in batches:
@@ -181,38 +190,41 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
     if model in _sharing:  # opened further out already, for many batches
         yield _sharing[model]
         return
-    # Tensors that are the same at every rank, by id (and so kept alive), with their version: one that was edited in
-    # place since is no longer what it was.
-    untouched: dict[int, tuple[torch.Tensor, int]] = {}
+    # Of each tensor that is the same at every rank: a name for what it holds. By id, so the tensor itself stands beside
+    # it, and its version: one that was edited in place since is no longer what it was.
+    untouched: dict[int, tuple[weakref.ref, int, Any]] = {}
     kept: dict[tuple, torch.Tensor] = {}
 
-    def is_untouched(tensor: torch.Tensor) -> bool:
-        return not tensor.is_inference() and id(tensor) in untouched and untouched[id(tensor)][1] == tensor._version
+    def name_of(tensor: torch.Tensor) -> Any:
+        reference, version, name = untouched.get(id(tensor), (lambda: None, 0, None))
+        return name if reference() is tensor and version == tensor._version else None
 
-    def trust(tensor: torch.Tensor) -> None:
-        untouched[id(tensor)] = tensor, -1 if tensor.is_inference() else tensor._version
+    def trust(tensor: torch.Tensor, name: Any) -> None:
+        if not tensor.is_inference():  # such a tensor counts no versions
+            untouched[id(tensor)] = weakref.ref(tensor), tensor._version, name
 
     def once(module: nn.Module, compute):
+        inside = list(module.modules())
+
         def run(*args, **kwargs):
-            if torch.compiler.is_compiling():  # a graph has no identities to go by
+            # A compiled graph has no identities to go by, and hooks inside want to see every pass.
+            if torch.compiler.is_compiling() or torch.is_grad_enabled() or any(map(_has_hooks, inside)):
                 return compute(*args, **kwargs)
             values = (*args, *kwargs.values())
             tensors = [value for value in values if isinstance(value, torch.Tensor)]
             simple = all(isinstance(value, (torch.Tensor, bool, int, float, str, type(None))) for value in values)
-            if not tensors or not simple or not all(map(is_untouched, tensors)):
+            if not tensors or not simple or any(name_of(tensor) is None for tensor in tensors):
                 return compute(*args, **kwargs)
-            key = (
-                id(module),
-                len(args),
-                *kwargs,
-                *(id(v) if isinstance(v, torch.Tensor) else (type(v), v) for v in values),
-            )
-            output = kept.get(key)
-            if output is None or not is_untouched(output):
+            told = (name_of(v) if isinstance(v, torch.Tensor) else (type(v), v) for v in values)
+            name = (id(module), len(args), *kwargs, *told)
+            if name in kept:
+                output = kept[name].clone()  # whoever gets it may edit it
+            else:
                 output = compute(*args, **kwargs)
-                if isinstance(output, torch.Tensor):
-                    kept[key] = output
-                    trust(output)
+                if not isinstance(output, torch.Tensor) or output.is_inference() or name_of(output) is not None:
+                    return output
+                kept[name] = output.clone()
+            trust(output, name)
             return output
 
         return run
@@ -222,7 +234,7 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
         untouched.clear()
         for value in (value for inputs in batches for value in inputs.values()):
             if isinstance(value, torch.Tensor):
-                trust(value)
+                trust(value, object())
 
     replaced: dict[tuple[nn.Module, str], Any] = {}
 
@@ -239,7 +251,9 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
         """Set up all below a module; whether an adapter is inside."""
         if module not in visited:
             plain = [child for child in module.children() if not visit(child)]
-            visited[module] = module in adapted or len(plain) < len(list(module.children()))
+            # What a layer of PEFT's gives depends on which adapter is active, too: it is entered, down to its parts.
+            enter = module in adapted or hasattr(module, "_disable_adapters")
+            visited[module] = enter or len(plain) < len(list(module.children()))
             if isinstance(module, LoRALayer) and module.r:
                 replace(module, "base")
             elif visited[module]:
@@ -260,3 +274,7 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
                 setattr(module, name, before)
         kept.clear()
         untouched.clear()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -240,3 +240,103 @@ def test_a_compiled_model_stays_one_graph_and_has_its_own_outputs(stack, roberta
             for rank, output in lora.at_ranks(model, batch, [1, 2, 4], lambda inputs: compiled(**inputs), stack):
                 with lora.use_rank(model, rank):
                     torch.testing.assert_close(output.logits, model(**batch).logits)
+
+
+class Own(torch.nn.Module):
+    """Embeddings that are used twice, and edited, before the adapted layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.query = torch.nn.Embedding(9, 6), torch.nn.Linear(6, 4)
+
+    def forward(self, ids):
+        first, second = self.embed(ids), self.embed(ids)
+        first += 1
+        return self.query(first) * second[..., :4], first
+
+
+def alone_at(model, run, ranks):
+    found = []
+    for b in ranks:
+        with torch.no_grad(), lora.use_rank(model, b):
+            found.append(run())
+    return found
+
+
+def test_whoever_edits_what_is_shared_edits_a_copy():
+    model = randomised(lora.inject(Own(), ["query"], r=4))
+    ids = torch.randint(9, (3, 5))
+    wanted = [output[0] for output in alone_at(model, lambda: model(ids), [1, 2, 4])]
+    with torch.no_grad():
+        for place, (_, output) in enumerate(lora.at_ranks(model, {"ids": ids}, [1, 2, 4], stack=False)):
+            assert torch.equal(output[0], wanted[place])
+            output[1].numpy()[:] = 7  # which no version counts
+
+
+def test_a_module_with_a_hook_inside_runs_for_every_rank(roberta_config):
+    model = randomised(next(models(roberta_config)))
+    seen = []
+    model.roberta.embeddings.LayerNorm.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        list(lora.at_ranks(model, {"input_ids": torch.randint(3, 100, (2, 5))}, [1, 2, 4], stack=False))
+    assert len(seen) == 3
+
+
+def test_gradients_inside_of_a_pass_are_each_ranks_own():
+    class Field(Own):
+        def forward(self, x):
+            with torch.enable_grad():
+                x = (x * 1).requires_grad_()
+                energy = self.query(torch.tanh(self.first(x))).sum()
+                return torch.autograd.grad(energy, x)[0]
+
+    model = Field()
+    model.first = torch.nn.Linear(6, 6)
+    randomised(lora.inject(model, ["query"], r=4))
+    x = torch.randn(3, 6)
+    wanted = alone_at(model, lambda: model(x), [1, 4])
+    with torch.no_grad():
+        found = [output for _, output in lora.at_ranks(model, {"x": x}, [1, 4], stack=False)]
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_the_base_model_beside_every_rank_has_its_own_saved_modules(llama_checkpoint):
+    """PEFT's adapters may be switched off within a pass, and the same input then gives something else."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from loralib.peft import DyLoraConfig
+
+    config = DyLoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_checkpoint), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    batch = {"input_ids": torch.randint(3, 60, (2, 5))}
+
+    def both(inputs):
+        with model.disable_adapter():
+            base = model(**inputs).logits
+        return model(**inputs).logits, base
+
+    wanted = alone_at(model.eval(), lambda: both(batch), [1, 2, 4])
+    with torch.no_grad():
+        found = [output for _, output in lora.at_ranks(model, batch, [1, 2, 4], both, stack=False)]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_of_another_run_are_cut_where_they_hold_the_batch(roberta_config):
+    model = randomised(next(models(roberta_config)))
+    batch = {"input_ids": torch.randint(3, 100, (3, 5))}  # 3 examples, and 3 labels
+    flipped = False
+
+    def run(inputs):
+        logits = model(**inputs).logits
+        return logits.T if flipped else logits
+
+    with torch.no_grad():
+        for flipped in (False, True):  # noqa: B007  # the same code, two shapes
+            wanted = alone_at(model, lambda: run(batch), [1, 2, 4])
+            for (_, output), alone in zip(lora.at_ranks(model, batch, [1, 2, 4], run), wanted, strict=True):
+                torch.testing.assert_close(output, alone)
