@@ -15,6 +15,7 @@ from .attending import attend, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, tied
+from .inside_peft import merge_by_peft, refuse_layers_without_ranks
 from .layers import LoRALayer, adapted_among, adapted_layers
 from .parts import component_size, own_ranks, part, rank_of
 from .quantised import keep_gradients, say_what_merging_costs
@@ -30,7 +31,7 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
     Raises ValueError if there are none, or if one of PEFT's should have ranks and has none.
     """
     modules = named_modules(model)  # this runs in every step: one walk for all
-    _refuse_layers_without_ranks(model, modules)
+    refuse_layers_without_ranks(model, modules)
     keep_gradients(module for _, module in modules)
     layers = adapted_among(modules)
     for name, layer in layers:
@@ -45,26 +46,8 @@ def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
 def has_lora(model: nn.Module) -> bool:
     """Whether the model has an adapter. Raises ValueError for one of PEFT's that should have ranks and has none."""
     modules = named_modules(model)
-    _refuse_layers_without_ranks(model, modules)
+    refuse_layers_without_ranks(model, modules)
     return bool(adapted_among(modules))
-
-
-def _refuse_layers_without_ranks(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
-    """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on a layer made for a plain one:
-    the layer would run at its full rank whatever is set."""
-    holder: Any = next((module for _, module in modules if "peft_config" in module.__dict__), None)
-    configs: Any = getattr(holder, "peft_config", {})
-    active: Any = getattr(holder, "active_adapters", [])
-    active = active if isinstance(active, list) else []
-    ranked = {name for name in active if hasattr(configs.get(name), "rank_scaling")}
-    for name, module in modules if ranked else ():
-        found = module._modules.get("lora_A") or module._modules.get("lora_embedding_A")
-        factors = found if isinstance(found, (nn.ModuleDict, nn.ParameterDict)) else ()
-        for adapter in ranked.intersection(factors).difference(module.__dict__.get("dylora_layers", ())):
-            raise ValueError(
-                f"The adapter {adapter!r} of a DyLoraConfig lies in {name!r}, which PEFT made for a plain LoraConfig, "
-                "and has no ranks there; add the DyLoraConfig's adapter to the model first."
-            )
 
 
 # --- putting layers in --------------------------------------------------------------------------------
@@ -323,10 +306,9 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         if isinstance(rank, torch.Tensor):
             raise TypeError("rank is a tensor; a merged model has one rank, give an int.")
         set_rank(model, rank)
-    by_peft: Any = getattr(model, "merge_and_unload", None)
-    if by_peft is not None:
+    if hasattr(model, "merge_and_unload"):
         attend_no_more(model)
-        return by_peft()
+        return merge_by_peft(model)
     say_what_merging_costs(layer for _, layer in adapted_layers(model))
     stored: list[torch.Tensor] = []
     plain: dict[LoRALayer, nn.Module] = {}

@@ -14,7 +14,9 @@ held to the installed release by tests/loralib/test_peft.py.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from . import layers
+from .adapters.directory import EXTRA, read_facts
+from .files import write_text
 from .gate import check_scaling
 from .quantised import is_quantised, unpack
 from .state import RankState
@@ -76,13 +80,18 @@ class DyLoraConfig(LoraConfig):
         known = {one.name for one in fields(LoraConfig)}
         return {name: value for name, value in super().to_dict().items() if name in known}
 
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As PEFT's; ``dylora.json`` beside it holds what LoraConfig has no field for."""
+        super().save_pretrained(save_directory, **kwargs)
+        r_max = max(self.r, *(self.rank_pattern or {}).values(), 1)
+        facts = {"rank": r_max, "r_max": r_max, "lora_alpha": self.lora_alpha, "scaling": self.rule()}
+        write_text(Path(save_directory, EXTRA), json.dumps(facts, indent=2) + "\n")
+
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs
     ) -> DyLoraConfig:
         """The configuration of a saved adapter, for ``PeftModel.from_pretrained(.., config=..)``."""
-        from .adapters.directory import read_facts
-
         plain = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         known = {one.name for one in fields(LoraConfig) if one.init}
         given = {name: value for name, value in vars(plain).items() if name in known}
@@ -185,6 +194,10 @@ class EmbeddingWithin(Within, _Embedding):
     @property
     def lora_B(self) -> nn.Parameter:
         return self.holder.lora_embedding_B[self.adapter]
+
+    @property
+    def lora_dropout(self) -> nn.Module:
+        return nn.Identity()  # as in PEFT: the input is indices
 
     @property
     def padding_idx(self):

@@ -14,7 +14,7 @@ from ..all_ranks import at_ranks, share_between_ranks
 from ..layout import examples_in
 from ..schedule import BoundSchedule
 from .batching import order_within
-from .metrics import Gathered, Scored, counted_tokens, in_order, rank_metrics
+from .metrics import Gathered, Scored, counted_tokens, in_order, losses_of, rank_metrics
 from .part import TrainerPart
 
 # The most that logits of tokens may take over an evaluation, in bytes: predictions of all ranks are held until its end.
@@ -29,13 +29,15 @@ class EvaluationOfRanks(TrainerPart):
     to_evaluate: int = 0  # examples of the evaluation that runs
     scored: Scored | None = None  # what the last one gathered
     rank_logits: Any = None  # its preprocess_logits_for_metrics
+    loss_follows: bool | None = None  # whether a classifier's loss is the one that its logits say; None: not yet seen
 
     @torch.no_grad()  # Trainer's own step says so inside; ranks share what they can only without gradients
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """What every rank in ``eval_ranks`` gives, ranks in the last dimension: {"logits": a tensor or several, (batch,
         .., ranks), "losses": (batch, ranks + 1)}, and the labels.
 
-        Each example's losses are its batch's; the last column is its weight, the number of its tokens that count.
+        Each example's losses are its own, where they follow from a classifier's logits, else its batch's; the last
+        column is its weight, the number of its tokens that count.
         Logits are what ``preprocess_logits_for_metrics`` makes of a rank's. Where losses alone are wanted there are no
         logits.
         """
@@ -45,10 +47,10 @@ class EvaluationOfRanks(TrainerPart):
         size, step = examples_in(inputs), super().prediction_step
         given = [inputs[name] for name in self.label_names if inputs.get(name) is not None]
         # A model trained with a rank per example takes them in evaluation too. A pass of several ranks has no loss of
-        # one: it must follow from the logits, as a classifier's does.
-        stack = self.bound.schedule.sampling == "example" and not prediction_loss_only and len(given) < 2
-        stack = stack and all(labels.ndim == 1 for labels in given)
-        losses, logits, labels = [], [], None
+        # one: it must follow from the logits, and whether it does a first batch shows, rank by rank.
+        stack = self.bound.schedule.sampling == "example" and not prediction_loss_only
+        stack = stack and (not given or bool(self.loss_follows))
+        losses, logits, labels, follows = [], [], None, []
         for _, (loss, scores, labels) in at_ranks(  # the labels of the last rank are those of all
             self.model,
             inputs,
@@ -56,12 +58,19 @@ class EvaluationOfRanks(TrainerPart):
             lambda batch: step(model, batch, prediction_loss_only, ignore_keys),
             stack,
         ):
-            losses.append(torch.full((size,), torch.nan) if loss is None else loss.detach().float().cpu().expand(size))
+            of_batch = torch.full((size,), torch.nan) if loss is None else loss.detach().float().cpu().expand(size)
+            of_logits = None if self.loss_follows is False else losses_of(scores, labels, size)
+            if of_logits is not None and loss is not None:
+                follows.append(torch.allclose(of_logits.nanmean(), of_batch[0], rtol=1e-4, atol=1e-5))
+            losses.append((of_batch, of_batch if of_logits is None else of_logits))
             if not prediction_loss_only:
                 labels = None if labels is None else nested_truncate(labels, size)
                 if self.rank_logits is not None:
                     scores = self.rank_logits(scores, labels)
                 logits.append(scores)
+        if self.loss_follows is None and given and not prediction_loss_only:
+            self.loss_follows = len(follows) == len(losses) and all(follows)
+        losses = [of_logits if self.loss_follows else of_batch for of_batch, of_logits in losses]
         weights = counted_tokens(inputs.get("labels"), size, task_type(self.model) == "CAUSAL_LM")
         found = {"losses": torch.stack([*losses, weights.cpu()], dim=-1).to(self.args.device)}
         if logits:
@@ -85,7 +94,7 @@ class EvaluationOfRanks(TrainerPart):
     ):
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
         task_metrics, gathered = self.compute_metrics, Gathered()
-        self.rank_logits = self.preprocess_logits_for_metrics
+        self.rank_logits, self.loss_follows = self.preprocess_logits_for_metrics, None
         self.to_evaluate = len(dataloader.dataset) if has_length(dataloader.dataset) else 0
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "compute_metrics", task_metrics)

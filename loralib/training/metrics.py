@@ -21,7 +21,7 @@ class Scored:
 
     Args:
         predictions: (samples, ranks, ..), or several of these; None where losses alone were wanted.
-        losses: (samples, ranks), each example's that of its batch; nan where a pass had no loss of one rank.
+        losses: (samples, ranks), each example's, or that of its batch; nan where there is none.
         weights: (samples,), by which losses count: the tokens of an example that its loss is the mean of, else 1.
     """
 
@@ -47,13 +47,7 @@ class Scored:
         return tree_map(lambda x: x[:, k] if isinstance(x, np.ndarray) else x, self.predictions)
 
     def loss(self, k: int) -> float | None:
-        """The loss at a rank: of a classifier from its logits, else the mean of the batches' losses by what counts in
-        them."""
-        at_rank = self.at(k)
-        first = at_rank[0] if isinstance(at_rank, (tuple, list)) else at_rank  # further outputs follow the logits
-        of_logits = mean_loss(first, self.labels)
-        if of_logits is not None:
-            return of_logits
+        """The loss at a rank: the mean by what counts in each example; None where there is none."""
         assert self.losses is not None and self.weights is not None
         counts = self.weights > 0
         losses, weights = self.losses[counts, k], self.weights[counts]
@@ -94,7 +88,9 @@ def rank_metrics(
         scores.append(named)
     metrics = {f"r{b}_{name}": value for b, named in zip(ranks, scores, strict=True) for name, value in named.items()}
     for name in scores[0]:
-        curve = [named[name] for named in scores]
+        curve: list[Any] = [named.get(name) for named in scores]
+        if not all(isinstance(value, (int, float, np.number)) for value in curve):
+            continue  # a table, a list: each rank's stands for itself
         if name == "loss":
             metrics["loss"] = float(np.mean(curve))
         elif name != "perplexity":
@@ -103,12 +99,14 @@ def rank_metrics(
 
 
 def counted_tokens(labels: Any, size: int, causal: bool) -> torch.Tensor:
-    """How many tokens of each example its loss is the mean of, float (batch,); 1 where a label is one for the example.
+    """How many tokens of each example its loss is the mean of, float (batch,); where a label is one for the example, 1.
 
     -100 marks a token that does not count; a causal model's first token is predicted from nothing.
     """
-    if not isinstance(labels, torch.Tensor) or labels.ndim < 2 or labels.is_floating_point():
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or not labels.ndim:
         return torch.ones(size)
+    if labels.ndim == 1:
+        return labels.ne(-100).float() if len(labels) == size else torch.ones(size)
     return (labels[:, 1:] if causal else labels).ne(-100).flatten(1).sum(1).float()
 
 
@@ -122,18 +120,20 @@ def by_rank(metrics: dict[str, Any], prefix: str) -> dict[int, dict[str, Any]]:
     return scores
 
 
-def mean_loss(logits: Any, labels: Any) -> float | None:
-    """The mean loss of a classifier (cross-entropy) or of a regression with one output (squared error), from its
-    logits.
-
-    None where the shapes are neither's.
-    """
-    if labels is None or not isinstance(logits, np.ndarray) or logits.ndim != 2 or np.ndim(labels) != 1:
+def losses_of(logits: Any, labels: Any, size: int) -> torch.Tensor | None:
+    """Each example's loss, float (size,), on the CPU: a classifier's cross-entropy (nan for a label of -100), or the
+    squared error of a regression with one output. None where the shapes are neither's."""
+    logits = logits[0] if isinstance(logits, (tuple, list)) and logits else logits  # further outputs follow the logits
+    if not isinstance(logits, torch.Tensor) or not isinstance(labels, torch.Tensor):
         return None
-    scores, wanted = torch.as_tensor(logits).float(), torch.as_tensor(labels)
+    if logits.ndim != 2 or len(logits) != size or labels.shape != (size,) or not logits.is_floating_point():
+        return None
+    scores, labels = logits.detach().float().cpu(), labels.detach().cpu()
     if scores.shape[1] == 1:
-        return F.mse_loss(scores[:, 0], wanted.float()).item()
-    return F.cross_entropy(scores, wanted.long()).item()
+        return (scores[:, 0] - labels.float()).square()
+    if labels.is_floating_point() or not ((labels < scores.shape[1]) & ((labels >= 0) | (labels == -100))).all():
+        return None
+    return F.cross_entropy(scores, labels.long(), reduction="none").masked_fill(labels == -100, torch.nan)
 
 
 @dataclass

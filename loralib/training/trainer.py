@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..frozen import freeze_undrawn
 from ..gate import check_rank
+from ..inside_peft import trained_beside_ranks
 from ..layout import examples_in
 from ..model import get_rank, has_lora, max_rank, scaling_of, set_rank
 from ..schedule import BoundSchedule, RankSchedule, Setting
@@ -123,7 +124,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.loss_is_scaled_for_ga: bool | None = True  # compute_loss below weighs every micro-batch
         self.place = Place()
         self.ordered = False  # whether the components were put in order in this training
-        self.knows_loss = False  # whether the model was asked if its loss divides by num_items_in_batch
+        self.knows_loss = False  # whether the loss was asked if it divides by num_items_in_batch, and
+        self.loss_divides = True  # whether it does
         self.frozen_by = None  # the optimizer that freeze_undrawn watches
 
     def _refuse_scattered_factors(self) -> None:
@@ -134,6 +136,11 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             )
         if self.bound is None:
             return
+        if beside := trained_beside_ranks(self.model):
+            raise ValueError(
+                f"The adapter {beside!r} trains beside the one with ranks, and checkpoints hold the latter alone; "
+                "train one at a time (set_adapter, or requires_grad_(False))."
+            )
         if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             raise ValueError("FSDP1 keeps no factors, only flat parts of them: use FSDP2 (fsdp_version: 2).")
         if is_deepspeed_zero3_enabled():
@@ -239,17 +246,17 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         )
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.model_accepts_loss_kwargs and not self.knows_loss:
+        if (self.model_accepts_loss_kwargs or self.compute_loss_func is not None) and not self.knows_loss:
             self._ask_loss(model, inputs)
         found = super().compute_loss(
             model, inputs, return_outputs, num_items_in_batch
         )  # TRL's outputs cost a pass more
-        weight = self._weight() if model.training else 1.0
+        weight = self._weight(num_items_in_batch) if model.training else 1.0
         return (found[0] * weight, *found[1:]) if return_outputs else found * weight
 
     def _ask_loss(self, model, inputs) -> None:
-        """Trainer takes a forward with **kwargs for one that divides its loss by num_items_in_batch, and few do. One
-        whose loss is the same for 1 item and for 2 does not."""
+        """Trainer takes a forward with **kwargs, and any compute_loss_func, for one that divides its loss by
+        num_items_in_batch, and few do. One whose loss is the same for 1 item and for 2 does not."""
         compute, training = super().compute_loss, model.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.eval()
@@ -261,16 +268,21 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         one, two = self.accelerator.reduce(torch.stack([one, two]).detach().float(), "sum").tolist()
         self.knows_loss = bool(one) or bool(two)  # a loss of 0 says nothing: the next batch is asked
         if self.knows_loss:
-            self.model_accepts_loss_kwargs = one != two
+            self.loss_divides = one != two
+            if self.compute_loss_func is None:
+                self.model_accepts_loss_kwargs = self.loss_divides
 
-    def _weight(self) -> float:
-        """This micro-batch's weight in the update's loss."""
+    def _weight(self, items) -> float:
+        """This micro-batch's weight in the update's loss, ``items`` being the update's, where Trainer counts them."""
         places = self.place.places()
         if places is not None and not len(places):
             return 0.0
-        if self.model_accepts_loss_kwargs or self.compute_loss_func is not None:
+        counted = items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+        if counted and self.loss_divides:
             return 1.0  # scaled by num_items_in_batch
-        return self.place.weight(self.args.world_size)
+        # Trainer multiplies what it takes for divided by all processes' items.
+        times = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
+        return self.place.weight(self.args.world_size) / times
 
     def create_optimizer(self, *args, **kwargs):
         optimizer = super().create_optimizer(*args, **kwargs)

@@ -309,7 +309,7 @@ def test_the_base_model_beside_every_rank_has_its_own_saved_modules(llama_checkp
 
     config = DyLoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama_checkpoint), config)
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
     batch = {"input_ids": torch.randint(3, 60, (2, 5))}

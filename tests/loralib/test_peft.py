@@ -269,3 +269,42 @@ def test_the_installed_peft_has_what_is_used():
     for kind in layer_classes().values():
         if isinstance(kind, type):
             assert issubclass(kind, stock.LoraLayer) and hasattr(kind, "resolve_lora_variant")
+
+
+@pytest.mark.parametrize(("options", "scaling"), [({}, "alpha/r"), ({"rank_scaling": "alpha/b"}, "alpha/b")])
+def test_what_pefts_own_saving_writes_keeps_the_rule_of_strength(options, scaling, tmp_path):
+    model = within(target_modules=["q_proj", "v_proj"], **options)
+    model.save_pretrained(tmp_path)
+    assert DyLoraConfig.from_pretrained(tmp_path).rule() == scaling
+    other = build()
+    lora.load_adapter(other, tmp_path)
+    for rank in (1, 2, 4):
+        torch.testing.assert_close(out(other, rank), out(model, rank), atol=1e-6, rtol=1e-5)
+
+
+def test_two_adapters_with_ranks_are_not_active_together():
+    model = within()
+    model.add_adapter("other", DyLoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="The adapters default, other are active together; set one with set_adapter"):
+        lora.set_rank(model, 0)
+    model.set_adapter("other")
+    lora.set_rank(model, 2)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head", "q_proj"]])
+def test_merging_into_one_of_two_tied_weights_changes_that_one_alone(targets):
+    base = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**SMALL, num_key_value_heads=2, tie_word_embeddings=True)
+    )
+    options = DyLoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    model = strong(get_peft_model(base, options)).eval()
+    merged = lora.merge(model, 2)
+    torch.testing.assert_close(merged(input_ids=IDS).logits, out(model, 2), atol=1e-5, rtol=1e-5)
+    assert not merged.config.tie_word_embeddings
+
+
+def test_dropout_leaves_the_indices_of_an_embedding_alone():
+    model = within(target_modules=["embed_tokens"], lora_dropout=0.5).train()
+    lora.set_rank(model, torch.tensor([1, 4]))
+    assert torch.isfinite(model(input_ids=IDS[:2]).logits).all()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -121,3 +121,18 @@ def test_trl_trains_it(llama_checkpoint, tmp_path):
     assert results.metric == "loss" and len(results.splits["validation"]) == 4
     stored = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert stored["r"] == 4 and (tmp_path / "out" / "dylora.json").exists()
+
+
+def test_a_plain_adapter_that_trains_beside_is_refused(roberta_checkpoint, tmp_path):
+    t = trainer(roberta_checkpoint, tmp_path, classifier(roberta_checkpoint))
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint),
+        DyLoraConfig(r=4, target_modules=["query"]),
+    )
+    model.add_adapter("plain", LoraConfig(r=2, target_modules=["key"]))
+    model.base_model.set_adapter(["default", "plain"])
+    with pytest.raises(ValueError, match="'plain' trains beside the one with ranks, and checkpoints hold the latter"):
+        type(t)(model=model, args=t.args, train_dataset=t.train_dataset)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and ".plain." not in name)
+    type(t)(model=model, args=t.args, train_dataset=t.train_dataset)

@@ -1,0 +1,58 @@
+"""What a model of PEFT's asks of the functions for whole models; PEFT itself is not imported."""
+
+from typing import Any
+
+from torch import nn
+
+
+def refuse_layers_without_ranks(model: nn.Module, modules: list[tuple[str, nn.Module]]) -> None:
+    """Raise ValueError for a model of PEFT's whose active adapter should have ranks, on a layer made for a plain one:
+    the layer would run at its full rank whatever is set."""
+    holder: Any = next((module for _, module in modules if "peft_config" in module.__dict__), None)
+    configs: Any = getattr(holder, "peft_config", {})
+    active: Any = getattr(holder, "active_adapters", [])
+    active = active if isinstance(active, list) else []
+    ranked = {name for name in active if hasattr(configs.get(name), "rank_scaling")}
+    if len(ranked) > 1:
+        raise ValueError(f"The adapters {', '.join(sorted(ranked))} are active together; set one with set_adapter.")
+    for name, module in modules if ranked else ():
+        found = module._modules.get("lora_A") or module._modules.get("lora_embedding_A")
+        factors = found if isinstance(found, (nn.ModuleDict, nn.ParameterDict)) else ()
+        for adapter in ranked.intersection(factors).difference(module.__dict__.get("dylora_layers", ())):
+            raise ValueError(
+                f"The adapter {adapter!r} of a DyLoraConfig lies in {name!r}, which PEFT made for a plain LoraConfig, "
+                "and has no ranks there; add the DyLoraConfig's adapter to the model first."
+            )
+
+
+def trained_beside_ranks(model: nn.Module) -> str | None:
+    """An active adapter of PEFT's that trains and has no ranks, while another has; None if there is none."""
+    configs: Any = getattr(model, "peft_config", {})
+    active: Any = getattr(model, "active_adapters", []) if configs else []
+    plain = [name for name in active if not hasattr(configs.get(name), "rank_scaling")]
+    training = [name for name, parameter in model.named_parameters() if parameter.requires_grad] if plain else []
+    return next((one for one in plain if any(f".{one}." in f"{name}." for name in training)), None)
+
+
+def merge_by_peft(model: Any) -> nn.Module:
+    """What PEFT's ``merge_and_unload`` gives. An adapted weight that is tied to another gets a copy of its own first,
+    since the update is one layer's alone; the configuration then says that nothing is tied."""
+    holders: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    untied = False
+    for module in model.modules():
+        if not hasattr(module, "get_base_layer") or not hasattr(module, "merged_adapters"):
+            continue
+        base = module.get_base_layer()
+        weight = base._parameters.get("weight")
+        if weight is not None and holders[id(weight)] > 1:
+            holders[id(weight)] -= 1
+            base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            untied = True
+    plain = model.merge_and_unload()
+    config: Any = getattr(plain, "config", None)
+    if untied and getattr(config, "tie_word_embeddings", False):
+        config.tie_word_embeddings = False
+    return plain
