@@ -207,17 +207,24 @@ def _rank_of(args) -> tuple[int, RankResults | None]:
     """The rank to write, and the run's results if the directory is a run's."""
     from dataclasses import replace
 
+    from .adapters.directory import hash_of_weights
     from .report.results import FILE, RankResults
 
     directory = Path(args.run_directory)
     results = RankResults.read(directory) if (directory / FILE).exists() else None
+    other = results is not None and results.adapter not in (None, hash_of_weights(directory))
     if args.rank != "auto":
         try:
             rank = int(args.rank)
         except ValueError:
             raise ValueError(f"--rank is {args.rank!r}; give a rank or auto.") from None
         refuse_unused(args, rank, "within", "max_parameters", "split")
-        return rank, results
+        return rank, None if other else results
+    if other:
+        raise ValueError(
+            f"The adapter in {directory} is not the one that its {FILE} is of: give --rank a number, or measure it "
+            f"with dylora train --do_eval --lora_path {directory}."
+        )
     if results is None:
         raise FileNotFoundError(f"{directory} holds no {FILE} to choose a rank from; give --rank a number.")
     found = chosen(args, results)

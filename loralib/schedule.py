@@ -291,10 +291,17 @@ def title_of(facts: dict, r_max: int) -> str:
         known["gate_ranks"] = tuple(facts["gate_ranks"])
     if "sampling" not in known:
         return "an adapter"
+    if before_ordering(facts):
+        return "DyLoRA, before its components were ordered"
     try:
         return RankSchedule(**known).resolve(r_max, "several").title()
     except (TypeError, ValueError):
         return "an adapter"
+
+
+def before_ordering(facts: dict) -> bool:
+    """Whether ``dylora.json`` tells of a training that was stopped in its first part: its components have no order."""
+    return facts.get("ordered") is False and bool(facts.get("full_rank_share")) and not facts.get("squeezed")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..report.results import LOWER, RankResults
 from ..report.tables import columns, markdown_table, table_rows
+from ..schedule import before_ordering
 from .labels import told
 
 AUTO = {
@@ -85,7 +86,7 @@ def model_card(
 
 def _drew_ranks(facts: dict) -> bool:
     """Whether the adapter is known to be trained for all its ranks; PEFT's own files tell nothing of their training."""
-    return facts.get("sampling") not in (None, "fixed")
+    return facts.get("sampling") not in (None, "fixed") and not before_ordering(facts)
 
 
 def _with_article(rule: str) -> str:

@@ -4,6 +4,7 @@ A directory holds ``adapter_config.json`` and ``adapter_model.safetensors`` in P
 what PEFT has no word for (r_max, the scaling rule, label names, whatever the caller adds).
 """
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 
 from ..checks import check_int
 from ..files import text_writer, write_together
+from ..schedule import before_ordering
 from . import fields, peft_format
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
@@ -54,6 +56,14 @@ class AdapterFiles:
             name, is_factor, factor = key.removeprefix(peft_format.PREFIX).partition(".lora_")
             if is_factor:
                 yield key, name, factor.removeprefix("embedding_")[0], value
+
+    def refuse_unordered(self, rank: int) -> None:
+        """Raise ValueError for cutting what was saved before its training ordered the components."""
+        if rank < self.rank and before_ordering(self.facts):
+            raise ValueError(
+                f"{self.path} was saved before its components were ordered, and is of use at rank {self.rank} alone: "
+                "go on with its training, or use dylora squeeze."
+            )
 
     def parameters(self) -> tuple[int, int]:
         """How many numbers the factors hold, and the modules saved beside them."""
@@ -179,6 +189,12 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
+def hash_of_weights(path: str | os.PathLike) -> str | None:
+    """A hash of an adapter's weights file; None where there is none."""
+    file = Path(path, WEIGHTS)
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+
+
 def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
     """The contents of adapter_config.json and, where it is there, dylora.json. Raises ValueError for what is no
     JSON."""
@@ -235,6 +251,7 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     """What a directory would hold, cut to ``rank``. Where importance spread the ranks over the layers, each layer has
     then a rank of its own, and one without a component is left out. Raises ValueError for a rank that is not there."""
     check_int("rank", rank, 1, files.rank, f"the adapter in {files.path} can be cut to 1..{files.rank}.")
+    files.refuse_unordered(rank)
     tensors = {key: value for key, value in files.tensors.items() if ".lora_" not in key}
     sizes: dict[str, tuple[int, float]] = {}
     ranks: dict[str, int] = {}

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ..checks import check_int
-from ..gate import scale
 from ..heads import is_inside, modules_to_save
 from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers
@@ -149,8 +148,10 @@ def load_adapter(
             load_peft_adapter(model, lora_layers(model), path)
             return []
     files = read_directory(path) if path.is_dir() else None
-    if files is not None and rank is not None and {"components_at", "spread"} & files.facts.keys():
-        files, rank = cut(files, min(rank, files.rank)), None  # each layer has a rank of its own
+    if files is not None and rank is not None:
+        files.refuse_unordered(rank)
+        if {"components_at", "spread"} & files.facts.keys():
+            files, rank = cut(files, min(rank, files.rank)), None  # each layer has a rank of its own
     tensors = files.tensors if files else read_bin(path)
     to_inject = []
     model = getattr(model, "_orig_mod", model)
@@ -196,9 +197,7 @@ def load_adapter(
 def _cut(options: dict, rank: int | None) -> dict:
     """The options of ``inject`` for the adapter cut to ``rank``; a strength of alpha/r stays what it is."""
     b = options["r"] if rank is None else min(rank, options["r"])
-    alpha = options["lora_alpha"]
-    if options["scaling"] == "alpha/r":
-        alpha = scale(b, options["r"], alpha, "alpha/r") * b
+    alpha = options["lora_alpha"] * (b / options["r"] if options["scaling"] == "alpha/r" else 1)
     return options | {"r": b, "lora_alpha": alpha}
 
 

@@ -100,6 +100,7 @@ class RankResults:
     max_rank: int | None = None
     lora_alpha: float | None = None
     command: str | None = None
+    adapter: str | None = None  # a hash of the weights that were measured
     versions: dict[str, str] = field(default_factory=dict)
     directory: str | None = None  # where it was read from; not in the file
 
@@ -169,6 +170,7 @@ class RankResults:
             "metrics": list(self.metrics),
             "splits": {name: [row.to_json() for row in rows] for name, rows in self.splits.items()},
             "aurac": {name: _null(value) for name, value in self.aurac.items()},
+            **({"adapter": self.adapter} if self.adapter else {}),
             "selected_rank": None if self.selected_rank is None else self.selected_rank.to_json(),
             **({"selected_rank_reason": self.selected_rank_reason} if self.selected_rank_reason else {}),
         }

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..adapters.directory import hash_of_weights
 from ..files import save_npz
 from ..model import adapter_parameters
 from ..report.choice import aurac, choose, nothing_learnt
@@ -80,11 +81,10 @@ class Measurements(TrainerPart):
             for b in self.eval_ranks
         ]  # fmt: skip
         results = self._results(rows, metric, split, task or Path(self.args.output_dir).name)
-        try:
-            if self.is_world_process_zero():
-                results = self._write(results, scored, split)
-        finally:  # whatever the choice of a rank meets, the adapter is kept
-            self.save_model()
+        self.save_model()  # first: whatever the choice of a rank meets, the adapter is kept
+        if self.is_world_process_zero():
+            results = replace(results, adapter=hash_of_weights(self.args.output_dir))
+            results = self._write(results, scored, split)
         return results
 
     def _results(self, rows: list[RankRow], metric: str, split: str, task: str) -> RankResults:

@@ -19,6 +19,7 @@ class AdapterCheckpoints(TrainerPart):
 
     bound: BoundSchedule | None
     ordered: bool
+    began: bool
     adapter_facts: dict
 
     def _save(self, output_dir=None, state_dict=None):
@@ -26,7 +27,7 @@ class AdapterCheckpoints(TrainerPart):
             return super()._save(output_dir, state_dict)
         output_dir = Path(output_dir or self.args.output_dir)
         if self.args.should_save or self.is_fsdp_enabled:  # under FSDP all processes gather, and one writes
-            facts = self.training_facts() | {"ordered": self.ordered}
+            facts = self.training_facts() | ({"ordered": self.ordered} if self.began else {})
             save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
         if not self.args.should_save:  # every process comes here, one writes
             return None

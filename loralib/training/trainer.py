@@ -123,7 +123,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
         self.loss_is_scaled_for_ga: bool | None = True  # compute_loss below weighs every micro-batch
         self.place = Place()
-        self.ordered = False  # whether the components were put in order in this training
+        self.ordered = False  # whether the components were put in order in this training, and
+        self.began = False  # whether there was one
         self.knows_loss = False  # whether the loss was asked if it divides by num_items_in_batch, and
         self.loss_divides = True  # whether it does
         self.frozen_by = None  # the optimizer that freeze_undrawn watches
@@ -160,7 +161,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
 
     def train(self, *args, **kwargs):
         """As Trainer's; afterwards the model runs at r_max."""
-        self.ordered = False  # a checkpoint to go on from may know better
+        self.ordered, self.began = False, True  # a checkpoint to go on from may know better
         try:
             with contextlib.ExitStack() as self.contexts:
                 self._enter()

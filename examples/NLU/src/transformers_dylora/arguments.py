@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from loralib.adapters.directory import scaling_of_file
+from loralib.adapters.directory import read_directory, scaling_of_file
 from loralib.adapters.hub import local
 from loralib.schedule import RankSchedule
 from loralib.training.precision import cpu_multiplies_bf16
@@ -72,6 +72,20 @@ class DataArguments:
     train_file: str | None = field(default=None, metadata={"help": "Your own training data, CSV or JSON lines."})
     validation_file: str | None = field(default=None, metadata={"help": "Your own validation data, CSV or JSON lines."})
     test_file: str | None = field(default=None, metadata={"help": "Your own test data, CSV or JSON lines."})
+    text_columns: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The one or two columns of your own files that are read. Default: the adapter's; in training "
+            "sentence1 and sentence2, else the text columns that there are."
+        },
+    )
+    labels: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "The labels of your own files, as in no,yes, in the order of the model's outputs. Default: the "
+            "adapter's; in training numbers by size, names by the alphabet."
+        },
+    )
     regression: bool | None = field(
         default=None,
         metadata={
@@ -101,6 +115,15 @@ class DataArguments:
             raise UsageError(
                 "Give either --task_name (a GLUE task) or your own --train_file, --validation_file, --test_file."
             )
+        for name in ("text_columns", "labels"):
+            given = [one for part in getattr(self, name) or () for one in part.split(",") if one]
+            setattr(self, name, given or None)
+            if given and self.task_name:
+                raise UsageError(f"--{name} is for your own files; {self.task_name} has its own.")
+        if self.text_columns and len(self.text_columns) > 2:
+            raise UsageError(f"--text_columns names {len(self.text_columns)} columns; a classifier reads one or two.")
+        if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or self.regression):
+            raise UsageError(f"--labels is {','.join(self.labels)}; name two or more classes, each once.")
         for path in own:
             if not path.endswith((".csv", ".json", ".jsonl")):
                 raise UsageError(f"{path} is no .csv, .json or .jsonl file; convert it to one of these.")
@@ -134,7 +157,10 @@ class ModelArguments:
         default=False, metadata={"help": "Train a DyLoRA adapter and the head. Without it, the whole model."}
     )
     lora_r: int = field(default=8, metadata={"help": "r_max: the adapter works at every rank from 1 to this."})
-    lora_alpha: float | None = field(default=None, metadata={"help": "alpha of the scaling rule. Default: 2 lora_r."})
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={"help": "alpha of the scaling rule. Default: that of --lora_path; else twice --lora_r."},
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
     lora_scaling: Literal["alpha/b", "alpha/r", "alpha/sqrt(b)"] | None = field(
         default=None,
@@ -219,7 +245,7 @@ class ModelArguments:
             raise UsageError(f"--cls_dropout is {self.cls_dropout}; give a number from 0 to below 1.")
         if self.lora_r < 1:
             raise UsageError(f"--lora_r is {self.lora_r}; give 1 or more.")
-        self.lora_alpha = 2 * self.lora_r if self.lora_alpha is None else self.lora_alpha
+        self.lora_alpha = self.alpha() if self.lora_alpha is None else self.lora_alpha
         if not 0 < self.lora_alpha < math.inf:
             raise UsageError(f"--lora_alpha is {self.lora_alpha}; give a number above 0.")
         if not 0 <= self.lora_dropout < 1:
@@ -248,6 +274,17 @@ class ModelArguments:
             raise
         except ValueError as error:
             raise UsageError(_in_flags(str(error))) from error
+
+    def alpha(self) -> float:
+        """That of the adapter to start from, for --lora_r; else twice --lora_r. A ``.bin`` says none."""
+        if not self.lora_path or not os.path.isdir(self.lora_path):
+            return 2 * self.lora_r
+        try:
+            files = read_directory(self.lora_path)
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"--lora_path: {error}") from error
+        alpha = files.config["lora_alpha"]
+        return alpha * self.lora_r / files.config["r"] if files.scaling == "alpha/r" else alpha
 
     def scaling(self) -> str:
         """The scaling rule: the flag's, else that of the adapter to start from, else what --as_released or the default

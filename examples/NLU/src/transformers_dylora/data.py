@@ -2,13 +2,14 @@
 
 import csv
 import hashlib
+import json
 from pathlib import Path
 
 import datasets
 import numpy as np
 
 from .errors import UsageError
-from .labels import any_fraction, as_numbers, label_names, names_in, refuse_missing
+from .labels import any_fraction, as_numbers, is_number, label_names, names_in, refuse_missing
 from .tasks import Task, glue_task
 
 HUB_NAME = "nyu-mll/glue"
@@ -45,7 +46,7 @@ def _from_directory(task: Task, directory: Path, cache_dir: str | None) -> datas
         file = next((own / (name + ending) for ending in ENDINGS if (own / (name + ending)).exists()), None)
         if file is not None:
             found[name] = _read(file, cache_dir)
-        elif list((own / name).glob("*.arrow")):
+        elif _saved_files(own / name):
             found[name] = _read(own / name, cache_dir)
     if not found:
         raise UsageError(
@@ -66,8 +67,8 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
         raise UsageError(f"{file} is empty; it needs at least one example.")
     try:
         if kind == "csv":
-            options = _csv_as_text(file)
-        files = sorted(map(str, file.glob("*.arrow"))) if kind == "arrow" else [str(file)]
+            options = csv_as_text(file)
+        files = _saved_files(file) if kind == "arrow" else [str(file)]
         options |= {"name": content_name(files)}
         return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, csv.Error) as error:
@@ -75,6 +76,15 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
         raise UsageError(
             f"{file} cannot be read as {file.suffix[1:] or kind} ({reason[0] if reason else 'empty'}); mend the file."
         ) from error
+
+
+def _saved_files(directory: Path) -> list[str]:
+    """The files that save_to_disk wrote there. Others may be what datasets keeps of a map or a filter, beside them."""
+    try:
+        state = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+        return [str(directory / entry["filename"]) for entry in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def content_name(files: list[str]) -> str:
@@ -87,7 +97,7 @@ def content_name(files: list[str]) -> str:
     return f"content-{digest.hexdigest()[:16]}"
 
 
-def _csv_as_text(file: Path) -> dict:
+def csv_as_text(file: Path) -> dict:
     """Options for reading a CSV, of which all cells are text: NA, None and an empty cell are no missing values, 01 is
     not 1.
 
@@ -148,7 +158,7 @@ def load_files(
 ) -> tuple[Task, datasets.DatasetDict]:
     """One's own data: the task it makes (columns, labels) and its splits. Raises UsageError.
 
-    The text columns are sentence1 and sentence2 if both are there, else the first one or two others.
+    The text columns are sentence1 and sentence2 if both are there, else the one or two others (``_text_columns``).
 
     Args:
         labels: those that a model to evaluate knows, in its order; else they are the sorted ones of the first labelled
@@ -207,16 +217,33 @@ def held_out(train: datasets.Dataset) -> dict[str, datasets.Dataset]:
 
 
 def _text_columns(split: datasets.Dataset) -> tuple[str, ...]:
-    texts = [
-        column
-        for column, kind in split.features.items()
-        if column not in ("label", "idx", "index") and getattr(kind, "dtype", None) in ("string", "large_string")
-    ]
-    if {"sentence1", "sentence2"} <= set(texts):
+    """sentence1 and sentence2, else the columns of texts, if they are one or two: none of numbers, and none that says
+    the label (SetFit's label_text). Raises UsageError for none, and for more than two."""
+    kinds = {name: getattr(kind, "dtype", None) for name, kind in split.features.items()}
+    strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
+    if {"sentence1", "sentence2"} <= set(strings):
         return "sentence1", "sentence2"
+    texts = [name for name in strings if name not in ("idx", "index") and not _says_label(split, name)]
+    texts = [name for name in texts if not all(map(is_number, split[name]))]
     if not texts:
         raise UsageError(f"The files have no text column, only {', '.join(split.column_names)}; add one or two.")
-    return tuple(texts[:2])
+    if len(texts) > 2:
+        raise UsageError(
+            f"The files have the text columns {', '.join(texts)}, and a classifier reads one or two: name them, as in "
+            f"--text_columns {texts[0]}."
+        )
+    return tuple(texts)
+
+
+def _says_label(split: datasets.Dataset, column: str) -> bool:
+    """Whether a column is the label, goes by such a name, or has one value for each label, again and again."""
+    if column.startswith("label") or column.endswith("_label"):
+        return True
+    if "label" not in split.column_names:
+        return False
+    values, labels = split[column], split["label"]
+    pairs = len(set(zip(values, map(str, labels), strict=True)))
+    return pairs == len(set(values)) == len(set(map(str, labels))) and 2 * pairs <= len(values)
 
 
 def tokenize(

@@ -53,6 +53,11 @@ def _number(name: str) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def is_number(value: Any) -> bool:
+    """Whether a cell of text is a finite number."""
+    return isinstance(value, str) and _number(value) is not None
+
+
 def as_numbers(values: Sequence[Any], task: Task, where: str, source: tuple[str, ...] = ()) -> list[float] | list[int]:
     """The labels as the task numbers them.
 

@@ -82,17 +82,22 @@ def load_tokenizer(args: ModelArguments):
     return tokenizer
 
 
+def positions(config) -> int | None:
+    """How many tokens the model has positions for; None where it does not say."""
+    found = getattr(config, "max_position_embeddings", None)
+    if not isinstance(found, int) or found <= 0:
+        return None
+    # RoBERTa's kin number positions from the padding id + 1 on.
+    return found - config.pad_token_id - 1 if config.model_type in FROM_PADDING else found
+
+
 def longest_input(args: ModelArguments, tokenizer, pair: bool, wanted: int) -> int:
     """How many tokens an input may have: ``wanted``, or less if the tokenizer or the model's positions allow less.
 
     Raises UsageError where only the special tokens would fit.
     """
     config = _fetch(AutoConfig, args.config_name or args.model_name_or_path, **hub_options(args))
-    limits = [wanted, tokenizer.model_max_length]
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0:
-        # RoBERTa's kin number positions from the padding id + 1 on.
-        limits.append(positions - config.pad_token_id - 1 if config.model_type in FROM_PADDING else positions)
+    limits = [wanted, tokenizer.model_max_length, positions(config) or wanted]
     special = tokenizer.num_special_tokens_to_add(pair=pair)
     if min(limits) <= special:
         raise UsageError(
@@ -233,7 +238,8 @@ def _check_loaded(args: ModelArguments, model, missing: list[str], other_size: l
     lost = next((key for key in missing if not is_inside(key, heads)), None)
     if lost:
         raise UsageError(
-            f"{args.model_name_or_path} lacks {lost!r}; it holds no weights of a {model.config.model_type} model."
+            f"{args.model_name_or_path} lacks {lost!r}, which a {model.config.model_type} classifier runs through and "
+            "which would stay as it was drawn; give a checkpoint that has it."
         )
     odd = next((key for key in other_size if not is_inside(key, heads)), None)
     if odd:

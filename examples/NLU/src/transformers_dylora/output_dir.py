@@ -33,6 +33,12 @@ def resume_point(args) -> tuple[str | None, list[str]]:
         damage = damage_of(Path(asked))
         if damage:
             raise UsageError(f"--resume_from_checkpoint {asked} is damaged ({damage}); give another checkpoint.")
+        others = Path(asked).resolve().parent != directory.resolve() and (directory / "train_results.json").exists()
+        if args.do_train and others and not args.overwrite_output_dir:
+            raise UsageError(
+                f"--output_dir {directory} holds another run, which has ended; choose another directory, or add "
+                "--overwrite_output_dir."
+            )
         return str(asked), []
     wanted = asked and str(asked).lower() == "true"
     if not wanted and (not args.do_train or args.overwrite_output_dir):

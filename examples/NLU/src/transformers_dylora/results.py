@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import loralib as lora
-from loralib.adapters.directory import read_facts
+from loralib.adapters.directory import hash_of_weights, read_facts
 from loralib.files import save_npz, write_text
 from loralib.model import adapter_parameters, has_lora
 from loralib.report.choice import aurac, bootstrap, nothing_learnt, select_rank
@@ -51,7 +51,7 @@ def how_trained(model_args, training_args, trainer) -> dict:
     if training_args.do_train:
         return trainer.training_facts()
     told = read_facts(model_args.lora_path)
-    return {name: told[name] for name in (*FACTS, "p", "reduce", "gate_ranks") if name in told}
+    return {name: told[name] for name in (*FACTS, "p", "reduce", "gate_ranks", "ordered", "seed") if name in told}
 
 
 def assemble(
@@ -76,12 +76,15 @@ def assemble(
         task=task.name,
         model_name_or_path=model_args.model_name_or_path,
         method=title_of(facts, r_max) if adapted else "full fine-tuning",
-        seed=training_args.seed,
+        seed=training_args.seed if training_args.do_train or not adapted else facts.get("seed"),
         **{name: facts.get(name) for name in FACTS},
         scaling=scaling,
         max_rank=r_max,
         lora_alpha=model_args.lora_alpha,
         command=shlex.join(without_tokens(words)),
+        adapter=hash_of_weights(training_args.output_dir if training_args.do_train else model_args.lora_path or "")
+        if adapted
+        else None,
         versions=versions(),
         metric=metric,
         metrics=task.metrics,

@@ -118,6 +118,7 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
         eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,
         group_by_length=data_args.group_by_length,
         adapter_facts={"task": task.name, "labels": list(task.labels), "regression": task.regression}
+        | ({"seed": training_args.seed} if training_args.do_train else {})
         | ({} if data_args.task_name else {"columns": list(task.columns)}),
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -193,17 +194,32 @@ def load_data(data_args, model_args, training_args):
     labels, regression = ((), None) if training_args.do_train else known_labels(model_args)
     if data_args.regression is not None:
         regression = data_args.regression
+    named = tuple(data_args.labels or ())
     trained_on = () if training_args.do_train or not model_args.lora_path else known_columns(model_args.lora_path)
-    task, raw = load_files(files, model_args.cache_dir, labels, regression, trained_on)
+    columns = tuple(data_args.text_columns or trained_on)
+    task, raw = load_files(files, model_args.cache_dir, named or labels, regression, columns)
+    if not training_args.do_train and not (named or labels or regression) and not _numbered(task.labels):
+        raise UsageError(
+            f"The model tells no names of its outputs, and the labels are {', '.join(task.labels)}: name them in the "
+            "order of the outputs, as in --labels no,yes."
+        )
+    if training_args.do_eval and "validation" in raw and "label" not in raw["validation"].column_names:
+        raise UsageError(f"--validation_file {files['validation']} has no column 'label' to measure by; add it.")
+    told = [f"the texts: {', '.join(task.columns)}"]
     if not (training_args.do_train and training_args.do_eval) or "validation" in raw or "train" not in raw:
-        return task, raw, []
+        return task, raw, told
     whole = len(raw["train"])
     raw |= held_out(raw["train"])
     note = (
         f"{len(raw['validation'])} of the {whole} examples of {files['train']}, drawn at random, are held out to "
         "measure on; --validation_file names your own"
     )
-    return task, raw, [note]
+    return task, raw, [*told, note]
+
+
+def _numbered(labels: tuple[str, ...]) -> bool:
+    """Whether labels are 0, 1, .., the numbers of outputs."""
+    return labels == tuple(map(str, range(len(labels))))
 
 
 def tokenized(kind: str, raw, task, tokenizer, length: int, data_args) -> dict:

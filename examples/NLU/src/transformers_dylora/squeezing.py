@@ -2,7 +2,7 @@
 there: the half of dylora squeeze that runs the model."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,22 @@ from loralib.adapters.directory import AdapterFiles, read_directory, write_adapt
 from loralib.adapters.labels import told
 from loralib.report.results import RankResults
 from loralib.sampling import RankSampler
+from loralib.schedule import FACTS, title_of
 from loralib.trainer import DyLoRATrainer
 
-from .data import content_name, load_files, tokenize
+from .data import content_name, csv_as_text, load_files, tokenize
 from .errors import UsageError
 from .metrics import metrics_function
+from .modeling import positions
+from .tasks import TASKS
 
 ALL_RANKS = 16  # up to this r_max every rank is measured, above it 1, 2, 4, .. r_max
 MAX_LENGTH = 512  # tokens of an example
+# What saving an adapter tells by itself, of dylora.json's facts.
+FOUND_ANEW = (
+    *("rank", "r_max", "lora_alpha", "scaling", "labels", "num_labels", "made_by"),
+    *("base_sample", "base_sample_of", "projections", "components_at", "spread"),
+)
 LOOKED_AT = 1024  # examples that importance is measured on, at most
 
 
@@ -63,7 +71,9 @@ class Adapted:
         if labels and not classifier:
             raise UsageError("--labels are a classifier's; this adapter is of a language model, leave them out.")
         if classifier and outputs(files) == 1:
-            raise UsageError(f"{directory} is a regression; give --rank, or measure it with dylora train --do_eval.")
+            raise UsageError(
+                "The adapter is a regression: give --rank alone, or measure it with dylora train --do_eval."
+            )
         options = {"num_labels": outputs(files), "ignore_mismatched_sizes": True} if classifier else {}
         transformers.utils.logging.set_verbosity_error()
         try:
@@ -97,11 +107,17 @@ class Adapted:
         a classifier one or two text columns and ``label``, for a language model ``prompt`` and ``completion`` (the loss
         counts the completion) or ``text``."""
         if self.names is None:
-            return completing(data, self.tokenizer, MAX_LENGTH)
-        return classifying(data, self.tokenizer, self.names, MAX_LENGTH)
+            return completing(data, self.tokenizer, longest(self.tokenizer, self.model.config))
+        return classifying(data, self.tokenizer, self.names, longest(self.tokenizer, self.model.config), self.columns())
+
+    def columns(self) -> tuple[str, ...]:
+        """The text columns that the adapter was trained on; nothing where it does not say them."""
+        task = TASKS.get(self.facts.get("task", ""))
+        return tuple(self.facts.get("columns") or (task.columns if task else ()))
 
     def kept_facts(self) -> dict:
-        return {name: self.facts[name] for name in ("squeezed", "ordered") if name in self.facts}
+        """What ``dylora.json`` told, but for what saving finds anew."""
+        return {name: value for name, value in self.facts.items() if name not in FOUND_ANEW}
 
     def spread_by_importance(self, data: str) -> None:
         """Spread the ranks over the layers by the importance of components on a file of examples, and save that."""
@@ -134,7 +150,8 @@ class Adapted:
         )
         results = trainer.measure_ranks(task=Path(data).stem)
         self._keep_types()
-        return results
+        told = {name: self.facts.get(name) for name in FACTS}
+        return replace(results, method=title_of(self.facts, r_max), seed=self.facts.get("seed"), **told)
 
     def _keep_types(self) -> None:
         files = read_directory(self.directory)
@@ -153,8 +170,13 @@ def outputs(files: AdapterFiles) -> int:
     return min(heads)
 
 
-def classifying(data: str, tokenizer, names: tuple[str, ...], max_length: int):
-    task, splits = load_files({"validation": data}, None, names)
+def longest(tokenizer, config) -> int:
+    """How many tokens a text may have."""
+    return min(MAX_LENGTH, tokenizer.model_max_length, positions(config) or MAX_LENGTH)
+
+
+def classifying(data: str, tokenizer, names: tuple[str, ...], max_length: int, columns: tuple[str, ...]):
+    task, splits = load_files({"validation": data}, None, names, columns=columns)
     dataset = tokenize(splits["validation"], task, tokenizer, max_length, False, False)
     return dataset, DataCollatorWithPadding(tokenizer), metrics_function(task)
 
@@ -165,16 +187,18 @@ def completing(data: str, tokenizer, max_length: int):
 
     try:
         kind, options = "csv" if data.endswith(".csv") else "json", {"name": content_name([data])}
+        options |= csv_as_text(Path(data)) if kind == "csv" else {}
         rows = datasets.load_dataset(kind, data_files=data, split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
         raise UsageError(f"{data} cannot be read ({type(error).__name__}); give CSV or JSON lines.") from None
-    if not {"prompt", "completion"} <= set(rows.column_names) and "text" not in rows.column_names:
+    pairs = {"prompt", "completion"} <= set(rows.column_names)
+    if not pairs and "text" not in rows.column_names:
         raise UsageError(
             f"{data} has the columns {', '.join(rows.column_names)}; a language model needs prompt and completion, or "
             "text."
         )
 
-    wanted = ("prompt", "completion") if "completion" in rows.column_names else ("text",)
+    wanted = ("prompt", "completion") if pairs else ("text",)
     for name in wanted:
         bad = next((i for i, value in enumerate(rows[name]) if not isinstance(value, str) or not value.strip()), None)
         if bad is not None:
@@ -183,7 +207,7 @@ def completing(data: str, tokenizer, max_length: int):
             )
 
     def encode(row):
-        if "completion" not in row:
+        if not pairs:
             ids = tokenizer(row["text"])["input_ids"][:max_length]
             return {"input_ids": ids, "labels": ids}
         prompt = tokenizer(row["prompt"])["input_ids"]
