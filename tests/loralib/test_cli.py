@@ -173,6 +173,16 @@ def test_what_is_written_predicts_the_same_without_loralib(kind, capsys, folder)
         assert sizes[0] * 2 == sizes[1] * 3
 
 
+def test_the_table_of_another_adapter_chooses_no_rank(capsys, folder):
+    shutil.copytree("rte0", "mixed_up")
+    shutil.copy("rte1/adapter_model.safetensors", "mixed_up/adapter_model.safetensors")
+    code, _, err = dylora(capsys, "export", "mixed_up", "--rank", "auto", "--to", "from_mixed_up")
+    assert code == 2 and "is not the one that its rank_results.json is of" in err
+    assert dylora(capsys, "export", "mixed_up", "--rank", "1", "--to", "from_mixed_up")[0] == 0
+    assert "Quality at every rank" not in Path("from_mixed_up/README.md").read_text()
+    assert dylora(capsys, "export", "rte0", "--rank", "auto", "--to", "from_rte0")[0] == 0
+
+
 def test_auto_takes_the_selected_rank(capsys):
     code, out, _ = dylora(capsys, "export", "mnli", "--rank", "auto", "--within", "100", "--to", "auto")
     assert code == 0 and "rank 1: mnli, validation_matched" in out

@@ -132,3 +132,41 @@ def test_the_metric_needs_no_download_and_gives_the_tasks_scores(name):
     if name in ("mrpc", "qqp"):
         assert found["f1"] == pytest.approx(f1_score(labels, predictions))
         assert found["combined_score"] == pytest.approx((found["f1"] + found["accuracy"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [
+        ({"text": "a b {i}", "label_text": "{name}"}, ("text",)),
+        ({"id": "{i}", "text": "a b {i}"}, ("text",)),
+        ({"kind": "{name}", "text": "a b {i}"}, ("text",)),  # one value for each label, again and again
+        ({"question": "q {i}", "context": "c {i}"}, ("question", "context")),
+        ({"other": "o {i}", "sentence1": "q {i}", "sentence2": "c {i}"}, ("sentence1", "sentence2")),
+    ],
+)
+def test_texts_are_columns_that_neither_count_nor_say_the_label(columns, wanted, tmp_path):
+    lines = [",".join([*columns, "label"])]
+    for i in range(12):
+        name = ("no", "yes")[i % 2]
+        lines.append(",".join([*(cell.format(i=i, name=name) for cell in columns.values()), name]))
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    task, _ = load_files({"train": str(tmp_path / "t.csv")}, str(tmp_path / "cache"))
+    assert task.columns == wanted
+
+
+def test_more_than_two_texts_are_to_be_named(tmp_path):
+    (tmp_path / "t.csv").write_text("a,b,c,label\nx y,z 1,u v,no\nx w,z 2,u t,yes\n")
+    files = {"train": str(tmp_path / "t.csv")}
+    with pytest.raises(UsageError, match="text columns a, b, c, and a classifier reads one or two: name them"):
+        load_files(files, str(tmp_path / "cache"))
+    task, splits = load_files(files, str(tmp_path / "cache"), columns=("c", "a"))
+    assert task.columns == ("c", "a") and splits["train"][0]["c"] == "u v"
+
+
+def test_what_datasets_caches_beside_saved_data_is_not_read(tmp_path):
+    write(tmp_path / "glue", TASKS["rte"], "disk")
+    loaded = datasets.load_from_disk(str(next((tmp_path / "glue").rglob("train")).parent / "train"))
+    loaded.map(lambda row: {"label": 1 - row["label"]})
+    assert list((tmp_path / "glue").rglob("cache-*.arrow"))
+    found = load_glue(TASKS["rte"], str(tmp_path / "glue"), str(tmp_path / "cache"))
+    assert len(found["train"]) == len(loaded) and found["train"]["label"] == loaded["label"]

@@ -241,3 +241,46 @@ def test_a_limit_of_parameters_takes_the_largest_rank_that_fits(roberta_checkpoi
     assert json.loads((tmp_path / "small/adapter_config.json").read_text())["r"] == 3
     assert main([*command, "5"]) == 2
     assert f"No rank has 5 parameters or fewer; the smallest has {whole // 4:,}." in capsys.readouterr().err
+
+
+def test_a_checkpoint_from_before_its_ordering_is_not_cut(roberta_config, tmp_path, capsys):
+    model = lora.inject(AutoModelForSequenceClassification.from_config(roberta_config), ["query"], r=4)
+    facts = {"sampling": "example", "full_rank_share": 0.8, "ordered": False}
+    lora.save_adapter(model, tmp_path / "early", extra=facts)
+    for command in (["export", "--rank", "2"], ["merge", "--rank", "2", "--base", "x"]):
+        assert main([command[0], str(tmp_path / "early"), *command[1:], "--to", str(tmp_path / "out")]) == 2
+        assert "saved before its components were ordered, and is of use at rank 4 alone" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="before its components were ordered"):
+        lora.load_adapter(AutoModelForSequenceClassification.from_config(roberta_config), tmp_path / "early", rank=2)
+    assert main(["export", str(tmp_path / "early"), "--rank", "4", "--to", str(tmp_path / "whole")]) == 0
+    assert "DyLoRA training" not in (tmp_path / "whole/README.md").read_text()
+    assert main(["squeeze", str(tmp_path / "early"), "--rank", "2", "--to", str(tmp_path / "small")]) == 0
+
+
+def test_squeeze_reads_the_columns_of_the_training_and_keeps_what_was_told(
+    roberta_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    base = AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=2)
+    model = lora.inject(base, ["query"], r=2)
+    facts = {"task": "custom", "columns": ["question", "context"], "labels": ["no", "yes"], "sampling": "example",
+             "distribution": "mixed", "full_rank_share": 0.8, "frozen": False, "ordered": True, "seed": 5}  # fmt: skip
+    lora.save_adapter(model, tmp_path / "ours", extra=facts)
+    rows = [
+        {"note": "n w", "context": f"w{i}", "question": "w1 " * 200, "label": ("no", "yes")[i % 2]} for i in range(6)
+    ]
+    (tmp_path / "v.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        "squeeze",
+        str(tmp_path / "ours"),
+        "--base",
+        str(roberta_checkpoint),
+        "--data",
+        str(tmp_path / "v.jsonl"),
+    ]
+    assert main([*command, "--rank", "1", "--to", str(tmp_path / "small")]) == 0, capsys.readouterr().err
+    told = json.loads((tmp_path / "small/dylora.json").read_text())
+    assert {name: told[name] for name in ("columns", "task", "sampling", "seed")} == {
+        "columns": ["question", "context"], "task": "custom", "sampling": "example", "seed": 5,
+    }  # fmt: skip
+    assert "LoRA trained at rank" not in capsys.readouterr().out
