@@ -180,7 +180,6 @@ def test_the_table_of_another_adapter_chooses_no_rank(capsys, folder):
     assert code == 2 and "is not the one that its rank_results.json is of" in err
     assert dylora(capsys, "export", "mixed_up", "--rank", "1", "--to", "from_mixed_up")[0] == 0
     assert "Quality at every rank" not in Path("from_mixed_up/README.md").read_text()
-    assert dylora(capsys, "export", "rte0", "--rank", "auto", "--to", "from_rte0")[0] == 0
 
 
 def test_auto_takes_the_selected_rank(capsys):

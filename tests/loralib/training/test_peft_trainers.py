@@ -132,7 +132,7 @@ def test_a_plain_adapter_that_trains_beside_is_refused(roberta_checkpoint, tmp_p
     model.add_adapter("plain", LoraConfig(r=2, target_modules=["key"]))
     model.base_model.set_adapter(["default", "plain"])
     with pytest.raises(ValueError, match="'plain' trains beside the one with ranks, and checkpoints hold the latter"):
-        type(t)(model=model, args=t.args, train_dataset=t.train_dataset)
+        type(t)(model=model, args=t.args, train_dataset=t.train_dataset, eval_dataset=t.eval_dataset)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and ".plain." not in name)
-    type(t)(model=model, args=t.args, train_dataset=t.train_dataset)
+    type(t)(model=model, args=t.args, train_dataset=t.train_dataset, eval_dataset=t.eval_dataset)
