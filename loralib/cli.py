@@ -198,6 +198,8 @@ def _select(args) -> None:
     from .report.results import RankResults
 
     results = RankResults.read(args.run_directory)
+    if _of_another(results):
+        raise _another(args.run_directory)
     found = chosen(args, results)
     print(f"rank {found.rank}")
     print(why(results, found))
@@ -207,12 +209,11 @@ def _rank_of(args) -> tuple[int, RankResults | None]:
     """The rank to write, and the run's results if the directory is a run's."""
     from dataclasses import replace
 
-    from .adapters.directory import hash_of_weights
     from .report.results import FILE, RankResults
 
     directory = Path(args.run_directory)
     results = RankResults.read(directory) if (directory / FILE).exists() else None
-    other = results is not None and results.adapter not in (None, hash_of_weights(directory))
+    other = results is not None and _of_another(results)
     if args.rank != "auto":
         try:
             rank = int(args.rank)
@@ -221,15 +222,27 @@ def _rank_of(args) -> tuple[int, RankResults | None]:
         refuse_unused(args, rank, "within", "max_parameters", "split")
         return rank, None if other else results
     if other:
-        raise ValueError(
-            f"The adapter in {directory} is not the one that its {FILE} is of: give --rank a number, or measure it "
-            f"with dylora train --do_eval --lora_path {directory}."
-        )
+        raise _another(directory)
     if results is None:
         raise FileNotFoundError(f"{directory} holds no {FILE} to choose a rank from; give --rank a number.")
     found = chosen(args, results)
     print(f"rank {found.rank}: {why(results, found)}")
     return found.rank, replace(results, selected_rank=found)
+
+
+def _of_another(results: RankResults) -> bool:
+    """Whether a run's table is of other weights than those that lie beside it."""
+    from .adapters.directory import hash_of_weights
+
+    beside = hash_of_weights(results.directory or "")
+    return None not in (results.adapter, beside) and results.adapter != beside
+
+
+def _another(directory) -> ValueError:
+    return ValueError(
+        f"The adapter in {directory} is not the one that its rank_results.json is of: measure it with dylora train "
+        f"--do_eval --lora_path {directory} --output_dir {directory}, or give a rank."
+    )
 
 
 def _warn_of_plain_lora(directory: str, rank: int) -> None:

@@ -178,6 +178,8 @@ def test_the_table_of_another_adapter_chooses_no_rank(capsys, folder):
     shutil.copy("rte1/adapter_model.safetensors", "mixed_up/adapter_model.safetensors")
     code, _, err = dylora(capsys, "export", "mixed_up", "--rank", "auto", "--to", "from_mixed_up")
     assert code == 2 and "is not the one that its rank_results.json is of" in err
+    code, _, err = dylora(capsys, "select", "mixed_up", "--within", "9")
+    assert code == 2 and "dylora train --do_eval --lora_path mixed_up --output_dir mixed_up" in err
     assert dylora(capsys, "export", "mixed_up", "--rank", "1", "--to", "from_mixed_up")[0] == 0
     assert "Quality at every rank" not in Path("from_mixed_up/README.md").read_text()
 

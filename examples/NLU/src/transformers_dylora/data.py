@@ -226,7 +226,10 @@ def _text_columns(split: datasets.Dataset) -> tuple[str, ...]:
     texts = [name for name in strings if name not in ("idx", "index") and not _says_label(split, name)]
     texts = [name for name in texts if not all(map(is_number, split[name]))]
     if not texts:
-        raise UsageError(f"The files have no text column, only {', '.join(split.column_names)}; add one or two.")
+        raise UsageError(
+            f"The files have no text column, only {', '.join(split.column_names)}; add one or two, or name them with "
+            "--text_columns."
+        )
     if len(texts) > 2:
         raise UsageError(
             f"The files have the text columns {', '.join(texts)}, and a classifier reads one or two: name them, as in "
