@@ -106,7 +106,9 @@ def free_directory(directory: str | Path, made_by: str) -> Path:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files."""
+    """Copy the tokenizer's files; those of an earlier export make way."""
     for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"):
+        for file in target.glob(pattern):
+            file.unlink()
         for file in source.glob(pattern):
             shutil.copyfile(file, target / file.name)

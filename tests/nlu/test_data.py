@@ -170,3 +170,22 @@ def test_what_datasets_caches_beside_saved_data_is_not_read(tmp_path):
     assert list((tmp_path / "glue").rglob("cache-*.arrow"))
     found = load_glue(TASKS["rte"], str(tmp_path / "glue"), str(tmp_path / "cache"))
     assert len(found["train"]) == len(loaded) and found["train"]["label"] == loaded["label"]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("text,text,label\na b,c d,no\ne f,g h,yes\n", "has two columns 'text'; rename or remove one"),
+        ("text\na b\n  \nc d\n", "has a blank cell in line 3, its only one"),
+    ],
+)
+def test_a_csv_that_would_be_read_otherwise_than_it_stands(content, sentence, tmp_path):
+    (tmp_path / "t.csv").write_text(content)
+    with pytest.raises(UsageError, match=sentence):
+        load_files({"test": str(tmp_path / "t.csv")}, str(tmp_path / "cache"), ("no", "yes"))
+
+
+def test_a_long_cell_is_read(tmp_path):
+    (tmp_path / "t.csv").write_text(f"text,label\n{'w ' * 100_000},no\na b,yes\n")
+    _, splits = load_files({"train": str(tmp_path / "t.csv")}, str(tmp_path / "cache"))
+    assert len(splits["train"][0]["text"]) == 200_000

@@ -284,3 +284,13 @@ def test_squeeze_reads_the_columns_of_the_training_and_keeps_what_was_told(
         "columns": ["question", "context"], "task": "custom", "sampling": "example", "seed": 5,
     }  # fmt: skip
     assert "LoRA trained at rank" not in capsys.readouterr().out
+
+
+def test_an_export_over_an_earlier_one_keeps_none_of_its_tokenizer(roberta_checkpoint, tmp_path):
+    foreign(roberta_checkpoint, tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(roberta_checkpoint).save_pretrained(tmp_path / "theirs")
+    command = ["export", str(tmp_path / "theirs"), "--rank", "4", "--to", str(tmp_path / "out")]
+    assert main(command) == 0 and list((tmp_path / "out").glob("tokenizer*"))
+    for file in (tmp_path / "theirs").glob("tokenizer*"):
+        file.unlink()
+    assert main(command) == 0 and not list((tmp_path / "out").glob("tokenizer*"))

@@ -101,13 +101,17 @@ def csv_as_text(file: Path) -> dict:
     """Options for reading a CSV, of which all cells are text: NA, None and an empty cell are no missing values, 01 is
     not 1.
 
-    Raises UsageError for a file without rows, and for a row with more or fewer cells than there are columns.
+    Raises UsageError for a file without rows, for two columns of one name, and for a row with more or fewer cells than
+    there are columns, or with a blank one where there is one column: pandas would pass it over.
     """
+    csv.field_size_limit(2**31 - 1)  # a text may be long
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
         columns, empty = next(rows, []), True
         for row in rows:
             empty = empty and not row
+            if len(columns) == 1 and row and not row[0].strip():
+                raise UsageError(f"{file} has a blank cell in line {rows.line_num}, its only one; fill or remove it.")
             if row and len(row) != len(columns):
                 raise UsageError(
                     f"{file} has {len(row)} cells in line {rows.line_num}, and {len(columns)} columns; quote cells "
@@ -115,6 +119,9 @@ def csv_as_text(file: Path) -> dict:
                 )
     if empty:
         raise UsageError(f"{file} is empty; it needs at least one example.")
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice:
+        raise UsageError(f"{file} has two columns {twice!r}; rename or remove one.")
     if "" in columns:
         raise UsageError(f"{file} has a column without a name (a table's index?); name it, or leave it out.")
     text = datasets.Features({name: datasets.Value("string") for name in columns})

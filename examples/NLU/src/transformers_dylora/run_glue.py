@@ -206,6 +206,8 @@ def load_data(data_args, model_args, training_args):
     if training_args.do_eval and "validation" in raw and "label" not in raw["validation"].column_names:
         raise UsageError(f"--validation_file {files['validation']} has no column 'label' to measure by; add it.")
     told = [f"the texts: {', '.join(task.columns)}"]
+    if data_args.test_file and not training_args.do_predict:
+        told.append("--test_file is read with --do_predict alone")
     if not (training_args.do_train and training_args.do_eval) or "validation" in raw or "train" not in raw:
         return task, raw, told
     whole = len(raw["train"])
