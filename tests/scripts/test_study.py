@@ -188,8 +188,8 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     assert origin["ordered-gate"] == origin["by-cost-0.8"] == "lora-8" and origin["example"] is None
     assert origin["mixed-0.8-fisher"] == origin[study_methods.DEFAULT] == "lora-8"
     study.main(["tables", "--results", str(tmp_path / "results")])
-    text = (tmp_path / "results" / "README.md").read_text()
-    assert "ordered, then fixed gate" in text and "ordered, then distilled" in text
+    text, tries = ((tmp_path / "results" / name).read_text() for name in ("README.md", "tries.md"))
+    assert "ordered, then fixed gate" in tries and "ordered, then distilled" in tries
     assert "DyLoRA, per example" in text and (tmp_path / "results" / "curves.png").stat().st_size > 10_000
 
 
