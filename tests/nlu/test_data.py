@@ -183,9 +183,3 @@ def test_a_csv_that_would_be_read_otherwise_than_it_stands(content, sentence, tm
     (tmp_path / "t.csv").write_text(content)
     with pytest.raises(UsageError, match=sentence):
         load_files({"test": str(tmp_path / "t.csv")}, str(tmp_path / "cache"), ("no", "yes"))
-
-
-def test_a_long_cell_is_read(tmp_path):
-    (tmp_path / "t.csv").write_text(f"text,label\n{'w ' * 100_000},no\na b,yes\n")
-    _, splits = load_files({"train": str(tmp_path / "t.csv")}, str(tmp_path / "cache"))
-    assert len(splits["train"][0]["text"]) == 200_000

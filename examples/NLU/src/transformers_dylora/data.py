@@ -104,7 +104,6 @@ def csv_as_text(file: Path) -> dict:
     Raises UsageError for a file without rows, for two columns of one name, and for a row with more or fewer cells than
     there are columns, or with a blank one where there is one column: pandas would pass it over.
     """
-    csv.field_size_limit(2**31 - 1)  # a text may be long
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
         columns, empty = next(rows, []), True
