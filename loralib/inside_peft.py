@@ -36,12 +36,11 @@ def trained_beside_ranks(model: nn.Module) -> str | None:
 
 def merge_by_peft(model: Any) -> nn.Module:
     """What PEFT's ``merge_and_unload`` gives. An adapted weight that is tied to another gets a copy of its own first,
-    since the update is one layer's alone; the configuration then says that nothing is tied."""
+    since the update is one layer's alone; PEFT then says in the configuration that nothing is tied."""
     holders: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             holders[id(parameter)] = holders.get(id(parameter), 0) + 1
-    untied = False
     for module in model.modules():
         if not hasattr(module, "get_base_layer") or not hasattr(module, "merged_adapters"):
             continue
@@ -50,9 +49,4 @@ def merge_by_peft(model: Any) -> nn.Module:
         if weight is not None and holders[id(weight)] > 1:
             holders[id(weight)] -= 1
             base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
-            untied = True
-    plain = model.merge_and_unload()
-    config: Any = getattr(plain, "config", None)
-    if untied and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False
-    return plain
+    return model.merge_and_unload()

@@ -232,8 +232,8 @@ class RankResults:
 
 
 def _null(value: float) -> float | None:
-    """JSON has no nan: null instead."""
-    return None if math.isnan(_finite(value)) else float(value)
+    """JSON has no nan and no infinity: null instead."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _finite(value: float) -> float:

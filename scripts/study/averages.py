@@ -9,9 +9,9 @@ from loralib.report.choice import mean_and_error
 from loralib.report.tables import markdown_table
 
 from .held_out import BAR
-from .methods import ALPHA, DEFAULT, R_MAX, SHOWN, SWEEP
+from .methods import ALPHA, DEFAULT, R_MAX, SHOWN
 from .naming import HEAD, NAMES, called, order, strength_of
-from .shown import AVERAGED, Found, by_row, device_of, not_yet_run, roundings, sweep_methods
+from .shown import AVERAGED, Found, by_row, not_yet_run, roundings, scores_by_device, sweep_methods
 
 
 def averaged(found: Found, method: str) -> dict[int, dict[int, float]]:
@@ -91,23 +91,17 @@ def with_most_seeds(founds: dict[str, Found], peer: str, method: str = DEFAULT) 
     return max(founds, key=lambda name: len(paired(founds[name], peer, SHOWN, method)))
 
 
-def with_the_sweep_at_our_rate(found: Found, records: list[dict], device: str, method: str = DEFAULT) -> list[str]:
+def with_the_sweep_at_our_rate(records: list[dict], device: str, method: str = DEFAULT) -> list[str]:
     """A sentence: the same differences with every LoRA of the sweep at the rate of ``method`` and at alpha / r. Nothing
     where that is what the tables show, or where fewer than two seeds have it."""
     rates = {row: {record["rate"] for record, name, _ in by_row(records) if name == row} for row in ("sweep", method)}
     if rates["sweep"] == rates[method] or len(rates[method]) != 1:
         return []
-    (rate,), usual = rates[method], {names[0]: r for r, names in SWEEP.items()}
-    alike: dict = {key: by_seed for key, by_seed in found.items() if key[1] == method}
-    for record in records:
-        r = usual.get(record["method"])
-        if r and record["split"] == "validation" and record["rate"] == rate and device_of(record) == device:
-            curve = alike.setdefault((record["task"], "sweep"), {}).setdefault(record["seed"], {})
-            curve[r] = record["scores"][str(r)]
-    for task in AVERAGED:
-        by_seed = alike.get((task, "sweep"), {})
-        alike[task, "sweep"] = {seed: curve for seed, curve in by_seed.items() if len(curve) == len(SWEEP)}
-    apart = [paired(alike, "sweep", ranks, method) for ranks in (*([b] for b in SHOWN), SHOWN)]
+    (rate,) = rates[method]
+    # Without the searches nothing is chosen, and the sweep is what it usually is.
+    alike = [record for record in records if record["split"] == "validation" and record["rate"] == rate]
+    found = scores_by_device(alike)[device]
+    apart = [paired(found, "sweep", ranks, method) for ranks in (*([b] for b in SHOWN), SHOWN)]
     if len(apart[0]) < 2:
         return []
     *of_ranks, mean = map(interval, apart)
@@ -147,7 +141,7 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
         "",
         markdown_table(head, rows, "l" + "rl" * len(peers)),
         "",
-        *with_the_sweep_at_our_rate(founds[on["sweep"]], records, on["sweep"], method),
+        *with_the_sweep_at_our_rate(records, on["sweep"], method),
         *roundings(compared, on["sweep"], {"sweep": "the sweep's", method: "DyLoRA's"}),
         *not_yet_run(records),
         "<!-- --8<-- [end:headline] -->",

@@ -188,6 +188,24 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
     assert text.count(f"{(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f} |") == 5
 
 
+def test_the_headline_also_tells_the_sweep_at_the_rate_of_the_default(monkeypatch):
+    monkeypatch.setattr(shown, "run_enough", lambda *_: True)  # however few, the chosen runs are shown
+    lines, ranks = [], (1, 2, 4, 8)
+    for seed in (0, 1):
+        lines += curve_lines(study_methods.DEFAULT, seed, dict.fromkeys(ranks, 50.0 + seed))
+        for r in ranks:
+            lines += curve_lines(f"lora-{r}", seed, {r: 51.0})
+            lines += [
+                line | {"rate": 2e-3, "scores": {str(r): 10.0}} for line in curve_lines(f"lora-{r}", seed, {r: 0})
+            ]
+    told = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
+    assert "With every LoRA" not in told  # nothing is chosen: the tables show just that
+    lines += searched("lora-1", 2e-3)
+    told = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
+    assert "| rank 1 | +40.5 ±" in told
+    assert "at rate 0.001, that of DyLoRA, and alpha 16 the differences are -0.5 ±" in told
+
+
 def test_the_headline_says_in_which_precision_the_compared_runs_were():
     lines = [line for seed in (0, 1) for r in (1, 2, 4, 8) for line in curve_lines(f"lora-{r}", seed, {r: 50.0})]
     ours = [

@@ -41,8 +41,7 @@ def results(draw):
 
 @given(results())
 def test_written_and_read_it_is_the_same(found):
-    text = json.dumps(found.to_json())
-    assert "NaN" not in text
+    text = json.dumps(found.to_json(), allow_nan=False)
     again = RankResults.from_json(json.loads(text))
     assert repr(again) == repr(found)  # nan is not equal to itself
     assert to_markdown(again) == to_markdown(found) and to_csv(again) == to_csv(found)
