@@ -2,13 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoModelForSequenceClassification
 from transformers_dylora.arguments import parse
 from transformers_dylora.errors import UsageError
 from transformers_dylora.identity import settings_of
 from transformers_dylora.output_dir import resume_point
+from transformers_dylora.results import write_predictions
 from transformers_dylora.run_glue import load_data
+from transformers_dylora.tasks import TASKS, Task
 
 import loralib as lora
 
@@ -76,3 +79,11 @@ def test_a_checkpoint_of_another_run_does_not_go_over_one_that_has_ended(roberta
         resume_point(parts(roberta_checkpoint, tmp_path, *flags)[2])
     flags.append("--overwrite_output_dir")
     assert resume_point(parts(roberta_checkpoint, tmp_path, *flags)[2])[0].endswith("checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("task", "shown"), [(TASKS["stsb"], "0.000"), (Task("custom", ("text",), (), ("pearson",)), "0.0001234568")]
+)
+def test_small_values_are_not_rounded_away_but_for_glues_server(task, shown, tmp_path):
+    write_predictions(str(tmp_path), "x", task, [1], np.full((1, 1, 1), 1.2345678e-4, np.float32))
+    assert (tmp_path / "test_results_x_r1.txt").read_text() == f"index\tprediction\n0\t{shown}\n"

@@ -59,6 +59,18 @@ def test_flags_after_the_file_count_and_abbreviations_are_stored_whole(tmp_path)
     }  # fmt: skip
 
 
+def test_a_word_in_a_file_is_a_word(tmp_path):
+    """YAML 1.1 has no and off for false, 010 for eight, and 1e-5 for text."""
+    file = tmp_path / "a.yaml"
+    file.write_text(
+        "report_to: [no, off]\nsave_strategy: no\nseed: 010\nlr_scheduler_kwargs: {min_lr: 1e-5, a: [no]}\n"
+    )
+    assert expanded([str(file)]) == [
+        "--report_to", "no", "off", "--save_strategy", "no", "--seed", "010",
+        "--lr_scheduler_kwargs", '{"min_lr": 1e-05, "a": ["no"]}',
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -129,6 +141,11 @@ def test_how_a_run_was_started_is_no_setting_of_it():
         ("a.csv", ",text,label\n0,w1,yes\n", "has a column without a name"),
         ("a.csv", 'text,label\n"' + "w" * 200_000 + '",yes\n', "cannot be read as csv"),
         ("a.tsv", "text\tlabel\n", "ends in '.tsv'; give one that ends in"),
+        (
+            "a.json",
+            '{"text": "w1", "label": "2020-01-01"}\n{"text": "w2", "label": "2020-01-01"}\n',
+            "has the label '2020-01-01 00:00:00' in example 0",
+        ),
     ],
 )
 def test_files_that_cannot_be_read_are_one_sentence(name, text, sentence, tmp_path):

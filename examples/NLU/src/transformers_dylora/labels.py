@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from datetime import date, time
 from typing import Any
 
 import datasets
@@ -19,12 +20,13 @@ def names_in(kind) -> tuple[str, ...]:
 
 
 def refuse_missing(values: Sequence[Any], where: str) -> None:
-    """Raise UsageError for the first label that is missing, is a list or table, or is no finite number."""
+    """Raise UsageError for the first label that is missing, is a list, a table or a time (as JSON's dates are read), or
+    is no finite number."""
     for i, value in enumerate(values):
         if value is None or value == "":
             raise UsageError(f"{where} has no label in example {i}; every example needs one.")
-        if isinstance(value, (list, dict)) or (isinstance(value, float) and not math.isfinite(value)):
-            raise UsageError(f"{where} has the label {value!r} in example {i}; give a name or a finite number.")
+        if isinstance(value, (list, dict, date, time)) or (isinstance(value, float) and not math.isfinite(value)):
+            raise UsageError(f"{where} has the label {str(value)!r} in example {i}; give a name or a finite number.")
 
 
 def label_names(values: Sequence[Any]) -> tuple[str, ...]:

@@ -113,9 +113,13 @@ def write_results(output_dir: str, results: RankResults, splits: dict[str, dict]
 
 
 def write_predictions(output_dir: str, name: str, task: Task, ranks: list[int], logits: np.ndarray) -> None:
-    """``test_results_<name>_r<b>.txt`` for every rank: a header, then "index<TAB>prediction"."""
+    """``test_results_<name>_r<b>.txt`` for every rank: a header, then "index<TAB>prediction".
+
+    Values of a GLUE task have three decimals, as its server takes them; of one's own data seven digits.
+    """
+    number = ".7g" if task.name == "custom" else ".3f"
     for k, b in enumerate(ranks or [0]):
         predictions = decide(logits[:, k])
-        shown = [f"{v:.3f}" if task.regression else task.labels[v] for v in predictions]
+        shown = [format(v, number) if task.regression else task.labels[v] for v in predictions]
         lines = ["index\tprediction", *(f"{i}\t{text}" for i, text in enumerate(shown))]
         write_text(Path(output_dir) / f"test_results_{name}_r{b}.txt", "\n".join(lines) + "\n")

@@ -28,22 +28,37 @@ def expanded(argv: list[str]) -> list[str]:
     if not file.is_file():
         raise UsageError(f"{file} does not exist; give a YAML file of settings, or flags alone.")
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        # Words as they stand: for YAML 1.1 `no` is false and 010 eight, and 1e-3 is no number.
+        settings = yaml.load(file.read_text(encoding="utf-8"), yaml.BaseLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{file} is no YAML ({' '.join(str(error).split())}); mend the file.") from None
-    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+    if not isinstance(settings, dict) or not all(map(_is_name, settings)):
         raise UsageError(f"{file} holds no table of settings; write one in a line, as in learning_rate: 1e-3.")
     return [word for name, value in settings.items() for word in _as_flag(name, value)] + argv[1:]
 
 
-def _as_flag(name: str, value) -> list[str]:
-    if value is None:
+def _is_name(key: str) -> bool:
+    return key.replace("-", "_").isidentifier()
+
+
+def _as_flag(name: str, value: str | list | dict) -> list[str]:
+    if value in ("", "null", "~"):
         return []
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(_with_numbers(value)) if isinstance(value, dict) else value]
+
+
+def _with_numbers(value):
+    """A table's words as JSON reads them: numbers, true, false, null, else text."""
     if isinstance(value, dict):
-        return [f"--{name}", json.dumps(value)]
-    return [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        return {name: _with_numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(each) for each in value]
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
 
 
 def given(argv: list[str], parser: argparse.ArgumentParser) -> dict:
