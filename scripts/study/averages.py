@@ -11,7 +11,10 @@ from loralib.report.tables import markdown_table
 from .held_out import BAR
 from .methods import ALPHA, DEFAULT, R_MAX, SHOWN
 from .naming import HEAD, NAMES, called, order, strength_of
-from .shown import AVERAGED, Found, by_row, not_yet_run, roundings, scores_by_device, sweep_methods
+from .shown import AVERAGED, Found, by_row, not_yet_run, roundings, sweep_methods
+
+RANKS = {**{f"rank {b}": (b,) for b in SHOWN}, "mean of the ranks": SHOWN}
+EXCLUDED = "✓"
 
 
 def averaged(found: Found, method: str) -> dict[int, dict[int, float]]:
@@ -21,11 +24,11 @@ def averaged(found: Found, method: str) -> dict[int, dict[int, float]]:
     return {seed: {b: float(np.mean([run[seed][b] for run in runs])) for b in SHOWN} for seed in sorted(seeds)}
 
 
-def beside_the_sweep(found: Found, method: str, task: str | None = None) -> dict[int, dict[int, float]]:
-    """{seed: {rank: score}} on the task (default: the mean over AVERAGED), of the seeds that the sweep has too, so that
+def beside(found: Found, peer: str, method: str, task: str | None = None) -> dict[int, dict[int, float]]:
+    """{seed: {rank: score}} on the task (default: the mean over AVERAGED), of the seeds that the peer has too, so that
     rows compare; all where it has none of them."""
-    own, sweep = (found.get((task, name), {}) if task else averaged(found, name) for name in (method, "sweep"))
-    return {seed: own[seed] for seed in own if seed in sweep} or own
+    own, theirs = (found.get((task, name), {}) if task else averaged(found, name) for name in (method, peer))
+    return {seed: own[seed] for seed in own if seed in theirs} or own
 
 
 def interval(values: list[float]) -> str:
@@ -55,12 +58,12 @@ def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
     for method in order({m for _, m in found}):
         own = averaged(found, method)
         if method != peer and (both := sorted(set(own) & set(of_peer))):
-            values = [paired(found, peer, ranks, method) for ranks in (*([b] for b in SHOWN), SHOWN)]
+            values = [paired(found, peer, ranks, method) for ranks in RANKS.values()]
             apart.append([called(method), *map(interval, values), str(len(both))])
         if set(of_peer) <= set(own):
             curves = [[own[seed][b] for b in SHOWN] for seed in of_peer]
             # Of squeeze the first 0.8 of the steps are shared.
-            trainings = {"sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(method, "1")
+            trainings = {"sweep": "4", "plain-sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(method, "1")
             own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
             cells = [f"{value:.1f}" for value in (*np.mean(curves, axis=0), np.mean(curves))]
             means.append([called(method), trainings, strength_of(method, chosen), own_rates, *cells])
@@ -91,59 +94,61 @@ def with_most_seeds(founds: dict[str, Found], peer: str, method: str = DEFAULT) 
     return max(founds, key=lambda name: len(paired(founds[name], peer, SHOWN, method)))
 
 
-def with_the_sweep_at_our_rate(records: list[dict], device: str, method: str = DEFAULT) -> list[str]:
-    """A sentence: the same differences with every LoRA of the sweep at the rate of ``method`` and at alpha / r. Nothing
-    where that is what the tables show, or where fewer than two seeds have it."""
-    rates = {row: {record["rate"] for record, name, _ in by_row(records) if name == row} for row in ("sweep", method)}
-    if rates["sweep"] == rates[method] or len(rates[method]) != 1:
-        return []
-    (rate,) = rates[method]
-    # Without the searches nothing is chosen, and the sweep is what it usually is.
-    alike = [record for record in records if record["split"] == "validation" and record["rate"] == rate]
-    found = scores_by_device(alike)[device]
-    apart = [paired(found, "sweep", ranks, method) for ranks in (*([b] for b in SHOWN), SHOWN)]
-    if len(apart[0]) < 2:
-        return []
-    *of_ranks, mean = map(interval, apart)
-    return [
-        f"With every LoRA of the sweep at rate {rate:g}, that of DyLoRA, and alpha {ALPHA:g} the differences are "
-        f"{', '.join(of_ranks)} at ranks {', '.join(map(str, SHOWN))}, and {mean} in the mean.",
-        "",
-    ]
+def peer_on(founds: dict[str, Found], device: str) -> str:
+    """What rows of a device are held against: the sweep where most of it is, elsewhere the plainest peer."""
+    return "sweep" if with_most_seeds(founds, "sweep") == device else BAR
 
 
 def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAULT) -> list[str]:
     """The question of the page, and what came of it: the paired differences of ``method`` from the sweep, and from the
-    plainest peer that gives every rank, each on one device. Nothing before there are two seeds."""
-    peers = {"sweep": "a LoRA trained for that rank", BAR: f"LoRA of rank {R_MAX}, reduced by SVD"}
-    on = {peer: with_most_seeds(founds, peer, method) for peer in peers} if founds else {}
-    seeds = {peer: len(paired(founds[on[peer]], peer, SHOWN, method)) for peer in on}
-    peers = {peer: f"minus {peers[peer]} ({n} seeds, {on[peer]})" for peer, n in seeds.items() if n > 1}
-    if "sweep" not in peers:
+    plainest peer that gives every rank, device by device. Nothing before there are two seeds."""
+    peers = {
+        "sweep": "a LoRA for each rank, chosen rate and strength",
+        "plain-sweep": f"a LoRA for each rank, DyLoRA's rate, alpha {ALPHA}",
+        BAR: f"a LoRA of rank {R_MAX}, reduced by SVD",
+    }
+    columns = [
+        (f"minus {name} ({seeds} seeds, {device})", [paired(found, peer, ranks, method) for ranks in RANKS.values()])
+        for peer, name in peers.items()
+        for device, found in founds.items()
+        if (seeds := len(paired(found, peer, SHOWN, method))) > 1
+    ]
+    if not columns or "chosen rate" not in columns[0][0]:
         return []
-    rows = []
-    for name, ranks in [*((f"rank {b}", [b]) for b in SHOWN), ("mean of the ranks", SHOWN)]:
-        row = [name]
-        for peer in peers:
-            apart = paired(founds[on[peer]], peer, ranks, method)
-            mean, error = mean_and_error(apart)
-            low = mean - stats.t.ppf(0.975, len(apart) - 1) * error
-            row += [interval(apart), "excluded" if low > -1 else "not excluded"]
-        rows.append(row)
-    both = averaged(founds[on["sweep"]], "sweep").keys() & averaged(founds[on["sweep"]], method).keys()
+    device = with_most_seeds(founds, "sweep", method)
+    rows = [[name, *(_judged(apart[i]) for _, apart in columns)] for i, name in enumerate(RANKS)]
+    both = averaged(founds[device], "sweep").keys() & averaged(founds[device], method).keys()
     compared = [record for record in records if record["seed"] in both or record["split"] != "validation"]
-    head = ["one DyLoRA training at", *(text for words in peers.values() for text in (words, "a loss of 1 point is"))]
     return [
         "<!-- --8<-- [start:headline] -->",
-        f"Mean over {len(AVERAGED)} tasks for each seed, then the paired difference over seeds with its 95 percent "
-        "t-interval, in points. A loss of 1 point is excluded where the interval's lower end is above -1. Pairs share "
-        "the seed, the data and the kind of device. Intervals are over seeds alone: each task has one validation set.",
+        f"Points of the mean over {len(AVERAGED)} tasks: the paired difference of each seed, then its mean over seeds "
+        f"with a 95 percent t-interval. {EXCLUDED}: a loss of 1 point is excluded, the interval's lower end is above "
+        "-1. Pairs share the seed, the data and the kind of device. Intervals are over seeds alone: each task has one "
+        "validation set. Rates and strengths were chosen on held-out parts of the training sets of CoLA and SST-2.",
         "",
-        markdown_table(head, rows, "l" + "rl" * len(peers)),
+        markdown_table(["one DyLoRA training at", *(head for head, _ in columns)], rows, "l"),
         "",
-        *with_the_sweep_at_our_rate(records, on["sweep"], method),
-        *roundings(compared, on["sweep"], {"sweep": "the sweep's", method: "DyLoRA's"}),
+        *failed(founds[device]),
+        *roundings(compared, device, {"sweep": "the sweep's", method: "DyLoRA's"}),
         *not_yet_run(records),
         "<!-- --8<-- [end:headline] -->",
         "",
     ]
+
+
+def failed(found: Found) -> list[str]:
+    """A sentence that names runs of the sweep with less than half of the plain sweep's score."""
+    told = [
+        f"{NAMES[task].split(' ')[0].rstrip(',')}, rank {b}, seed {seed} ({score:.1f}, at DyLoRA's rate {plain:.1f})"
+        for task in AVERAGED
+        for seed, curve in sorted(found.get((task, "sweep"), {}).items())
+        for b, score in curve.items()
+        if score < (plain := found.get((task, "plain-sweep"), {}).get(seed, {}).get(b, 0)) / 2
+    ]
+    return [f"At the rate chosen on held-out data a LoRA failed on validation in: {'; '.join(told)}.", ""] * bool(told)
+
+
+def _judged(apart: list[float]) -> str:
+    mean, error = mean_and_error(apart)
+    low = mean - stats.t.ppf(0.975, len(apart) - 1) * error
+    return interval(apart) + (f" {EXCLUDED}" if low > -1 else "")

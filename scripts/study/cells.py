@@ -115,11 +115,12 @@ def area(scores: dict) -> float:
 
 def held_out_scores(records: list[dict], runs: Runs | None = None) -> dict[str, dict[float, float]]:
     """{method: {rate: AURAC, the mean over ``runs`` (default RATE_RUNS)}}, of the rates that were measured on all of
-    them. A loss counts with its sign turned: higher is better."""
+    them. A loss counts with its sign turned: higher is better. Of runs of one cell on several devices the first line
+    counts."""
     scores = {
         (record["method"], record["rate"], record["task"], record["seed"]): area(record["scores"])
         * (-1 if record.get("metric") == "loss" else 1)
-        for record in records
+        for record in reversed(records)
         if record["split"] == "held_out"
     }
     found: dict[str, dict[float, float]] = {}

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from loralib.report.tables import markdown_table
 
-from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, held_out_scores, next_rates
+from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, chosen_strengths, held_out_scores, next_rates
 from .methods import DEFAULT, METHODS, SHOWN
 from .naming import HEAD, NAMES, OF_SWEEP, order, title, with_error
 from .tried import TRIED
@@ -26,15 +26,17 @@ def rate_table(records: list[dict]) -> list[str]:
         if r["split"] == "held_out" and (r["task"], r["seed"]) in RATE_RUNS:
             cells[r["method"], r["rate"], r["task"]].append((r["seed"], area(r["scores"])))
     rates = sorted({rate for method, rate, _ in cells if method in METHODS})
-    rows = []
+    rows, strengths = [], set(chosen_strengths(records).values())
     for method in order({m for m, _, _ in cells} & set(METHODS)):
         row = [title(method)]
         for rate in rates:
             parts = [", ".join(f"{v:.1f}" for _, v in sorted(cells[method, rate, task])) or "-" for task in tasks]
             row.append(" / ".join(parts) if any(part != "-" for part in parts) else "")
-        best = chosen.get(method)
-        beyond = ", ".join(f"{rate:g}" for rate in next_rates(scored.get(method, {})))
-        rows.append([*row, f"{best:g}" if best else f"open: {beyond}"])
+        if best := chosen.get(method):
+            taken = f"{best:g}: {scored[method][best]:.1f}" + (", for the sweep" if method in strengths else "")
+        else:
+            taken = "open: " + ", ".join(f"{rate:g}" for rate in next_rates(scored.get(method, {})))
+        rows.append([*row, taken])
     return [markdown_table(["method", *(f"{rate:g}" for rate in rates), "chosen"], rows, "l"), ""]
 
 
@@ -56,7 +58,7 @@ def lead_table(records: list[dict]) -> list[str]:
     """What was tried beside LoRA reduced by SVD, on parts of train on which no rate was chosen."""
     runs = {
         (r["task"], r["seed"], r["method"]): {int(b): value for b, value in r["scores"].items()}
-        for r in records
+        for r in reversed(records)  # as for rates, the first of several devices counts
         if r["split"] == "held_out" and r["rate"] == TRIED_RATE and (r["task"], r["seed"]) in LEAD_RUNS
     }
     rows = []

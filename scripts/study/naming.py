@@ -9,6 +9,7 @@ OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
 # Rows that several runs make together, one at each rank.
 ROWS = {
     "sweep": "LoRA trained at that rank alone (the sweep)",
+    "plain-sweep": f"LoRA trained at that rank alone, alpha {ALPHA}, at DyLoRA's rate (the plain sweep)",
     "adalora": "AdaLoRA trained for that rank alone",
     "squeeze": "LoRA of rank 8 for 0.8 of the steps, SVD, then that rank alone (LoRA-Squeeze)",
 }
@@ -30,6 +31,17 @@ def with_error(values: list[float], digits: int = 1, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def spans(seeds) -> str:
+    """Seeds as tables write them: "0-2, 4"."""
+    parts: list[list[int]] = []
+    for seed in sorted(seeds):
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else f"{part[0]}" for part in parts)
+
+
 def order(methods) -> list[str]:
     wanted = [*ROWS, *CUTS, *METHODS, *TRIED]
     return sorted(methods, key=wanted.index)
@@ -46,8 +58,9 @@ def strength_of(method: str, chosen: dict[int, str]) -> str:
         return strength_of("squeeze-1", chosen)
     if method == "adalora":
         return "32/(its rank at the start)"
-    if method == "sweep":
-        return ", ".join(f"{METHODS[name].strength:g}" for _, name in sorted(chosen.items()))
+    if method in ("sweep", "plain-sweep"):
+        names = chosen if method == "sweep" else {r: names[0] for r, names in SWEEP.items()}
+        return ", ".join(f"{METHODS[names[r]].strength:g}" for r in sorted(names))
     if method == "cut-alpha/b":
         return f"{ALPHA}/b"
     trained = named(CUTS[method].of if method in CUTS else method)

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 
 from .cells import chosen_rates, chosen_strengths
-from .methods import ADALORA, CUTS, SQUEEZE, SWEEP
+from .methods import ADALORA, CUTS, DEFAULT, SQUEEZE, SWEEP
 from .naming import OF_SWEEP, ROWS, called
 
 PROCESSOR = "cpu"
@@ -69,7 +69,18 @@ def by_row(records: list[dict]) -> list[tuple[dict, str, list[int]]]:
         rows = [(row, [r for r, name in by_rank.items() if name == method]) for row, by_rank in several.items()]
         rows = [(row, ranks) for row, ranks in rows if ranks]
         found += [(record, *row) for row in rows or [(method, [int(b) for b in record["scores"]])]]
-    return found
+    return found + plain_sweep(records, found)
+
+
+def plain_sweep(records: list[dict], shown: list[tuple[dict, str, list[int]]]) -> list[tuple[dict, str, list[int]]]:
+    """The same of the sweep at alpha / r and at the default's rate; nothing where that is the sweep that is shown."""
+    usual = {names[0]: r for r, names in SWEEP.items()}
+    ours = {record["rate"] for record, row, _ in shown if row == DEFAULT}
+    settings = {(record["method"], record["rate"]) for record, row, _ in shown if row == "sweep"}
+    if len(ours) != 1 or settings <= {(name, rate) for name in usual for rate in ours}:
+        return []
+    own = [r for r in records if r["split"] == "validation" and r["method"] in usual and r["rate"] in ours]
+    return [(record, "plain-sweep", [usual[record["method"]]]) for record in own]
 
 
 def at_their_rates(records: list[dict]) -> list[dict]:
@@ -88,8 +99,8 @@ def at_their_rates(records: list[dict]) -> list[dict]:
     ]
 
 
-def _each(counts: Counter) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+def _each(counts: Counter, sign: str = ", ") -> str:
+    return sign.join(f"{count} {name}" for name, count in sorted(counts.items()))
 
 
 def roundings(records: list[dict], device: str, rows: dict[str, str]) -> list[str]:
@@ -98,10 +109,10 @@ def roundings(records: list[dict], device: str, rows: dict[str, str]) -> list[st
     found = {name: Counter() for name in rows.values()}
     for record, row, _ in by_row(records):
         if row in rows and device_of(record) == device and record["task"] in AVERAGED:
-            found[rows[row]][record.get("precision", "of unknown precision")] += 1
+            found[rows[row]][record.get("precision", "of a precision that was not recorded")] += 1
     if len(set().union(*found.values())) < 2:
         return []
-    told = "; ".join(f"of {name} {_each(counts)}" for name, counts in found.items())
+    told = "; ".join(f"of {name} {counts.total()} runs {_each(counts, ' and ')}" for name, counts in found.items())
     return [
         f"Not all runs on {device} are of one machine, and a score moves with its rounding as with a seed: {told}.",
         "",

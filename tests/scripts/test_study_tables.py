@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loralib.report.choice import aurac
-from scripts.study import averages, cells, held_out, shown, wide
+from scripts.study import averages, cells, held_out, naming, shown, wide
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
 from scripts.study.running import ROOT
@@ -133,19 +133,44 @@ def test_the_sweep_is_one_method_and_differences_are_paired_by_seed():
     )
     founds = shown.scores_by_device(lines)
     assert set(founds["cpu"]["rte", "sweep"]) == {0, 1}
-    row = next(text for text in study_tables.task_table(founds, "rte", lines) if "per example" in text)
-    assert "57.0 ± 5.0" in row
+    row = next(
+        text for text in "\n".join(study_tables.task_tables(founds, "rte", lines)).splitlines() if "per example" in text
+    )
+    assert "57.0 ± 5.0" in row and row.endswith("| 0-1 | 0.001 |")
 
 
-def test_rows_of_a_task_are_over_the_seeds_that_the_sweep_has():
+def test_rows_of_a_task_are_over_the_seeds_that_the_peer_has():
     found = {
         ("rte", "sweep"): {0: {1: 50.0}},
         ("rte", "step"): {0: {1: 60.0}, 3: {1: 0.0}},
         ("rte", "mixed"): {3: {1: 9.0}},
     }
-    assert averages.beside_the_sweep(found, "step", "rte") == {0: {1: 60.0}}
-    assert averages.beside_the_sweep(found, "mixed", "rte") == {3: {1: 9.0}}  # alone, and its row says one seed
-    assert averages.beside_the_sweep(found, "example", "rte") == {}
+    assert averages.beside(found, "sweep", "step", "rte") == {0: {1: 60.0}}
+    assert averages.beside(found, "sweep", "mixed", "rte") == {3: {1: 9.0}}  # alone, and its row says which
+    assert averages.beside(found, "sweep", "example", "rte") == {}
+
+
+def test_few_seeds_of_the_sweep_on_another_device_hide_none_of_the_others_there():
+    gpu = {"device": "some GPU"}
+
+    def run(method, seed, score, ranks=(1, 2, 4, 8), **more):
+        return [line | more for line in curve_lines(method, seed, dict.fromkeys(ranks, score))]
+
+    lines = [line for seed in (0, 1) for b in (1, 2, 4, 8) for line in run(f"lora-{b}", seed, 50.0, (b,))]
+    lines += [line for seed in (0, 1) for line in run(study_methods.DEFAULT, seed, 50.0)]
+    lines += [line for b in (1, 2, 4, 8) for line in run(f"lora-{b}", 0, 50.0, (b,), **gpu)]
+    for seed in (0, 1, 2):
+        lines += run("cut-svd", seed, 60.0, **gpu) + run(study_methods.DEFAULT, seed, 60.0 + seed, **gpu)
+    text = "\n".join(study_tables.task_tables(shown.scores_by_device(lines), "cola", lines))
+    first, second = text.split("on: some GPU")
+    assert "(our default) | 50.0 ± 0.0 |" in first and "(our default) | 61.0 ± 0.6 |" in second
+    assert [row.split(" | ")[-2] for row in second.splitlines() if row.startswith("| ")][2:] == ["0", "0-2", "0-2"]
+
+
+def test_seeds_are_written_as_spans():
+    assert [naming.spans(seeds) for seeds in ([], [3], [0, 1, 2], [4, 0, 1], [1, 3])] == [
+        "", "3", "0-2", "0-1, 4", "1, 3"
+    ]  # fmt: skip
 
 
 def curve_lines(method, seed, curve):
@@ -162,8 +187,8 @@ def curve_lines(method, seed, curve):
     ]
 
 
-@pytest.mark.parametrize(("gain", "worse"), [((0.0, 0.04), False), ((-3.0, -3.4), True), ((-4.0, 4.0), True)])
-def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
+@pytest.mark.parametrize(("gain", "excluded"), [((0.0, 0.04), True), ((-3.0, -3.4), False), ((-4.0, 4.0), False)])
+def test_the_headline_is_the_paired_difference_with_its_interval(gain, excluded):
     from scipy import stats
 
     lines = []
@@ -177,18 +202,18 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, worse):
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
     wanted = f"{sum(gain) / 2:+.1f} ± {(high - low) / 2:.1f}"
     for name in ("rank 1", "rank 2", "rank 4", "rank 8", "mean of the ranks"):
-        assert wanted in at[name] and at[name].endswith("| not excluded |" if worse else "| excluded |")
+        assert at[name].endswith(f"| {wanted} ✓ |" if excluded else f"| {wanted} |")
     # Beside the reduction by SVD, over the seeds that both have.
     for seed in (0, 1, 2):
         lines += curve_lines("cut-svd", seed, {b: 49.0 + b + 10 * seed for b in range(1, 9)})
     lines += curve_lines(study_methods.DEFAULT, 2, {b: 71.0 + b for b in range(1, 9)})
     text = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
     three = stats.ttest_1samp([1 + gain[0], 1 + gain[1], 2.0], 0).confidence_interval(0.95)
-    assert "that rank (2 seeds, cpu)" in text and "by SVD (3 seeds, cpu)" in text
-    assert text.count(f"{(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f} |") == 5
+    assert "chosen rate and strength (2 seeds, cpu)" in text and "by SVD (3 seeds, cpu)" in text
+    assert text.count(f"| {(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f}") == 5
 
 
-def test_the_headline_also_tells_the_sweep_at_the_rate_of_the_default(monkeypatch):
+def test_the_sweep_at_the_rate_of_the_default_stands_beside_that_at_its_own(monkeypatch):
     monkeypatch.setattr(shown, "run_enough", lambda *_: True)  # however few, the chosen runs are shown
     lines, ranks = [], (1, 2, 4, 8)
     for seed in (0, 1):
@@ -199,11 +224,17 @@ def test_the_headline_also_tells_the_sweep_at_the_rate_of_the_default(monkeypatc
                 line | {"rate": 2e-3, "scores": {str(r): 10.0}} for line in curve_lines(f"lora-{r}", seed, {r: 0})
             ]
     told = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
-    assert "With every LoRA" not in told  # nothing is chosen: the tables show just that
+    assert "alpha 16" not in told and "failed" not in told  # nothing is chosen: the tables show just that
     lines += searched("lora-1", 2e-3)
-    told = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
-    assert "| rank 1 | +40.5 ±" in told
-    assert "at rate 0.001, that of DyLoRA, and alpha 16 the differences are -0.5 ±" in told
+    founds = shown.scores_by_device(lines)
+    told = "\n".join(averages.headline(founds, lines))
+    assert "DyLoRA's rate, alpha 16 (2 seeds, cpu)" in told
+    (row,) = [row for row in told.splitlines() if row.startswith("| rank 1 ")]
+    assert row.split("|")[2].startswith(" +40.5 ±") and row.split("|")[3].startswith(" -0.5 ±")
+    assert "CoLA, rank 1, seed 0 (10.0, at DyLoRA's rate 51.0); CoLA, rank 1, seed 1 (10.0, " in told
+    assert "QQP, rank 1" in told and "rank 2, seed" not in told
+    (row,) = [row for row in averages.average_tables(founds["cpu"], lines, "sweep")[0].splitlines() if "plain" in row]
+    assert "| 4 | 16, 8, 4, 2 | 0.001 | 51.0 | 51.0 | 51.0 | 51.0 | 51.0 |" in row
 
 
 def test_the_headline_says_in_which_precision_the_compared_runs_were():
@@ -218,7 +249,10 @@ def test_the_headline_says_in_which_precision_the_compared_runs_were():
 
     assert "precision" not in told()
     ours[0]["precision"], ours[-1]["precision"] = "fp32", "bf16"  # the last is of a seed that the sweep has not
-    assert "of the sweep's 40 of unknown precision; of DyLoRA's 1 fp32, 9 of unknown precision." in told()
+    assert (
+        "of the sweep's 40 runs 40 of a precision that was not recorded; of DyLoRA's 10 runs 1 fp32 and 9 of a "
+        in told()
+    )
 
 
 def test_leads_are_paired_differences_from_the_reduction_by_svd():
@@ -339,7 +373,7 @@ def test_pairs_are_of_one_device_that_with_the_most_seeds():
         averages.with_most_seeds(founds, "sweep") == "cpu" and averages.with_most_seeds(founds, "cut-svd") == "some GPU"
     )
     text = "\n".join(averages.headline(founds, lines))
-    assert text.count("| +2.0 ± 0.0 | excluded | +1.0 ± 0.0 | excluded |") == 5 and "(3 seeds, some GPU)" in text
+    assert text.count("| +2.0 ± 0.0 ✓ | +1.0 ± 0.0 ✓ |") == 5 and "(3 seeds, some GPU)" in text
     means, _, apart, _ = averages.average_tables(founds["some GPU"], lines, "cut-svd")
     assert "70.0 | 70.0 | 70.0 | 70.0 | 70.0 |" in means and "+1.0 ± 0.0 | 3 |" in apart
 
@@ -354,3 +388,23 @@ def test_each_cut_in_the_repository_is_of_the_training_whose_line_is_there():
         if r["method"] in study_methods.CUTS:
             whole = trained[(study_methods.CUTS[r["method"]].of, *(r[name] for name in place))]
             assert r["seconds"] == whole["seconds"], r  # of the training
+
+
+def test_of_a_cell_on_two_devices_the_first_line_counts():
+    low, middle, high = cells.RATES
+    lines = lines_of("example", {low: 1, middle: 3, high: 2})
+    again = [line | {"device": "some GPU", "scores": {"1": 9.0}} for line in lines if line["rate"] == high]
+    assert cells.chosen_rates(lines + again) == {"example": middle}
+    told = "\n".join(held_out.rate_table(lines)).splitlines()[-2:]
+    assert f"{middle:g}: 3.0" in "".join(told)
+    assert study_tables.searched_on(lines + again) == "Of these runs 12 are on cpu, 4 are on some GPU."
+
+
+def test_the_page_says_what_the_default_shares_and_what_lies_between(tmp_path):
+    lines = curve_lines(study_methods.DEFAULT, 0, dict(zip(range(1, 9), range(50, 58), strict=True)))
+    lines = [line | vars(cells.Cell("cola", "", 0, 0)) | line for line in lines]
+    lines[0]["from"] = "lora-8"
+    study_tables.write_tables(tmp_path, lines, cells.BUDGETS)
+    text = " ".join((tmp_path / "README.md").read_text().split())
+    assert "shares 0.8 of the training with it: 1 of 5 on cpu." in text
+    assert "5 runs of the default on validation were measured at all of 1 to 8, in the mean 50.0, 51.0, 52.0" in text
