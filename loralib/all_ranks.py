@@ -1,7 +1,9 @@
 """Run one batch at several ranks: compute once what the ranks share, and let small batches go through together."""
 
 import contextlib
+import copy
 import math
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,7 +53,8 @@ def at_ranks(
         run: makes a pass from such inputs; default ``model(**inputs)``. Of what it returns (a tensor, or a tuple, list
             or mapping of them) each tensor is cut to its rank, in the dimension in which it holds the batch.
         stack: whether several ranks may share a pass. Default: unless the inputs hold labels, since a loss would be the
-            mean over the ranks of a pass; of a shared pass tensors without a batch dimension are None. A model that
+            mean over the ranks of a pass; of a shared pass tensors without a batch dimension, and
+            what is neither a tensor nor a plain value (caches), are None. A model that
             cannot take one rank per example, or whose outputs put examples together, goes rank by rank.
 
     Raises TypeError or ValueError for what is no rank.
@@ -73,7 +76,7 @@ def at_ranks(
 
         def at(rank, batch):
             with use_rank(model, rank):
-                return run(batch)
+                return run(_own(batch))
 
         for group, rank, batch in plan:
             parts = _together(model, at, code, group, rank, batch, inputs) if len(group) > 1 else None
@@ -109,6 +112,17 @@ def _together(model: nn.Module, at, code, group: list[int], rank, batch, inputs)
     ]
 
 
+PLAIN = (torch.Tensor, bool, int, float, str, type(None))
+
+
+def _own(batch: dict[str, Any]) -> dict[str, Any]:
+    """The inputs for one pass; objects that it may change (caches) are copies."""
+    leaves, spec = tree_flatten(batch)
+    if all(isinstance(leaf, PLAIN) for leaf in leaves):
+        return batch
+    return tree_unflatten([leaf if isinstance(leaf, PLAIN) else copy.deepcopy(leaf) for leaf in leaves], spec)
+
+
 def _fits(size: int, parts: int) -> Callable[[Any, tuple[int, int] | None], bool]:
     """Whether an output holds the examples of so many ranks where, and as often, as such outputs did before."""
     return lambda leaf, cut: cut is None or leaf.shape[cut[0]] == parts * size * cut[1]
@@ -130,7 +144,7 @@ def _batch_dim(whole: Any, alone: Any, parts: int) -> int | str | None:
 
 def _part(output: Any, dim: Any, place: int, parts: int) -> Any:
     if not isinstance(output, torch.Tensor):
-        return output
+        return output if isinstance(output, PLAIN) else None  # a cache of all ranks together is none's
     return None if dim is None else output.narrow(dim, place * (size := output.shape[dim] // parts), size)
 
 
@@ -147,11 +161,8 @@ def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list
     """
     size = examples_in(inputs)
     tokens = next(value.numel() for value in inputs.values() if isinstance(value, torch.Tensor) and value.ndim)
-    plain = (bool, int, float, str, type(None))
     stack = stack and all(
-        len(value) == size
-        if isinstance(value, torch.Tensor) and value.ndim
-        else isinstance(value, (torch.Tensor, *plain))
+        len(value) == size if isinstance(value, torch.Tensor) and value.ndim else isinstance(value, PLAIN)
         for value in inputs.values()
     )
     together = max(1, STACKED_TOKENS // max(1, tokens)) if stack else 1  # an image's numel is past any budget
@@ -212,7 +223,7 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
                 return compute(*args, **kwargs)
             values = (*args, *kwargs.values())
             tensors = [value for value in values if isinstance(value, torch.Tensor)]
-            simple = all(isinstance(value, (torch.Tensor, bool, int, float, str, type(None))) for value in values)
+            simple = all(isinstance(value, PLAIN) for value in values)
             if not tensors or not simple or any(name_of(tensor) is None for tensor in tensors):
                 return compute(*args, **kwargs)
             told = (name_of(v) if isinstance(v, torch.Tensor) else (type(v), v) for v in values)
@@ -221,6 +232,8 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
                 output = kept[name].clone()  # whoever gets it may edit it
             else:
                 output = compute(*args, **kwargs)
+                if any(name_of(tensor) is None for tensor in tensors):
+                    return output  # it changed an input in place, which a second run must do, too
                 if not isinstance(output, torch.Tensor) or output.is_inference() or name_of(output) is not None:
                     return output
                 kept[name] = output.clone()
@@ -241,7 +254,13 @@ def share_between_ranks(model: nn.Module) -> Iterator[Callable[..., None]]:
     def replace(module: nn.Module, name: str) -> None:
         if (module, name) not in replaced:
             replaced[module, name] = module.__dict__.get(name)
-            setattr(module, name, once(module, getattr(module, name)))
+            run = once(module, getattr(module, name))
+
+            def instead(me, *args, **kwargs):
+                # A copy that is made meanwhile has this as its own method, and computes as its class does.
+                return run(*args, **kwargs) if me is module else getattr(type(me), name)(me, *args, **kwargs)
+
+            setattr(module, name, types.MethodType(instead, module))
 
     # Modules with an adapter inside are entered; the largest ones without run once; an adapted layer's base does.
     adapted = {model.get_submodule(name) for name, _ in lora_layers(model)}

@@ -15,7 +15,8 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     components that no example, micro-batch or process drew keep their values bit for bit, and the optimizer's state
     for them (momenta) stays as it was. Drawn are, with ``set_rank(..., frozen=True)``, the ranks themselves; without,
     components 1..b of every drawn b. They are known by their gradient at the step, which is 0 for all others: so what
-    accumulates or is averaged over processes is counted, and a step that a GradScaler skips is not.
+    accumulates or is averaged over processes is counted, and a step that a GradScaler skips is not. Of a step with a
+    closure (Lightning's) it is the gradient that the closure's first call leaves.
 
         model = lora.inject(...); optimizer = torch.optim.AdamW(...)
         lora.freeze_undrawn(optimizer, model)
@@ -38,8 +39,21 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
                         value = whole(tensor.detach())
                         yield (i, factor, name), i, tensor.detach(), value, by_component(value)
 
+    def before(_, args, kwargs):
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args begin with the optimizer
+        if closure is None:
+            return note()
+
+        def noting():
+            loss = closure()
+            if not kept:
+                note()
+            return loss
+
+        return (args[0], noting), {name: value for name, value in kwargs.items() if name != "closure"}
+
     @torch.no_grad()
-    def before(*_):
+    def note():
         undrawn[:] = [(~_has_gradient(layer)).nonzero().squeeze(1) for layer in layers]
         kept.update((key, view[:, undrawn[i]].clone()) for key, i, _, _, view in tensors())
 

@@ -2,8 +2,11 @@
 
 import inspect
 import re
+import warnings
 
 from torch import nn
+
+from .walking import named_modules
 
 # Classifier classes of transformers: their head is new, trained in full and saved with the adapter.
 _CLASSIFIER = re.compile(r"For(\w*Classification|MultipleChoice|QuestionAnswering)$")
@@ -18,8 +21,15 @@ def default_head(model: nn.Module) -> list[str]:
 
 
 def modules_to_save(model: nn.Module) -> list[str]:
-    """The modules that train in full beside the adapter: what ``inject`` was told, else a classifier's head."""
-    return getattr(model, "lora_modules_to_save", default_head(model))
+    """The modules that train in full beside the adapter: what ``inject`` was told of the model or of a module inside
+    it, else a classifier's head."""
+    found = [(name, module.__dict__["lora_modules_to_save"]) for name, module in named_modules(model)
+             if "lora_modules_to_save" in module.__dict__]  # fmt: skip
+    return (
+        [f"{name}.{head}" if name else head for name, heads in found for head in heads]
+        if found
+        else default_head(model)
+    )
 
 
 def is_inside(name: str, heads: list[str]) -> bool:
@@ -47,3 +57,20 @@ def tied(model: nn.Module, heads: list[str]) -> list[tuple[nn.Module, str]]:
             "the tie; leave it out of modules_to_save and adapt the layer instead."
         )
     return tied
+
+
+def say_what_moves_beside(modules: dict[str, nn.Module], heads: list[str]) -> None:
+    """Warn of running statistics that a training would move though no adapter holds them: at rank 0, and after saving
+    and loading, the model would compute otherwise."""
+    kept = [
+        name
+        for name, module in modules.items()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.track_running_stats
+        if not is_inside(name, heads)
+    ]
+    if kept:
+        warnings.warn(
+            f"{kept[0]} (one of {len(kept)}) keeps running statistics, which move in training mode and belong to no "
+            "adapter: name such modules in modules_to_save, or keep them in evaluation mode.",
+            stacklevel=3,
+        )

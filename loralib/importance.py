@@ -1,5 +1,6 @@
 """Components in the order of their importance over all layers, so that a rank's parameters go where they matter."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -109,3 +110,9 @@ def order_by_importance(
             layer.lora_B.copy_(layer.split_B(layer.lora_B)[:, order].flatten(1, 2))
         layer.components_at = counts[name]
     set_rank(model, max_rank(model))
+    if hasattr(model, "peft_config"):
+        warnings.warn(
+            "PEFT's save_pretrained does not keep which components a rank has here; save with loralib.save_adapter, at "
+            "the rank that stock PEFT is to load.",
+            stacklevel=2,
+        )

@@ -10,8 +10,7 @@ def refuse_layers_without_ranks(model: nn.Module, modules: list[tuple[str, nn.Mo
     the layer would run at its full rank whatever is set."""
     holder: Any = next((module for _, module in modules if "peft_config" in module.__dict__), None)
     configs: Any = getattr(holder, "peft_config", {})
-    active: Any = getattr(holder, "active_adapters", [])
-    active = active if isinstance(active, list) else []
+    active = _active(holder)
     ranked = {name for name in active if hasattr(configs.get(name), "rank_scaling")}
     if len(ranked) > 1:
         raise ValueError(f"The adapters {', '.join(sorted(ranked))} are active together; set one with set_adapter.")
@@ -25,10 +24,28 @@ def refuse_layers_without_ranks(model: nn.Module, modules: list[tuple[str, nn.Mo
             )
 
 
+def _active(holder: Any) -> list[str]:
+    """The names of the active adapters; a model of transformers' with add_adapter has a method for them."""
+    active = getattr(holder, "active_adapters", [])
+    active = active() if callable(active) else active
+    return active if isinstance(active, list) else []
+
+
+def refuse_add_adapter(model: nn.Module, layers: list[tuple[str, Any]], what: str) -> None:
+    """Raise ValueError for layers of PEFT's that transformers' ``add_adapter`` put in: without a PeftModel around them
+    PEFT can neither merge nor load."""
+    inside = next((name for name, layer in layers if model.get_submodule(name) is not layer), None)
+    if inside is not None and not hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"{inside} is PEFT's, put in by add_adapter, and cannot be {what} so; make the model with "
+            "peft.get_peft_model, or save the adapter and load it with PeftModel.from_pretrained."
+        )
+
+
 def trained_beside_ranks(model: nn.Module) -> str | None:
     """An active adapter of PEFT's that trains and has no ranks, while another has; None if there is none."""
     configs: Any = getattr(model, "peft_config", {})
-    active: Any = getattr(model, "active_adapters", []) if configs else []
+    active = _active(model) if configs else []
     plain = [name for name in active if not hasattr(configs.get(name), "rank_scaling")]
     training = [name for name, parameter in model.named_parameters() if parameter.requires_grad] if plain else []
     return next((one for one in plain if any(f".{one}." in f"{name}." for name in training)), None)

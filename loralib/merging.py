@@ -86,7 +86,7 @@ class Merging(nn.Module):
         """Put W0 back, bit for bit."""
         if self._base_weight is not None:
             (base,) = self._base_weight
-            base.data = base.data.to(self.weight.device)
+            base.data = base.data.to(self.weight.device, self.weight.dtype)  # both may have been changed meanwhile
             self.weight, self._base_weight = base, None
 
     def to_plain(self) -> nn.Module:

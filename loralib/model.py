@@ -14,15 +14,15 @@ from .adapting import adapt
 from .attending import attend, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
-from .heads import default_head, is_inside, modules_to_save, tied
-from .inside_peft import merge_by_peft, refuse_layers_without_ranks
+from .heads import default_head, is_inside, modules_to_save, say_what_moves_beside, tied
+from .inside_peft import merge_by_peft, refuse_add_adapter, refuse_layers_without_ranks
 from .layers import LoRALayer, adapted_among, adapted_layers
 from .parts import component_size, own_ranks, part, rank_of
 from .quantised import keep_gradients, say_what_merging_costs
 from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
-from .walking import named_modules
+from .walking import named_modules, unwrapped
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, LoRALayer]]:
@@ -107,6 +107,10 @@ def inject(
     for head in heads:
         if not any(matches(name, [head]) for name in modules):
             raise ValueError(f"modules_to_save names {head!r}, which {type(model).__name__} does not have.")
+    if unwrapped(model) is not model:
+        raise ValueError(
+            f"{type(model).__name__} is around the model and would not see what is put in now: call inject first."
+        )
     if any(is_managed(module) for module in modules.values()):
         raise ValueError(
             f"{type(model).__name__} is spread over processes already, and FSDP would not see what is put in now: call "
@@ -127,6 +131,7 @@ def inject(
         shared = module.get_parameter(name)
         setattr(module, name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
         setattr(model, "lora_untied", True)  # noqa: B010
+    say_what_moves_beside(modules, heads)
     attend(model)
     keep_off_fast_path(model)
     look_again(model)
@@ -163,6 +168,7 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
     A model has one rank at a time, for whoever calls it: two threads that need different ranks need a copy each, or one
     rank per example.
     """
+    model = unwrapped(model)
     layers = lora_layers(model)
     rank = check_rank(rank, max(layer.r for _, layer in layers))
     shared: dict[tuple, RankState] = {}  # layers of one kind run in one state
@@ -190,6 +196,7 @@ def set_gate(model: nn.Module, gate: torch.Tensor) -> None:
 
     A layer with a smaller r uses the first r columns. Raises TypeError, ValueError, or RuntimeError if one is merged.
     """
+    model = unwrapped(model)
     layers = lora_layers(model)
     r_max = max(layer.r for _, layer in layers)
     if isinstance(gate, torch.Tensor) and gate.ndim in (1, 2) and gate.shape[-1] != r_max:
@@ -272,6 +279,15 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, torch.Ten
     return {key: value for key, value in state.items() if key in kept}
 
 
+def refuse_trained_biases(model: nn.Module) -> None:
+    """Raise ValueError for a model whose biases train beside the adapter: its files have no place for them."""
+    if getattr(model, "lora_bias", "none") != "none":
+        raise ValueError(
+            f"bias = {model.lora_bias!r} trained biases, which an adapter's files do not hold; save them with "
+            f"torch.save(loralib.lora_state_dict(model, bias={model.lora_bias!r}), path)."
+        )
+
+
 def _refuse_peft(model: nn.Module, instead: str) -> None:
     if any(not isinstance(model.get_submodule(name), LoRALayer) for name, _ in lora_layers(model)):
         raise ValueError(f"The adapter of this {type(model).__name__} is PEFT's to keep; {instead}.")
@@ -293,6 +309,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     model under FSDP2 every process gets a whole copy on its CPU (all call this together). Raises ValueError while
     per-example ranks are set and no rank is given, and for ``inplace`` under FSDP2.
     """
+    model = unwrapped(model)
     sharded = at_rest(model)
     if sharded and inplace:
         raise ValueError("The model is spread over processes by FSDP, and merging makes it whole: leave out inplace.")
@@ -306,6 +323,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         if isinstance(rank, torch.Tensor):
             raise TypeError("rank is a tensor; a merged model has one rank, give an int.")
         set_rank(model, rank)
+    refuse_add_adapter(model, lora_layers(model) if has_lora(model) else [], "merged")
     if hasattr(model, "merge_and_unload"):
         attend_no_more(model)
         return merge_by_peft(model)

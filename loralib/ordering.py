@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .layers import Embedding, LoRALayer
-from .model import lora_layers
+from .model import get_rank, lora_layers, set_rank
 from .sharding import at_rest, put, whole
 
 # Optimizer state that follows the gradient, and state that follows its square, by torch's names.
@@ -28,15 +28,16 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     is the factor that starts at zero. A MergedLinear is ordered projection by projection; a component of a convolution
     has as many singular values as rows of lora_A.
 
-    ``optimizer`` is the one that trains the adapter; its momenta go along. With lora_A' = R lora_A the gradients are
-    R^-T dA and dB R^T, and so are their running means; running means of squares follow as if entries were independent,
-    with R's squared. Other state stays as it is. In a distributed run all processes call this together; the first one's
-    result counts. Raises RuntimeError if a layer is merged.
+    ``optimizer`` is the one that trains the adapter; its momenta go along, as gradients that are there do. With
+    lora_A' = R lora_A the gradients are R^-T dA and dB R^T, and so are their running means; running means of squares
+    follow as if entries were independent, with R's squared. Other state stays as it is. In a distributed run all
+    processes call this together; the first one's result counts. Raises RuntimeError if a layer is merged.
     """
     layers = lora_layers(model)
     for _, layer in layers:
         layer.check_unmerged()
     at_rest(model)
+    spread, rank = any(layer.components_at for _, layer in layers), get_rank(model)
     for _, layer in layers:
         layer.components_at = None  # of another order
         (kept, see_kept), (other, see_other) = _factors(layer)
@@ -45,12 +46,13 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
         new_kept, new_other, R = (_of_first_process(value.to(kept.device, precision)) for value in result)
         _rewrite(kept, see_kept, lambda _, new=new_kept: new)
         _rewrite(other, see_other, lambda _, new=new_other: new)
-        if optimizer is not None:
-            back = torch.linalg.pinv(R.cpu()).to(R.device).mT
-            for state, turn in _moments(optimizer, kept, back):
-                _rewrite(state, see_kept, lambda old, turn=turn: turn @ old)
-            for state, turn in _moments(optimizer, other, R.mT):
-                _rewrite(state, see_other, lambda old, turn=turn: old @ turn)
+        back = torch.linalg.pinv(R.cpu()).to(R.device).mT
+        for state, turn in _moments(optimizer, kept, back):
+            _rewrite(state, see_kept, lambda old, turn=turn: turn @ old)
+        for state, turn in _moments(optimizer, other, R.mT):
+            _rewrite(state, see_other, lambda old, turn=turn: old @ turn)
+    if spread and isinstance(rank, int):
+        set_rank(model, rank)  # whose parts were those of the other order
 
 
 def _rewrite(tensor: torch.Tensor, see: Callable, change: Callable) -> None:
@@ -87,8 +89,12 @@ def ordered(kept: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torc
     return new_kept, new_other, new_kept @ torch.linalg.pinv(kept)
 
 
-def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, turn: torch.Tensor):
-    """The optimizer's running means for a parameter, each with the matrix that turns it."""
+def _moments(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, turn: torch.Tensor):
+    """A parameter's gradient and the optimizer's running means for it, each with the matrix that turns it."""
+    if parameter.grad is not None:
+        yield parameter.grad, turn.to(parameter.grad.dtype)
+    if optimizer is None:
+        return
     for name, state in optimizer.state.get(parameter, {}).items():
         if name in FIRST_MOMENTS and state is not None:
             yield state, turn.to(state.dtype)

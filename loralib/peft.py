@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 
 from . import layers
 from .adapters.directory import EXTRA, read_facts
+from .adapters.hub import local
 from .files import write_text
 from .gate import check_scaling
 from .quantised import is_quantised, unpack
@@ -95,7 +96,15 @@ class DyLoraConfig(LoraConfig):
         plain = LoraConfig.from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         known = {one.name for one in fields(LoraConfig) if one.init}
         given = {name: value for name, value in vars(plain).items() if name in known}
-        scaling = read_facts(pretrained_model_name_or_path).get("scaling", "alpha/r")
+        facts = read_facts(
+            local(pretrained_model_name_or_path, kwargs.get("token"), kwargs.get("revision")) / (subfolder or "")
+        )
+        if "components_at" in facts:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds ranks that importance spread over the layers; PEFT has none "
+                "such: cut it to a rank (dylora export), or load it with loralib.load_adapter."
+            )
+        scaling = facts.get("scaling", "alpha/r")
         return cls(**given, rank_scaling="alpha/r" if scaling == "alpha/sqrt(b)" else scaling)
 
     def rule(self) -> str:
@@ -262,7 +271,7 @@ class HasRanks(_Any):
         try:
             return super()._mixed_batch_forward(*args, **kwargs)
         finally:
-            del self.__dict__["dylora_mixed"]
+            self.__dict__.pop("dylora_mixed", None)  # PEFT may have come here again within
 
     def merge(self, *args, **kwargs) -> None:
         unpack(self.get_base_layer())

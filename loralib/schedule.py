@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeGuard, TypeVar, get_args
 
 import torch
 from torch import nn
@@ -13,9 +13,9 @@ from torch import nn
 from .checks import check_int
 from .gate import SCALINGS, check_rank
 from .layout import examples_in
-from .model import max_rank, scaling_of, set_matryoshka_gate, set_rank
-from .ordering import order_components
+from .model import lora_layers, max_rank, scaling_of, set_rank
 from .sampling import RankSampler
+from .setting import Setting
 
 T = TypeVar("T")
 Sampling = Literal["example", "step", "matryoshka", "fixed"]
@@ -214,13 +214,15 @@ class BoundSchedule:
                 loss = ...
 
         However the loop ends, the model then runs at r_max. A batch has as many examples as its first tensor has rows.
+        Under torch.distributed each process draws for itself.
 
         Args:
             optimizer: its momenta are turned along when the components are ordered.
             accumulate: batches to an update.
 
         Raises ValueError if the schedule was resolved for another r_max or scaling than the model's or for another
-        number of updates than these, and if neither it nor ``batches`` tells that number.
+        number of updates than these, if neither it nor ``batches`` tells that number, and if ``optimizer`` holds
+        nothing of the adapter.
         """
         found = max_rank(model), scaling_of(model)
         if found != (self.r_max, self.scaling):
@@ -228,8 +230,16 @@ class BoundSchedule:
                 f"The schedule was resolved for r_max {self.r_max} and scaling {self.scaling!r}, and the model has "
                 f"{found[0]} and {found[1]!r}; give these to resolve."
             )
+        own = {id(factor) for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)}
+        groups = [] if optimizer is None else optimizer.param_groups
+        if groups and not any(id(parameter) in own for group in groups for parameter in group["params"]):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds no parameter of the adapter: make it after inject, of what trains."
+            )
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        process = torch.distributed.get_rank() if distributed else 0
         bound, updates = self, None
-        if isinstance(batches, Sized):
+        if _has_length(batches):
             updates = math.ceil(len(batches) * epochs / accumulate)
             bound = replace(self, steps=self.steps or updates)
             bound._check_updates(updates)
@@ -237,7 +247,8 @@ class BoundSchedule:
         try:
             for _ in range(epochs):
                 for batch in batches:
-                    bound.setting(number // accumulate, examples_in(batch), number % accumulate).apply(model, optimizer)
+                    place = number // accumulate, examples_in(batch), number % accumulate, process
+                    bound.setting(*place).apply(model, optimizer)
                     number += 1
                     yield batch
         finally:
@@ -284,6 +295,14 @@ class BoundSchedule:
         return facts | {name: getattr(kind, name) for name, tell in told_apart.items() if tell}
 
 
+def _has_length(batches: Iterable) -> TypeGuard[Sized]:
+    """Whether it tells how many it holds: a DataLoader of an IterableDataset has the method and raises TypeError."""
+    try:
+        return isinstance(batches, Sized) and len(batches) >= 0
+    except TypeError:
+        return False
+
+
 def title_of(facts: dict, r_max: int) -> str:
     """The title of the training that ``facts`` (of an adapter's ``dylora.json``) tell, as far as they tell one."""
     known = {name: facts[name] for name in (*FACTS, "p", "reduce") if facts.get(name) is not None}
@@ -302,29 +321,6 @@ def title_of(facts: dict, r_max: int) -> str:
 def before_ordering(facts: dict) -> bool:
     """Whether ``dylora.json`` tells of a training that was stopped in its first part: its components have no order."""
     return facts.get("ordered") is False and bool(facts.get("full_rank_share")) and not facts.get("squeezed")
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What one micro-batch runs at: a rank (as ``set_rank`` takes it), or the fixed gate of ``gate_ranks``.
-
-    ``order``: the components are to be ordered first.
-    """
-
-    rank: int | torch.Tensor | None = None
-    frozen: bool = False
-    gate_ranks: tuple[int, ...] | None = None
-    reduce: str = "sum"
-    order: bool = False
-
-    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Order the components if it is time, the momenta of ``optimizer`` along with them, and set the model."""
-        if self.order:
-            order_components(model, optimizer)
-        if self.gate_ranks is not None:
-            set_matryoshka_gate(model, self.gate_ranks, self.reduce)
-        else:
-            set_rank(model, self.rank, self.frozen)
 
 
 def _listed(ranks: Sequence[int]) -> str:

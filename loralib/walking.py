@@ -19,6 +19,17 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile's, DataParallel's and DistributedDataParallel's."""
+    while True:
+        if "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
 def modes_of(model: nn.Module) -> list[tuple[nn.Module, bool]]:
     """Every module with its mode; an adapted layer's base layer, which is no child, too."""
     modules = [module for _, module in named_modules(model)]

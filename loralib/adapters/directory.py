@@ -6,6 +6,7 @@ what PEFT has no word for (r_max, the scaling rule, label names, whatever the ca
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -18,6 +19,7 @@ import torch
 
 from ..checks import check_int
 from ..files import text_writer, write_together
+from ..gate import scale
 from ..schedule import before_ordering
 from . import fields, peft_format
 
@@ -49,6 +51,15 @@ class AdapterFiles:
             matching = (v for key, v in patterns if re.match(rf"(.*\.)?({key})$", name))
             values.append(next(matching, self.config[default]))
         return values[0], values[1]
+
+    def scaling_of(self, name: str) -> str:
+        """A layer's rule of strength."""
+        return (self.facts.get("scalings") or {}).get(name, self.scaling)
+
+    def strength(self, name: str) -> float:
+        """The factor of a layer's update at the rank of the weights."""
+        R, alpha = self.rank_and_alpha(name)
+        return alpha / (math.sqrt(R) if self.config.get("use_rslora") else R)
 
     def factors(self) -> Iterator[tuple[str, str, str, torch.Tensor]]:
         """(key, layer's name, "A" or "B", tensor) of every factor."""
@@ -128,6 +139,8 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     _refuse_bad_numbers(tensors, path)
     _refuse_half_pairs(tensors, path)
     fields.check(strength, fields.CONFIG | fields.FACTS, file)
+    if not strength and file.exists():
+        _refuse_facts_of_another(tensors, config, facts, path)
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
@@ -139,6 +152,17 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
                 f"{path / EXTRA} has components_at for other ranks than the weights; save the adapter anew."
             )
     return files
+
+
+def _refuse_facts_of_another(tensors: dict[str, torch.Tensor], config: dict, facts: dict, path: Path) -> None:
+    """Raise ValueError where PEFT wrote an adapter of another rank beside the dylora.json of an earlier one."""
+    whole = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
+    plain = all(value.ndim == 2 for key, value in tensors.items() if ".lora_" in key) and "projections" not in facts
+    if plain and facts.get("rank", whole) != whole and facts.get("r_max", whole) != whole:
+        raise ValueError(
+            f"{path / EXTRA} is of an adapter of rank {facts['rank']}, and the weights beside it have rank {whole}: "
+            "remove it, or save the adapter anew."
+        )
 
 
 def _refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -158,9 +182,10 @@ def _refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def _refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ValueError for a tensor that is no float or holds nan or inf."""
+    """Raise ValueError for a factor that is no float, and for what holds nan or inf. A module to save may count (the
+    batches that a BatchNorm has seen)."""
     for key, value in tensors.items():
-        if not value.is_floating_point():
+        if ".lora_" in key and not value.is_floating_point():
             raise ValueError(f"{path} holds {key!r} in {value.dtype}; an adapter's numbers are floats.")
         if not torch.isfinite(value).all():
             raise ValueError(f"{path} holds numbers that are not finite ({key!r}): its training failed; train it anew.")
@@ -259,7 +284,7 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     for key, name, factor, value in sorted(files.factors(), key=lambda found: found[2]):  # all A come before all B
         projections = files.facts.get("projections", {}).get(name, 1)
         dim = "AB".index(factor)
-        R, alpha = files.rank_and_alpha(name)
+        R, _ = files.rank_and_alpha(name)
         if dim == 0:
             ranks[name] = R // (projections * value.shape[2:].numel())
         if value.shape[dim] != R:
@@ -272,8 +297,10 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
         by_projection = value.unflatten(dim, (projections, -1))
         kept = by_projection.shape[dim + 1] // r * b
         tensors[key] = by_projection.narrow(dim + 1, 0, kept).flatten(dim, dim + 1).contiguous()
-        # alpha/b and alpha/sqrt(b) keep their alpha; a strength of alpha/r does not change with the rank.
-        sizes[name] = R // r * b, peft_format.tidy(alpha * b / r) if files.scaling == "alpha/r" else alpha
+        rule, R_b = files.scaling_of(name), R // r * b
+        strength = files.strength(name) * scale(b, r, 1, rule) / scale(r, r, 1, rule)
+        alpha = strength * (math.sqrt(R_b) if files.config.get("use_rslora") else R_b)
+        sizes[name] = R_b, peft_format.tidy(alpha)
     config, facts = files.config | peft_format.patterns(sizes), dict(files.facts)
     if len(sizes) < len(ranks):
         config["target_modules"] = sorted(sizes)

@@ -88,6 +88,10 @@ FACTS = {
     "regression": (_truth, "true or false"),
     "ordered": (_truth, "true or false"),
     "spread": (_truth, "true or false"),
+    "scalings": (
+        lambda value: isinstance(value, dict) and set(value.values()) <= set(SCALINGS),
+        f"one of {', '.join(SCALINGS)} by layers' names",
+    ),
     "components_at": (_counts_by_name, "for each layer as many rising counts of components as there are ranks"),
 }
 

@@ -6,6 +6,7 @@ convolution one of rank b * (product of the kernel sizes).
 """
 
 import math
+import re
 from collections import Counter
 
 import torch
@@ -79,8 +80,8 @@ def expansion(layer: LoRALayer) -> int:
 
 
 def clean(name: str) -> str:
-    """The name of a module or parameter without what torch.compile puts into it."""
-    return name.replace("_orig_mod.", "")
+    """The name of a module or parameter without what torch.compile and torch's checkpoint_wrapper put into it."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def keys(layer: LoRALayer, name: str) -> tuple[str, str]:
@@ -155,13 +156,22 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
 
 
 def patterns(sizes: dict[str, tuple[int, float]]) -> dict:
-    """PEFT's words for {layer's name: (R, alpha)}: the most common pair, and what differs from it."""
+    """PEFT's words for {layer's name: (R, alpha)}: the most common pair, and what differs from it.
+
+    A pattern is a regular expression for the ending of a name. Where a layer's name would fit another layer too, its
+    pattern is for the whole name.
+    """
     (r, alpha), _ = Counter(sizes.values()).most_common(1)[0]
+
+    def pattern(name: str) -> str:
+        fits = [other for other in sizes if re.match(rf"(.*\.)?({name})$", other)]
+        return name if fits == [name] else f"^{re.escape(name)}"
+
     return {
         "r": r,
         "lora_alpha": alpha,
-        "rank_pattern": {name: R for name, (R, _) in sizes.items() if r != R},
-        "alpha_pattern": {name: a for name, (_, a) in sizes.items() if a != alpha},
+        "rank_pattern": {pattern(name): R for name, (R, _) in sizes.items() if r != R},
+        "alpha_pattern": {pattern(name): a for name, (_, a) in sizes.items() if a != alpha},
     }
 
 

@@ -16,13 +16,16 @@ import torch
 from torch import nn
 
 from ..checks import check_int
+from ..gate import scale
 from ..heads import is_inside, modules_to_save
+from ..inside_peft import refuse_add_adapter
 from ..layers import LoRALayer
-from ..model import has_lora, inject, lora_layers
+from ..model import has_lora, inject, lora_layers, refuse_trained_biases
 from ..parts import part
-from ..quantised import is_quantised
 from ..sharding import at_rest, by_one_process, put, whole
+from ..walking import unwrapped
 from . import labels, peft_format
+from .base import base_sample, check_base
 from .directory import AdapterFiles, cut, read_bin, read_directory, refuse_failed_training, write_adapter
 from .hub import local
 from .kinds import label_facts, task_type
@@ -42,7 +45,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     """
     if not str(path):
         raise ValueError("path is empty; give the directory that the adapter is written to.")
-    model = getattr(model, "_orig_mod", model)  # of a compiled model
+    model = unwrapped(model)
     sharded = at_rest(model)
     layers = [(peft_format.clean(name), layer) for name, layer in lora_layers(model)]
     r_max = max(layer.r for _, layer in layers)
@@ -56,11 +59,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
             )
     if is_peft_model(model):
         return save_peft_adapter(model, layers, path, rank, extra)
-    if getattr(model, "lora_bias", "none") != "none":
-        raise ValueError(
-            f"bias = {model.lora_bias!r} trained biases, which an adapter's files do not hold; save them with "
-            f"torch.save(loralib.lora_state_dict(model, bias={model.lora_bias!r}), path)."
-        )
+    refuse_trained_biases(model)
     tensors, config = peft_format.entries(layers, rank)
     layers = [(name, layer) for name, layer in layers if part(layer, rank)]
     heads = modules_to_save(model)
@@ -86,32 +85,25 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         "lora_alpha": peft_format.tidy(first.lora_alpha),
         "scaling": first.scaling,
     }
+    others = {name: layer.scaling for name, layer in layers if layer.scaling != first.scaling}
+    facts |= {"scalings": others} if others else {}
     merged = {name: layer.projections for name, layer in layers if layer.projections > 1}
-    facts |= _base_sample(layers) | ({"projections": merged} if merged else {}) | spread_facts(layers, rank)
+    facts |= base_sample(layers) | ({"projections": merged} if merged else {}) | spread_facts(layers, rank)
     facts |= label_facts(model) | (extra or {})
     by_one_process(sharded, lambda: write_adapter(path, tensors, config, facts))
 
 
-def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list[str]:
-    """The shortest list of names that PEFT matches with the adapted layers and no others."""
+def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list[str] | str:
+    """The shortest list of names that PEFT matches with the adapted layers and no others, or, where an adapted layer's
+    name is the ending of another module's, a regular expression for the whole names."""
     adapted = {name for name, _ in layers}
     endings = {name.rpartition(".")[2] for name in adapted}
     every = {peft_format.clean(name) for name, _ in model.named_modules()}
     others = {name.rpartition(".")[2] for name in every if name and name not in adapted}
-    return sorted(adapted if endings & others else endings)
-
-
-def _base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
-    """16 values of the last adapted layer's W0, by which a file tells its base model from another of the same shape;
-    nothing of a quantised one, whose numbers are no weights."""
-    name, layer = layers[-1]
-    weight = (layer._base_weight or [layer.weight])[0]
-    return {} if is_quantised(weight) else {"base_sample": _sample(weight), "base_sample_of": name}
-
-
-def _sample(weight: torch.Tensor) -> list[float]:
-    places = [i * (weight.numel() - 1) // 15 for i in range(16)]
-    return whole(weight.detach()).flatten()[places].float().tolist()
+    if not endings & others:
+        return sorted(endings)
+    also = any(name.endswith(f".{one}") for one in adapted for name in every - adapted)
+    return "|".join(map(re.escape, sorted(adapted))) if also else sorted(adapted)
 
 
 def load_adapter(
@@ -139,7 +131,9 @@ def load_adapter(
         raise ValueError(f"{path} is one file of an adapter; give its directory, {path.parent}.")
     if rank is not None:
         check_int("rank", rank, 1, math.inf, "an adapter is loaded at a rank of 1 or more.")
+    model = unwrapped(model)
     if has_lora(model):
+        refuse_add_adapter(model, lora_layers(model), "loaded into")
         for _, layer in lora_layers(model):
             layer.check_unmerged()
         if is_peft_model(model):
@@ -182,7 +176,7 @@ def load_adapter(
         layers = lora_layers(skeleton)
         if not to_inject:
             _check_strength(layers, files)
-        _check_base(dict(model.named_modules()).get(files.facts.get("base_sample_of", layers[-1][0])), files)
+        check_base(dict(model.named_modules()).get(files.facts.get("base_sample_of", layers[-1][0])), files)
 
     for options in to_inject:
         inject(model, **_cut(options, rank))
@@ -212,10 +206,9 @@ def _layers_of(model: nn.Module, files: AdapterFiles) -> list[dict]:
             raise ValueError(
                 f"{files.path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model."
             )
-        expansion = math.prod(getattr(modules[name], "kernel_size", ()))
-        _, alpha = files.rank_and_alpha(name)
-        root = expansion**0.5 if files.scaling == "alpha/sqrt(b)" else expansion
-        groups[value.shape[0] // expansion, alpha / root].append(name)
+        r, rule = value.shape[0] // math.prod(getattr(modules[name], "kernel_size", ())), files.scaling_of(name)
+        alpha = peft_format.tidy(files.strength(name) / scale(r, r, 1, rule))
+        groups[r, alpha, rule].append(name)
     if not groups:
         raise ValueError(f"{files.path} holds no LoRA factors.")
     heads = files.config.get("modules_to_save")
@@ -227,10 +220,11 @@ def _layers_of(model: nn.Module, files: AdapterFiles) -> list[dict]:
             "target_modules": f"(?:{'|'.join(map(re.escape, names))})",
             "r": r,
             "lora_alpha": alpha,
-            "scaling": files.scaling,
+            "scaling": rule,
             "modules_to_save": heads,
+            "lora_dropout": files.config.get("lora_dropout") or 0.0,
         }
-        for (r, alpha), names in groups.items()
+        for (r, alpha, rule), names in groups.items()
     ]
 
 
@@ -324,9 +318,10 @@ def _labels_in_order(model: nn.Module, files: AdapterFiles, plan: dict[str, torc
 def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained at another strength than the model's layers have."""
     name, layer = layers[0]
-    if files.scaling != layer.scaling:
+    rule = files.scaling_of(name)
+    if rule != layer.scaling:
         raise ValueError(
-            f"{files.path} was trained with scaling {files.scaling!r}, the model has {layer.scaling!r}; use the file's."
+            f"{files.path} was trained with scaling {rule!r}, the model has {layer.scaling!r}; use the file's."
         )
     r, alpha = files.rank_and_alpha(name)
     whole = peft_format.entries(layers[:1], layer.r)[1]
@@ -336,14 +331,4 @@ def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) ->
     if abs(alpha - wanted) > 1e-6 * wanted:
         raise ValueError(
             f"{files.path} was trained with lora_alpha = {alpha:g}, the model has {wanted:g}; use the file's."
-        )
-
-
-def _check_base(layer: Any, files: AdapterFiles) -> None:
-    """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
-    sample = files.facts.get("base_sample") if layer is not None and not is_quantised(layer.weight) else None
-    if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
-        raise ValueError(
-            f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "
-            "that model first."
         )

@@ -75,6 +75,8 @@ class AdapterCheckpoints(TrainerPart):
             return super()._load_best_model()
         best = self.state.best_model_checkpoint
         load_adapter(self.model, best)
+        self.ordered = read_facts(best).get("ordered", False)
         # A checkpoint of the first part of the training has its components as they came.
-        if self.bound.schedule.full_rank_share and not read_facts(best).get("ordered"):
+        if self.bound.schedule.full_rank_share and not self.ordered:
             order_components(self.model)
+            self.ordered = True

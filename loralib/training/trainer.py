@@ -13,7 +13,7 @@ from ..frozen import freeze_undrawn
 from ..gate import check_rank
 from ..inside_peft import trained_beside_ranks
 from ..layout import examples_in
-from ..model import get_rank, has_lora, max_rank, scaling_of, set_rank
+from ..model import get_rank, has_lora, max_rank, refuse_trained_biases, scaling_of, set_rank
 from ..schedule import BoundSchedule, RankSchedule, Setting
 from .around import AroundTraining
 from .batching import Place
@@ -119,6 +119,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
                 "A padding-free batch is one row, whose examples cannot have a rank each: give "
                 "RankSchedule(sampling='step'), or leave out padding_free (for packing: packing_strategy='wrapped')."
             )
+        if self.bound is not None:
+            refuse_trained_biases(self.model)
         self._check_enough()
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
         self.loss_is_scaled_for_ga: bool | None = True  # compute_loss below weighs every micro-batch

@@ -1,5 +1,7 @@
 """What ranks share is computed once, and nothing changes."""
 
+import copy
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
@@ -340,3 +342,56 @@ def test_outputs_of_another_run_are_cut_where_they_hold_the_batch(roberta_config
             wanted = alone_at(model, lambda: run(batch), [1, 2, 4])
             for (_, output), alone in zip(lora.at_ranks(model, batch, [1, 2, 4], run), wanted, strict=True):
                 torch.testing.assert_close(output, alone)
+
+
+class EditsItsInput(torch.nn.Module):
+    """A module without an adapter edits its input, which is used again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.act = torch.nn.Linear(6, 6), torch.nn.ReLU(inplace=True)
+        self.query, self.value = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.query(self.act(h)) + self.value(h)
+
+
+def test_what_edits_its_input_runs_at_every_rank():
+    torch.manual_seed(0)
+    model = randomised(lora.inject(EditsItsInput(), ["query", "value"], r=4))
+    inputs = {"x": torch.randn(3, 6)}
+    with torch.no_grad():
+        found = [output for _, output in lora.at_ranks(model, inputs, range(5), stack=False)]
+    for b, output in enumerate(found):
+        with lora.use_rank(model, b):
+            torch.testing.assert_close(output, model(**inputs))
+
+
+def test_caches_do_not_grow_from_rank_to_rank_and_none_is_handed_out_for_several(llama_checkpoint):
+    from transformers import AutoModelForCausalLM
+
+    model = randomised(lora.inject(AutoModelForCausalLM.from_pretrained(llama_checkpoint), ["q_proj", "v_proj"], r=4))
+    ids = torch.randint(3, 90, (3, 5))
+    with torch.no_grad():
+        cache = model(input_ids=ids).past_key_values
+        inputs = {"input_ids": ids[:, :1], "past_key_values": cache}
+        for b, output in lora.at_ranks(model, inputs, [1, 2, 4]):
+            assert output.past_key_values.get_seq_length() == 6 and cache.get_seq_length() == 5
+            with lora.use_rank(model, b):
+                wanted = model(input_ids=ids[:, :1], past_key_values=copy.deepcopy(cache))
+            torch.testing.assert_close(output.logits, wanted.logits)
+        together = [output for _, output in lora.at_ranks(model, {"input_ids": ids}, [1, 2, 4])]
+    assert [output.past_key_values for output in together] == [None] * 3
+
+
+def test_a_copy_that_is_made_meanwhile_is_a_model_of_its_own(roberta_config):
+    model = randomised(next(models(roberta_config)))
+    batch = {"input_ids": torch.randint(3, 100, (2, 5))}
+    with torch.no_grad():
+        for rank, output in lora.at_ranks(model, batch, [1, 4]):
+            merged, copied = lora.merge(model, rank), copy.deepcopy(model)
+            torch.testing.assert_close(merged(**batch).logits, output.logits)
+            for parameter in copied.parameters():
+                parameter.zero_()
+            assert not copied(**batch).logits.any()

@@ -137,3 +137,23 @@ def test_an_optimizer_that_accelerate_has_wrapped():
     model(torch.randn(3, 6)).sum().backward()
     optimizer.step()
     assert torch.equal(model[0].lora_A[2:], before[2:])
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_step_with_a_closure_freezes_what_the_closure_did_not_draw(by_name):
+    """As Lightning steps: the gradient is there only once the closure has run."""
+    model, optimizer = setup("AdamW")
+    for step, b in enumerate((3, 1, 4, 2)):
+        lora.set_rank(model, b, frozen=True)
+        before = components(model)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = model(torch.randn(5, 6)).square().sum()
+            loss.backward()
+            return loss
+
+        loss = optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+        assert loss > 0
+        for old, new in zip(before, components(model), strict=True):
+            assert [j for j in range(4) if not torch.equal(old[j], new[j])] == [b - 1], step

@@ -141,3 +141,25 @@ def test_a_merged_model_is_refused_untouched():
     with pytest.raises(RuntimeError, match="layer '1' is merged"):
         lora.order_components(model)
     assert torch.equal(model[0].lora_B, before)
+
+
+def test_gradients_that_wait_for_their_step_are_turned_along():
+    layer, x = make("linear", 3, scaling="alpha/r")
+    model = nn.Sequential(layer)
+    model(x).square().sum().backward()
+    lora.order_components(model)
+    waited = layer.lora_A.grad.clone(), layer.lora_B.grad.clone()
+    model.zero_grad()
+    model(x).square().sum().backward()
+    torch.testing.assert_close(waited, (layer.lora_A.grad, layer.lora_B.grad))
+
+
+def test_ordering_again_takes_back_ranks_that_importance_spread():
+    torch.manual_seed(0)
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), ["0", "1"], r=4)
+    for layer in model:
+        nn.init.normal_(layer.lora_B)
+        layer.components_at = (1, 3, 4, 4)
+    lora.set_rank(model, 2)
+    lora.order_components(model)
+    assert lora.get_rank(model) == 2 and [layer.state.rank for layer in model] == [2, 2]

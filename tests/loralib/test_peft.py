@@ -308,3 +308,24 @@ def test_dropout_leaves_the_indices_of_an_embedding_alone():
     model = within(target_modules=["embed_tokens"], lora_dropout=0.5).train()
     lora.set_rank(model, torch.tensor([1, 4]))
     assert torch.isfinite(model(input_ids=IDS[:2]).logits).all()
+
+
+def test_a_mixed_batch_with_a_rank_for_each_example_says_what_is_wrong():
+    model = within()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=TARGETS["llama"]))
+    lora.set_rank(model, torch.tensor([1, 2, 3]))
+    with pytest.raises(Exception) as caught:
+        model(input_ids=IDS, adapter_names=["default", "other", "default"])
+    assert not isinstance(caught.value, KeyError)
+
+
+def test_what_add_adapter_of_transformers_put_in_has_ranks_and_is_saved_but_not_merged(tmp_path):
+    model = build()
+    model.add_adapter(DyLoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+    strong(model)
+    lora.save_adapter(model, tmp_path, rank=2)
+    torch.testing.assert_close(out(PeftModel.from_pretrained(build(), tmp_path).eval()), out(model, 2))
+    with pytest.raises(ValueError, match="put in by add_adapter, and cannot be merged so; make the model with"):
+        lora.merge(model, 2)
+    with pytest.raises(ValueError, match="put in by add_adapter, and cannot be loaded into so; make the model with"):
+        lora.load_adapter(model, tmp_path)

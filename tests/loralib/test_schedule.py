@@ -291,3 +291,44 @@ def test_a_loop_over_other_updates_than_the_schedules_is_refused():
         list(bound.over(iter(data()), model, optimizer))
     with pytest.raises(ValueError, match="knows no number of steps"):
         next(RankSchedule().resolve(4).over(iter(data()), model, optimizer))
+
+
+def test_a_loader_without_a_length_needs_the_number_of_updates():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(torch.randn(12, 6))
+
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
+    batches = torch.utils.data.DataLoader(Stream(), batch_size=2)
+    ranks = [lora.get_rank(model) for _ in RankSchedule().resolve(r_max=4, steps=6).over(batches, model)]
+    assert len(ranks) == 6
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    model = nn.Sequential(nn.Linear(6, 6))
+    optimizer = torch.optim.AdamW(model.parameters())
+    lora.inject(model, ["0"], r=4)
+    with pytest.raises(ValueError, match="AdamW holds no parameter of the adapter: make it after inject"):
+        next(RankSchedule().resolve(r_max=4).over([torch.randn(2, 6)], model, optimizer))
+
+
+def test_each_process_of_a_loop_draws_for_itself(monkeypatch):
+    def ranks(process):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *_: process)
+        model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
+        schedule = RankSchedule(distribution="uniform", full_rank_share=0.0).resolve(r_max=4)
+        return [lora.get_rank(model).tolist() for _ in schedule.over([torch.randn(6, 6)] * 4, model)]
+
+    assert ranks(0) == ranks(0) != ranks(1)
+
+
+def test_a_compiled_model_takes_a_rank_for_each_example():
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3)), ["0"], r=4)
+    nn.init.normal_(model[0].lora_B)
+    compiled, x = torch.compile(model, backend="eager"), torch.randn(3, 6)
+    lora.set_rank(compiled, torch.tensor([1, 4, 2]))
+    found = compiled(x)
+    for i, b in enumerate((1, 4, 2)):
+        with lora.use_rank(model, b):
+            torch.testing.assert_close(found[i : i + 1], model(x[i : i + 1]))

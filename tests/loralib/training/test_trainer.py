@@ -19,12 +19,14 @@ from transformers import (
     DataCollatorWithPadding,
     RobertaForSequenceClassification,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 from transformers.training_args import ParallelMode
 
 import loralib as lora
 from loralib import all_ranks
+from loralib.adapters.directory import cut_adapter
 from loralib.trainer import DyLoRATrainer
 
 
@@ -678,3 +680,19 @@ def test_a_precision_that_autocast_does_not_use_rounds_nothing(roberta_config, r
     weight_of = lambda: named.model.roberta.encoder.layer[0].intermediate.dense.weight.dtype  # noqa: E731
     named.model.register_forward_pre_hook(lambda *_: seen.add(weight_of()))
     assert np.allclose(log(named), log(plain), rtol=1e-3) and seen == {torch.float32}
+
+
+def test_a_training_that_is_stopped_early_is_ordered_and_says_so(roberta_config, roberta_checkpoint, tmp_path):
+    class Stop(TrainerCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            control.should_training_stop = True
+
+    t = trainer(
+        roberta_config, roberta_checkpoint, tmp_path, num_train_epochs=3, eval_strategy="epoch", save_strategy="epoch",
+        load_best_model_at_end=True, metric_for_best_model="r4_loss", greater_is_better=False,
+    )  # fmt: skip
+    t.add_callback(Stop())
+    t.train()
+    t.save_model()
+    assert json.loads((tmp_path / "dylora.json").read_text())["ordered"] is True
+    cut_adapter(tmp_path, tmp_path / "cut", 1)
