@@ -117,9 +117,9 @@ PLAIN = (torch.Tensor, bool, int, float, str, type(None))
 
 def _own(batch: dict[str, Any]) -> dict[str, Any]:
     """The inputs for one pass; objects that it may change (caches) are copies."""
-    leaves, spec = tree_flatten(batch)
-    if all(isinstance(leaf, PLAIN) for leaf in leaves):
+    if all(isinstance(value, PLAIN) for value in batch.values()):
         return batch
+    leaves, spec = tree_flatten(dict(batch))
     return tree_unflatten([leaf if isinstance(leaf, PLAIN) else copy.deepcopy(leaf) for leaf in leaves], spec)
 
 

@@ -47,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dylora: {error if error.filename is None else f'{error.filename}: {error.strerror}.'}", file=sys.stderr)
     except ValueError as error:
         print(f"dylora: {error}", file=sys.stderr)
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":  # a class of its own, whose import takes a while
+            raise
+        print(f"dylora: weights could not be read or written ({error}).", file=sys.stderr)
     return 2
 
 

@@ -197,7 +197,7 @@ class BoundSchedule:
             rank = self.sampler()(step, size, *((micro_step, process) if places is None else ()))
         if places is not None and isinstance(rank, torch.Tensor):
             rank = rank[list(places) or [0]]
-        return Setting(rank, kind.frozen and not first_part, order=bool(full_steps) and due)
+        return Setting(rank, kind.frozen and not first_part, order=bool(kind.full_rank_share) and due)
 
     def over(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .adapters.export import EXPORTED, export_adapter, free_directory
 from .adapters.squeeze import Size, rank_sizes, squeeze_adapter
+from .checks import check_int
 from .choosing import chosen, refuse_unused, why
 from .report.tables import print_grid, print_table
 
@@ -25,9 +26,14 @@ def squeeze(args) -> None:
     if Path(args.to).resolve() == Path(args.adapter).resolve():
         raise ValueError(f"--to {args.to} is the adapter itself; give another directory.")
     free_directory(args.to, EXPORTED)
+    for flag in ("data", "importance"):
+        if (file := getattr(args, flag)) is not None and not Path(file).is_file():
+            raise ValueError(f"--{flag} {file} does not exist; give a CSV or JSON-lines file.")
     rank, results, adapted = args.rank, None, None
     with tempfile.TemporaryDirectory() as directory:
         kept = squeeze_adapter(args.adapter, directory)
+        if rank is not None:
+            check_int("rank", rank, 1, max(kept), f"the adapter in {args.adapter} can be cut to 1..{max(kept)}.")
         if runs:
             from transformers_dylora.squeezing import Adapted
 

@@ -22,6 +22,7 @@ from ..files import text_writer, write_together
 from ..gate import scale
 from ..schedule import before_ordering
 from . import fields, peft_format
+from .kinds import head_outputs
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -309,6 +310,9 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     if rank < files.rank:
         facts.pop("spread", None)
         facts |= {"spread": True} if facts.pop("components_at", None) else {}
+    if files.config.get("task_type") == "SEQ_CLS" and not facts.keys() & {"num_labels", "labels"}:
+        found = head_outputs(files.tensors)
+        facts |= {"num_labels": found} if found else {}
     facts |= {"rank": rank, "scaling": files.scaling, "r_max": files.facts.get("r_max", files.rank)}
     kept_tensors = {key: tensors[key] for key in files.tensors if key in tensors}
     return AdapterFiles(files.path, kept_tensors, config, facts, rank, files.scaling)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..model import merge
 from ..report.results import RankResults
 from .card import AUTO, model_card, num_labels
 from .directory import EXTRA, cut_adapter, read_facts
+from .hub import TOKENIZER
 from .serving import check_for_vllm
 from .store import load_adapter
 
@@ -61,8 +63,7 @@ def export_merged(
     source, directory = Path(source), free_directory(target, MERGED)
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is no directory; give a run or an adapter's directory.")
-    work = directory.with_name(f".{directory.name}.adapter")
-    try:
+    with tempfile.TemporaryDirectory() as work:
         config, facts = cut_adapter(source, work, rank)  # checks the file and the rank before the base model is fetched
         base, auto = base or config.get("base_model_name_or_path"), AUTO.get(config.get("task_type") or "")
         if base is None or auto is None:
@@ -85,8 +86,6 @@ def export_merged(
             model.config.id2label = dict(enumerate(facts["labels"]))
             model.config.label2id = {text: i for i, text in enumerate(facts["labels"])}
         load_adapter(model, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
     plain: Any = merge(model, inplace=True)
     plain.save_pretrained(directory)
     write_text(directory / EXTRA, json.dumps(facts | {"made_by": MERGED}, indent=2) + "\n")
@@ -107,7 +106,7 @@ def free_directory(directory: str | Path, made_by: str) -> Path:
 
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy the tokenizer's files; those of an earlier export make way."""
-    for pattern in ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model"):
+    for pattern in TOKENIZER:
         for file in target.glob(pattern):
             file.unlink()
         for file in source.glob(pattern):

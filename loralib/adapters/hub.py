@@ -4,18 +4,15 @@ import os
 import re
 from pathlib import Path
 
+TOKENIZER = (
+    *("tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.*",
+)
 # What is fetched of a repository: the adapter, what goes with it, and a run's results.
 FILES = (
     *("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "dylora.json"),
-    *(
-        "rank_results.json",
-        "predictions_*.npz",
-        "tokenizer*",
-        "vocab*",
-        "merges.txt",
-        "*.model",
-        "special_tokens_map.json",
-    ),
+    *("rank_results.json", "predictions_*.npz"),
+    *TOKENIZER,
 )
 
 

@@ -1,8 +1,10 @@
 """What a model is for, in the words of adapters' files: PEFT's task type, and a classifier's labels."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,3 +35,10 @@ def label_facts(model: nn.Module) -> dict:
     if not re.search(r"For\w*Classification", type(model).__name__) or getattr(config, "id2label", None) is None:
         return {}
     return {"num_labels": config.num_labels, "labels": [str(config.id2label[i]) for i in range(config.num_labels)]}
+
+
+def head_outputs(tensors: Mapping[str, torch.Tensor]) -> int | None:
+    """How many outputs the head in an adapter's file has: the rows of the narrowest matrix that was saved beside the
+    factors (layers of a head before the last are as wide as the model); None without one."""
+    heads = [len(value) for key, value in tensors.items() if ".lora_" not in key and key.endswith("weight")]
+    return min(heads, default=None)

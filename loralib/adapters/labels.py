@@ -10,10 +10,14 @@ from torch import nn
 from ..heads import default_head, is_inside
 
 
-def told(names: Sequence[str] | None) -> tuple[str, ...]:
-    """``names`` if they say anything; () for none and for transformers' LABEL_0, LABEL_1, .. and bare numbers."""
+def told(names: Sequence[str] | None, beside: Sequence[str] = ()) -> tuple[str, ...]:
+    """``names`` if they say anything; () for none, for transformers' LABEL_0, LABEL_1, .. and for the outputs' own
+    numbers 0, 1, .., unless ``beside``, what they are held against, has these numbers as names in another order."""
     names = tuple(map(str, names or ()))
-    return () if all(re.fullmatch(r"(LABEL_)?\d+", name) for name in names) else names
+    if all(re.fullmatch(r"LABEL_\d+", name) for name in names):
+        return ()
+    numbers = tuple(map(str, range(len(names))))
+    return names if names != numbers or (set(beside) == set(names) and tuple(beside) != numbers) else ()
 
 
 def places(source: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
@@ -28,11 +32,11 @@ def places(source: Sequence[str], wanted: Sequence[str]) -> list[int] | None:
     return [of[fold(name)] for name in wanted]
 
 
-def names_of(model: nn.Module) -> tuple[str, ...]:
-    """The label names in a transformers classifier's configuration, as far as they say anything."""
+def names_of(model: nn.Module, beside: Sequence[str] = ()) -> tuple[str, ...]:
+    """The label names in a transformers classifier's configuration, as far as they say anything (``told``)."""
     config: Any = getattr(model, "config", None)
     names = getattr(config, "id2label", None) or {}
-    return told([names[i] for i in sorted(names)])
+    return told([names[i] for i in sorted(names)], beside)
 
 
 def output_keys(model: nn.Module, classes: int) -> list[str]:

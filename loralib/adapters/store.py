@@ -299,7 +299,9 @@ def _labels_in_order(model: nn.Module, files: AdapterFiles, plan: dict[str, torc
     Raises ValueError, with ``head="require"``, if these are other labels; where either side has no names, numbers
     count.
     """
-    source, wanted = labels.told(files.facts.get("labels")), labels.names_of(model)
+    stored = files.facts.get("labels") or ()
+    wanted = labels.names_of(model, stored)
+    source = labels.told(stored, wanted)
     if not source or not wanted or not plan:
         return
     order = labels.places(source, wanted)

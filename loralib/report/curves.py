@@ -104,9 +104,15 @@ def settings_of_run(results: RankResults) -> dict[str, Any]:
     return found | {n: v for n, v in stored.items() if n not in (*found, "seed", "data_seed")}
 
 
+def measured_elsewhere(results: RankResults) -> bool:
+    """Whether a directory tells of an adapter that was trained in another one: with which settings is not known."""
+    beside = Path(results.directory or "", "adapter_model.safetensors")
+    return results.adapter is not None and not beside.exists()
+
+
 def curves(runs: list[RankResults]) -> list[Curve]:
     """One curve for each task, split, method and setting; runs that differ in nothing but the seed are averaged. Two
-    of one seed are no two seeds, and stand apart."""
+    of one seed, or of none that is known, are no two seeds, and stand apart."""
     groups: dict[tuple, list[RankResults]] = defaultdict(list)
     once = {Path(run.directory).resolve() if run.directory else id(run): run for run in runs}
     for results in once.values():
@@ -115,7 +121,8 @@ def curves(runs: list[RankResults]) -> list[Curve]:
             own = settings_of_run(results) | {"examples": results.splits[split][0].samples}
             start = (results.task, split, label(results), results.metric, ranks)
             key = (*start, tuple((name, str(value)) for name, value in own.items()))
-            if results.seed is not None and results.seed in [other.seed for other in groups.get(key, [])]:
+            seeds = [other.seed for other in groups.get(key, [])]
+            if seeds and (results.seed is None or results.seed in seeds or measured_elsewhere(results)):
                 key = (*start, (*key[-1], ("run", str(results.directory))))
             groups[key].append(results)
     found = []

@@ -1,6 +1,7 @@
 """The part of the trainer that writes and reads: checkpoints hold the adapter and the modules to save, in PEFT's
 format."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -80,3 +81,8 @@ class AdapterCheckpoints(TrainerPart):
         if self.bound.schedule.full_rank_share and not self.ordered:
             order_components(self.model)
             self.ordered = True
+            warnings.warn(
+                f"The best model, {best}, is from before the ordering of its components: they are ordered now, and its "
+                "lower ranks have other scores than it was chosen by.",
+                stacklevel=2,
+            )

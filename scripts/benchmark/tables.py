@@ -120,7 +120,7 @@ def write_readme(directory: Path) -> None:
         "",
         "Made by `python -m scripts.benchmark`. Contenders take turns in one process; a ratio is ours / peer, the "
         "median over rounds, below 1 where ours is faster or smaller, with a 95 percent interval (bootstrap over "
-        "rounds); counted quantities have none. \"promised\" is the largest ratio that the project sets itself, and "
+        'rounds); counted quantities have none. "promised" is the largest ratio that the project sets itself, and '
         "whether it was kept. The peers run at rank 8; the frozen encoder is the floor, since it has no backward pass "
         "through the encoder.",
     ]

@@ -62,7 +62,7 @@ def test_all_components_first_then_ordered_once_then_ranks_are_drawn(sampling, r
         wanted = torch.as_tensor(sampler(step, size) if step >= first else r_max).expand_as(drawn)
         assert torch.equal(drawn, wanted) and drawn.shape == ((size,) if sampling == "example" else ())
         orders += [step] * setting.order
-    assert orders == ([first] if first else [])
+    assert orders == ([first] if share else [])
 
 
 @given(st.integers(1, 30), st.data())

@@ -162,3 +162,13 @@ def test_seeds_of_a_metric_on_its_own_scale_are_on_one_scale(tmp_path):
 
     (curve,) = curves([run(0, 0.9), run(1, 1.1)])
     assert curve.means == pytest.approx((1.0,)) and curve.errors == pytest.approx((0.1,))
+
+
+def test_what_is_no_seed_of_one_training_stands_apart(tmp_path):
+    unknown = [run_in(tmp_path / f"u{i}", None) for i in range(2)]
+    assert [curve.seeds for curve in curves(unknown)] == [1, 1]
+    elsewhere = [run_in(tmp_path / f"e{seed}", seed, adapter=f"hash {seed}") for seed in (0, 1)]
+    assert [curve.seeds for curve in curves(elsewhere)] == [1, 1]  # of adapters whose trainings nothing tells of
+    for run in elsewhere:
+        (Path(run.directory) / "adapter_model.safetensors").touch()
+    assert [curve.seeds for curve in curves(elsewhere)] == [2]

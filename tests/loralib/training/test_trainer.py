@@ -237,7 +237,7 @@ def drawn_ranks(t, monkeypatch):
             found.append((t.state.global_step, rank if isinstance(rank, int) else tuple(rank.tolist())))
         return lora.set_rank(model, rank, frozen)
 
-    monkeypatch.setattr("loralib.schedule.set_rank", record)
+    monkeypatch.setattr("loralib.setting.set_rank", record)
     t.train()
     return found
 
@@ -270,7 +270,7 @@ def test_full_rank_first_then_ordered_once_then_drawn(
         ordered.append(t.state.global_step)
         lora.order_components(model, optimizer)
 
-    monkeypatch.setattr("loralib.schedule.order_components", order)
+    monkeypatch.setattr("loralib.setting.order_components", order)
     t = trainer(
         roberta_config, roberta_checkpoint, tmp_path, sampling=sampling, full_rank_share=0.25, num_train_epochs=4,
         distribution="uniform", per_device_train_batch_size=2, gradient_accumulation_steps=4,
@@ -343,7 +343,7 @@ def test_a_resumed_run_orders_where_its_checkpoint_did_not(roberta_config, rober
     """Also where fewer epochs than before put the checkpoint past the first part."""
     ordered = []
     monkeypatch.setattr(
-        "loralib.schedule.order_components", lambda model, optimizer: ordered.append(t.state.global_step)
+        "loralib.setting.order_components", lambda model, optimizer: ordered.append(t.state.global_step)
     )
     options = dict(n=16, save_strategy="epoch", full_rank_share=0.5)  # two updates an epoch
     t = trainer(roberta_config, roberta_checkpoint, tmp_path, num_train_epochs=10, **options)

@@ -120,6 +120,12 @@ class DataArguments:
             setattr(self, name, given or None)
             if given and self.task_name:
                 raise UsageError(f"--{name} is for your own files; {self.task_name} has its own.")
+        wrong = [name for name in self.text_columns or () if name in ("label", "labels", "idx", "length")]
+        if wrong or len(set(self.text_columns or ())) < len(self.text_columns or ()):
+            raise UsageError(
+                f"--text_columns {' '.join(self.text_columns or ())}: name columns of text, each once; label, labels, "
+                "idx and length are others."
+            )
         if self.text_columns and len(self.text_columns) > 2:
             raise UsageError(f"--text_columns names {len(self.text_columns)} columns; a classifier reads one or two.")
         if self.labels and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels) or self.regression):
@@ -333,6 +339,9 @@ class GlueTrainingArguments(TrainingArguments):
     )
     evaluation_strategy: str | None = field(default=None, metadata={"help": "Earlier name of --eval_strategy."})
     warmup_ratio: float | None = field(default=None, metadata={"help": "Share of the steps that warm up."})
+    warmup_steps: float | None = field(
+        default=None, metadata={"help": "Steps that warm up, below 1 a share of them; before --warmup_ratio."}
+    )
     logging_dir: str | None = field(default=None, metadata={"help": "Where TensorBoard's log goes."})
     no_cuda: bool = field(default=False, metadata={"help": "Earlier name of --use_cpu."})
     save_safetensors: bool = field(default=True, metadata={"help": "Accepted; checkpoints are always safetensors."})
@@ -346,11 +355,10 @@ class GlueTrainingArguments(TrainingArguments):
                 raise UsageError(f"--{name} is {value}; give {above}.")
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
-        if self.warmup_ratio is not None:
-            if not 0 <= self.warmup_ratio < 1:
-                raise UsageError(f"--warmup_ratio is {self.warmup_ratio}; give a share from 0 to below 1.")
-            if not self.warmup_steps:  # a recipe's ratio gives way to the user's steps
-                self.warmup_steps = self.warmup_ratio
+        if self.warmup_ratio is not None and not 0 <= self.warmup_ratio < 1:
+            raise UsageError(f"--warmup_ratio is {self.warmup_ratio}; give a share from 0 to below 1.")
+        if self.warmup_steps is None:  # a recipe's ratio gives way to the user's steps
+            self.warmup_steps = self.warmup_ratio or 0
         if self.no_cuda or not torch.accelerator.is_available():
             self.use_cpu = True  # --bf16 and the gloo backend ask for this word where there is no accelerator
         if self.fp16 and self.use_cpu:
@@ -363,6 +371,8 @@ class GlueTrainingArguments(TrainingArguments):
             raise UsageError(
                 "--fsdp needs GPUs: accelerate has no FSDP for CPUs; leave it out, processes share a batch."
             )
+        if self.label_names:
+            raise UsageError("--label_names: the labels are the column label here; leave it out.")
         if self.batch_eval_metrics:
             raise UsageError("--batch_eval_metrics: the scores of all ranks are computed at the end; leave it out.")
         if not self.remove_unused_columns:
@@ -391,7 +401,13 @@ class GlueTrainingArguments(TrainingArguments):
                 f"--global_batch_size {self.global_batch_size} is no multiple of {self.per_device_train_batch_size} "
                 f"per device x {max(1, self.world_size)} processes; change it or --per_device_train_batch_size."
             )
-        self.gradient_accumulation_steps = self.global_batch_size // at_once
+        steps = self.global_batch_size // at_once
+        if self.gradient_accumulation_steps not in (1, steps):
+            raise UsageError(
+                f"--gradient_accumulation_steps {self.gradient_accumulation_steps}: --global_batch_size "
+                f"{self.global_batch_size} asks for {steps}; leave out one of them."
+            )
+        self.gradient_accumulation_steps = steps
         self.notes.append(
             f"global batch {self.global_batch_size} = {self.per_device_train_batch_size} per device x "
             f"{max(1, self.world_size)} processes x {self.gradient_accumulation_steps} accumulation steps"
@@ -421,8 +437,8 @@ def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingA
         )
     except UsageError:
         raise
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    except (ValueError, TypeError, OSError, ImportError) as error:  # of transformers' checks
+        raise UsageError(" ".join(str(error).split())) from error
     if unknown:
         near = get_close_matches(unknown[0], parser._option_string_actions, n=1)
         raise UsageError(

@@ -16,6 +16,7 @@ FILE = "run_settings.json"
 OF_UPDATES = (
     *("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "lr_scheduler_kwargs", "label_smoothing_factor"),
     *("neftune_noise_alpha", "train_sampling_strategy", "dataloader_drop_last"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 OF_MODEL = ("config_name", "tokenizer_name", "use_fast_tokenizer", "model_revision")
 LENGTHS = ("num_train_epochs", "max_steps")  # a longer or shorter training of the same run
@@ -29,6 +30,7 @@ def settings_of(model_args, data_args, training_args, task, train) -> dict:
         "labels": list(task.labels),
         "data": fingerprint(train, task),
         "model_name_or_path": model_args.model_name_or_path,
+        "apply_lora": bool(model_args.apply_lora),
         "lora_path": model_args.lora_path,
         **{name: getattr(model_args, name) for name in OF_MODEL},
         "cls_dropout": model_args.cls_dropout,

@@ -26,7 +26,10 @@ def refuse_missing(values: Sequence[Any], where: str) -> None:
         if value is None or value == "":
             raise UsageError(f"{where} has no label in example {i}; every example needs one.")
         if isinstance(value, (list, dict, date, time)) or (isinstance(value, float) and not math.isfinite(value)):
-            raise UsageError(f"{where} has the label {str(value)!r} in example {i}; give a name or a finite number.")
+            shown = str(value) if isinstance(value, (date, time)) else value
+            raise UsageError(f"{where} has the label {shown!r} in example {i}; give a name or a finite number.")
+        if isinstance(value, str) and any(sign in value for sign in "\t\r\n"):
+            raise UsageError(f"{where} has the label {value!r} in example {i}; give a name in one line, without tabs.")
 
 
 def label_names(values: Sequence[Any]) -> tuple[str, ...]:

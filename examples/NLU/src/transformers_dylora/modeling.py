@@ -16,7 +16,7 @@ from loralib.targets import ALL_LINEAR, usual_targets
 from .arguments import ModelArguments
 from .errors import UsageError
 from .models.roberta import RobertaForSequenceClassification
-from .tasks import Task
+from .tasks import TASKS, Task
 
 DEFAULT_TARGETS = ["query", "value"]
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*", "special_tokens_map.json")
@@ -140,9 +140,10 @@ def known_labels(args: ModelArguments) -> tuple[tuple[str, ...], bool | None]:
     return names, True if config.problem_type == "regression" or config.num_labels == 1 else None
 
 
-def known_columns(adapter: str) -> tuple[str, ...]:
-    """The text columns of one's own data that an adapter was trained on; nothing where it does not say them."""
-    return tuple(read_facts(adapter).get("columns") or ())
+def known_columns(facts: dict) -> tuple[str, ...]:
+    """The text columns that an adapter was trained on, a GLUE task's too; nothing where it does not say them."""
+    task = TASKS.get(facts.get("task", ""))
+    return tuple(facts.get("columns") or (task.columns if task else ()))
 
 
 def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: int | None = None):
@@ -259,7 +260,7 @@ def _head_by_name(args: ModelArguments, model, task: Task, needed: bool) -> list
     Raises UsageError for other labels where this head is to answer.
     """
     stored = _fetch(AutoConfig, args.config_name or args.model_name_or_path, **hub_options(args)).id2label or {}
-    names = told([stored[i] for i in sorted(stored)])
+    names = told([stored[i] for i in sorted(stored)], task.labels)
     if not names or task.regression:
         return []
     order = places(names, task.labels)
@@ -279,7 +280,7 @@ def _head_by_name(args: ModelArguments, model, task: Task, needed: bool) -> list
 def _other_task(args: ModelArguments, task: Task, fresh: bool, training: bool) -> list[str]:
     """A note where an adapter was trained for another task or for other labels."""
     facts = read_facts(args.lora_path)
-    name, names = facts.get("task"), told(facts.get("labels"))
+    name, names = facts.get("task"), told(facts.get("labels"), task.labels)
     if training and not fresh and names and task.labels and places(names, task.labels) is None:
         return [f"the adapter's head knows the labels {', '.join(names)}: here it is no more than a start"]
     if not training and name not in (None, "custom", task.name) and task.name != "custom":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from loralib.adapters.directory import hash_of_weights
 from loralib.files import is_temporary
 
 from .errors import UsageError
@@ -119,7 +120,7 @@ LEFT = (
         FILE,
         CONFIG,
     ),
-    *("trainer_state.json", "training_args.bin", "train_results.json", "rank_results.*", "rank_curve.png"),
+    *("trainer_state.json", "training_args.bin", "train_results.json", "rank_results.*", "rank_curve.*", "report.html"),
     *("eval_*r*_results.json", "test_results_*_r*.txt", "predictions_*.npz"),
 )
 
@@ -142,8 +143,8 @@ def clear_run(directory: Path) -> None:
 
 
 def check_output_dir(args, starts: dict[str, str | None]) -> None:
-    """Raise UsageError if nothing can be written to --output_dir, or if what the training starts from, {flag: path},
-    would be removed from it."""
+    """Raise UsageError if nothing can be written to --output_dir, if what the training starts from, {flag: path}, would
+    be removed from it, or if the tables of an adapter in it would be replaced by those of another."""
     directory = Path(args.output_dir)
     for flag, path in starts.items() if args.do_train and args.overwrite_output_dir else ():
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(directory.resolve()):
@@ -161,3 +162,9 @@ def check_output_dir(args, starts: dict[str, str | None]) -> None:
         for path in made:  # it is made again when there is something to write
             with contextlib.suppress(OSError):  # another process may have put something there by now
                 path.rmdir()
+    own, measured = hash_of_weights(directory), starts.get("--lora_path")
+    if own and not args.do_train and not args.overwrite_output_dir and own != hash_of_weights(measured or directory):
+        raise UsageError(
+            f"--output_dir {directory} holds another adapter than --lora_path {measured}, and its tables would be "
+            "replaced; give another directory, or add --overwrite_output_dir."
+        )

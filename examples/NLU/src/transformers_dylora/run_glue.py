@@ -20,6 +20,7 @@ import torch
 import transformers
 from transformers import DataCollatorWithPadding, TrainerCallback, default_data_collator, set_seed
 
+from loralib.adapters.directory import read_facts
 from loralib.conflict import warn_of_other_loralib
 from loralib.report.results import RankResults
 from loralib.report.tables import print_table
@@ -32,7 +33,7 @@ from .errors import UsageError
 from .identity import check_continuation, settings_of, store
 from .modeling import known_columns, known_labels, load_model, load_tokenizer, longest_input
 from .output_dir import check_output_dir, clear_run, resume_point
-from .settings import expanded, given, named, store_config
+from .settings import expanded, given, named, store_config, turned_off
 from .stopping import StopBetweenSteps, exit_code, one_sentence
 
 FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
@@ -53,8 +54,10 @@ def main(argv: list[str] | None = None, program: str = "run_glue.py") -> RankRes
 def train(argv: list[str] | None = None) -> RankResults | None:
     """``dylora train``: as ``main``, but an adapter is trained and then measured unless the flags say otherwise."""
     argv = expanded(sys.argv[1:] if argv is None else argv)
-    flags = named(argv, line_parser())
-    usual = [] if flags & set(FLAGS.values()) else [FLAGS["train"], FLAGS["validation"]]
+    flags, refused = named(argv, line_parser()), turned_off(argv, line_parser())
+    asked = flags & set(FLAGS.values())
+    usual = [FLAGS["train"], FLAGS["validation"]] if asked <= refused else []
+    usual = [flag for flag in usual if flag not in refused]
     usual += [] if flags & {"--apply_lora", "--help"} else ["--apply_lora"]
     return main([*usual, *argv], "dylora train")
 
@@ -195,7 +198,7 @@ def load_data(data_args, model_args, training_args):
     if data_args.regression is not None:
         regression = data_args.regression
     named = tuple(data_args.labels or ())
-    trained_on = () if training_args.do_train or not model_args.lora_path else known_columns(model_args.lora_path)
+    trained_on = () if training_args.do_train else known_columns(read_facts(model_args.lora_path))
     columns = tuple(data_args.text_columns or trained_on)
     task, raw = load_files(files, model_args.cache_dir, named or labels, regression, columns)
     if not training_args.do_train and not (named or labels or regression) and not _numbered(task.labels):
@@ -252,8 +255,8 @@ def new_trainer(**options) -> DyLoRATrainer:
     """The trainer; settings that contradict each other are the user's mistake."""
     try:
         trainer = DyLoRATrainer(**options)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    except (ValueError, ImportError) as error:
+        raise UsageError(" ".join(str(error).split())) from error
     best, args, task = trainer.args.metric_for_best_model, trainer.args, options["compute_metrics"].task
     if best is not None and (args.load_best_model_at_end or args.save_strategy == "best"):
         names = [*task.metrics, *(["combined_score"] if len(task.metrics) > 1 else [])]

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+from itertools import zip_longest
 from pathlib import Path
 
 import yaml
@@ -45,8 +46,11 @@ def _as_flag(name: str, value: str | list | dict) -> list[str]:
     if value in ("", "null", "~"):
         return []
     if isinstance(value, list):
-        return [f"--{name}", *map(str, value)]
-    return [f"--{name}", json.dumps(_with_numbers(value)) if isinstance(value, dict) else value]
+        # A word that begins with a dash would be a flag; flags of several words take them with commas, too.
+        dashed = any(str(word).startswith("-") for word in value)
+        return [f"--{name}={','.join(map(str, value))}"] if dashed else [f"--{name}", *map(str, value)]
+    word = json.dumps(_with_numbers(value)) if isinstance(value, dict) else value
+    return [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
 
 
 def _with_numbers(value):
@@ -71,7 +75,7 @@ def given(argv: list[str], parser: argparse.ArgumentParser) -> dict:
             flag, _, value = word.partition("=")
             action = _action(flag, parser)
             name, actions[action.dest] = action.dest, action
-            found[name] = [value] if value else []
+            found[name] = [value] if "=" in word else []
             if isinstance(action.const, bool) and action.nargs == 0:  # --no_group_by_length
                 found[name] = [str(action.const).lower()]
         else:
@@ -88,6 +92,13 @@ def named(argv: list[str], parser: argparse.ArgumentParser) -> set[str]:
         with contextlib.suppress(StopIteration):
             found.add(f"--{_action(flag, parser).dest}")
     return found
+
+
+def turned_off(argv: list[str], parser: argparse.ArgumentParser) -> set[str]:
+    """The flags that a command line sets to false: ``--do_eval false``, ``--do_eval=false``."""
+    no = ("false", "f", "no", "n", "0")
+    pairs = [(*word.partition("=")[::2], after) for word, after in zip_longest(argv, argv[1:], fillvalue="")]
+    return named([flag for flag, value, after in pairs if (value or after).lower() in no], parser)
 
 
 def without_tokens(words: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWith
 import loralib as lora
 from loralib.adapters.card import AUTO
 from loralib.adapters.directory import AdapterFiles, read_directory, write_adapter
+from loralib.adapters.kinds import head_outputs
 from loralib.adapters.labels import told
 from loralib.report.results import RankResults
 from loralib.sampling import RankSampler
@@ -23,8 +24,7 @@ from loralib.trainer import DyLoRATrainer
 from .data import content_name, csv_as_text, load_files, tokenize
 from .errors import UsageError
 from .metrics import metrics_function
-from .modeling import positions
-from .tasks import TASKS
+from .modeling import known_columns, positions
 
 ALL_RANKS = 16  # up to this r_max every rank is measured, above it 1, 2, 4, .. r_max
 MAX_LENGTH = 512  # tokens of an example
@@ -88,14 +88,15 @@ class Adapted:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
-        names = labels or told(files.facts.get("labels")) or told((model.config.id2label or {}).values())
+        stored = files.facts.get("labels")
+        names = told(labels, stored or ()) or told(stored, labels) or told((model.config.id2label or {}).values())
         names = names or tuple(map(str, range(options.get("num_labels", 0))))
         if classifier and len(names) != options["num_labels"]:
             raise UsageError(
                 f"The labels are {', '.join(names)}, and the head of {directory} has {options['num_labels']} outputs; "
                 "name each with --labels."
             )
-        if classifier and not all(name.isdigit() for name in names):
+        if classifier and told(names):
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
         lora.load_adapter(model, directory)
@@ -112,8 +113,7 @@ class Adapted:
 
     def columns(self) -> tuple[str, ...]:
         """The text columns that the adapter was trained on; nothing where it does not say them."""
-        task = TASKS.get(self.facts.get("task", ""))
-        return tuple(self.facts.get("columns") or (task.columns if task else ()))
+        return known_columns(self.facts)
 
     def kept_facts(self) -> dict:
         """What ``dylora.json`` told, but for what saving finds anew."""
@@ -160,14 +160,11 @@ class Adapted:
 
 
 def outputs(files: AdapterFiles) -> int:
-    """How many labels the classifier's head has: what the adapter tells, or else the rows of the narrowest matrix that
-    was saved beside it (layers of the head before the last are as wide as the model)."""
-    if files.facts.get("num_labels"):
-        return files.facts["num_labels"]
-    heads = [len(value) for key, value in files.tensors.items() if ".lora_" not in key and key.endswith("weight")]
-    if not heads:
+    """How many labels the classifier's head has. Raises UsageError where there is none."""
+    found = files.facts.get("num_labels") or head_outputs(files.tensors)
+    if not found:
         raise UsageError(f"{files.path} holds no trained head; a classifier's adapter has one in modules_to_save.")
-    return min(heads)
+    return found
 
 
 def longest(tokenizer, config) -> int:
