@@ -288,6 +288,7 @@ def test_starting_from_another_tasks_adapter_keeps_the_factors_and_a_fresh_head(
     tensors = load_file(tmp_path / "rte/adapter_model.safetensors")
     key = "roberta.encoder.layer.0.attention.self.query.lora_A"
     assert torch.equal(tensors[f"base_model.model.{key}.weight"], model.state_dict()[key])
+    argv[argv.index("--output_dir") + 1] = str(tmp_path / "measured")
     with pytest.raises(UsageError, match="number of labels"):
         run_glue().main([a for a in argv if a != "--do_train"])
 

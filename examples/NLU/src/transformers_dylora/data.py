@@ -161,6 +161,7 @@ def load_files(
     labels: tuple[str, ...] = (),
     regression: bool | None = None,
     columns: tuple[str, ...] = (),
+    usual: tuple[str, ...] = (),
 ) -> tuple[Task, datasets.DatasetDict]:
     """One's own data: the task it makes (columns, labels) and its splits. Raises UsageError.
 
@@ -170,6 +171,7 @@ def load_files(
         labels: those that a model to evaluate knows, in its order; else they are the sorted ones of the first labelled
             file.
         columns: the text columns that such a model was trained on; without, those of the first file.
+        usual: text columns to prefer where that file has them all (a GLUE task's).
         regression: whether labels are values; None: they are if any of that file's is a number with a fraction.
     """
     splits = datasets.DatasetDict()
@@ -180,7 +182,9 @@ def load_files(
             splits[name] = _read(Path(file), cache_dir)
             if not len(splits[name]):
                 raise UsageError(f"{file} is empty; it needs at least one example.")
-    texts = columns or _text_columns(next(iter(splits.values())))
+    first_file = next(iter(splits.values()))
+    there = usual if set(usual) <= set(first_file.column_names) else ()
+    texts = columns or there or _text_columns(first_file)
     labelled = [name for name, split in splits.items() if name != "test" and "label" in split.column_names]
     if not labelled and not labels and regression is None:
         raise UsageError(

@@ -140,10 +140,11 @@ def known_labels(args: ModelArguments) -> tuple[tuple[str, ...], bool | None]:
     return names, True if config.problem_type == "regression" or config.num_labels == 1 else None
 
 
-def known_columns(facts: dict) -> tuple[str, ...]:
-    """The text columns that an adapter was trained on, a GLUE task's too; nothing where it does not say them."""
+def known_columns(facts: dict) -> dict[str, tuple[str, ...]]:
+    """For ``load_files``: the text columns of one's own data that an adapter was trained on, or those of its GLUE
+    task."""
     task = TASKS.get(facts.get("task", ""))
-    return tuple(facts.get("columns") or (task.columns if task else ()))
+    return {"columns": tuple(facts.get("columns") or ()), "usual": task.columns if task else ()}
 
 
 def load_model(args: ModelArguments, task: Task, training: bool, pad_token_id: int | None = None):

@@ -198,9 +198,10 @@ def load_data(data_args, model_args, training_args):
     if data_args.regression is not None:
         regression = data_args.regression
     named = tuple(data_args.labels or ())
-    trained_on = () if training_args.do_train else known_columns(read_facts(model_args.lora_path))
-    columns = tuple(data_args.text_columns or trained_on)
-    task, raw = load_files(files, model_args.cache_dir, named or labels, regression, columns)
+    columns = {} if training_args.do_train else known_columns(read_facts(model_args.lora_path))
+    if data_args.text_columns:
+        columns = {"columns": tuple(data_args.text_columns)}
+    task, raw = load_files(files, model_args.cache_dir, named or labels, regression, **columns)
     if not training_args.do_train and not (named or labels or regression) and not _numbered(task.labels):
         raise UsageError(
             f"The model tells no names of its outputs, and the labels are {', '.join(task.labels)}: name them in the "

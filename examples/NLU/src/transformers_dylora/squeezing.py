@@ -109,11 +109,8 @@ class Adapted:
         counts the completion) or ``text``."""
         if self.names is None:
             return completing(data, self.tokenizer, longest(self.tokenizer, self.model.config))
-        return classifying(data, self.tokenizer, self.names, longest(self.tokenizer, self.model.config), self.columns())
-
-    def columns(self) -> tuple[str, ...]:
-        """The text columns that the adapter was trained on; nothing where it does not say them."""
-        return known_columns(self.facts)
+        columns = known_columns(self.facts)
+        return classifying(data, self.tokenizer, self.names, longest(self.tokenizer, self.model.config), columns)
 
     def kept_facts(self) -> dict:
         """What ``dylora.json`` told, but for what saving finds anew."""
@@ -172,8 +169,8 @@ def longest(tokenizer, config) -> int:
     return min(MAX_LENGTH, tokenizer.model_max_length, positions(config) or MAX_LENGTH)
 
 
-def classifying(data: str, tokenizer, names: tuple[str, ...], max_length: int, columns: tuple[str, ...]):
-    task, splits = load_files({"validation": data}, None, names, columns=columns)
+def classifying(data: str, tokenizer, names: tuple[str, ...], max_length: int, columns: dict):
+    task, splits = load_files({"validation": data}, None, names, **columns)
     dataset = tokenize(splits["validation"], task, tokenizer, max_length, False, False)
     return dataset, DataCollatorWithPadding(tokenizer), metrics_function(task)
 
