@@ -76,7 +76,7 @@ def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
     ]
 
 
-def task_by_task(found: Found, method: str = DEFAULT, peer: str = BAR) -> list[str]:
+def task_by_task(found: Found, device: str, method: str = DEFAULT, peer: str = BAR) -> list[str]:
     """Where the difference from the plainest peer comes from: one row a task, and the mean of all but the first."""
     rows = []
     for name, tasks in [*((NAMES[task], [task]) for task in AVERAGED), ("all but the first", AVERAGED[1:])]:
@@ -85,7 +85,7 @@ def task_by_task(found: Found, method: str = DEFAULT, peer: str = BAR) -> list[s
         if seeds:
             apart = [[np.mean([o[s][b] - t[s][b] for o, t in runs]) for s in seeds] for b in SHOWN]
             rows.append([name, *map(interval, apart), str(len(seeds))])
-    head = [f"our default minus {called(peer)}", *HEAD[1:], "seeds"]
+    head = [f"our default minus {called(peer)}, on {device}", *HEAD[1:], "seeds"]
     return [markdown_table(head, rows, "l"), ""] if len(rows) > 1 else []
 
 

@@ -188,8 +188,8 @@ def main_tables(founds: dict[str, Found], records: list[dict]) -> list[str]:
         device = with_most_seeds(founds, peer)
         if tables := average_tables(founds[device], records, peer):
             lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
-        if peer == BAR:
-            lines += task_by_task(founds[device])
+    for name, found in founds.items():
+        lines += task_by_task(found, name)
     lines += [*shared(records), *between(records)]
     return [*lines, "![curves](curves.png)", "", *not_drawn(next(iter(founds.values())))]
 

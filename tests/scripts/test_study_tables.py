@@ -353,7 +353,7 @@ def test_differences_task_by_task_are_paired_by_seed():
         for task, ours in (("cola", 3.0), ("sst2", 1.0))
         for method, value, seeds in ((study_methods.DEFAULT, ours, (0, 1)), ("cut-svd", 0.0, (0, 1, 2)))
     }
-    rows = averages.task_by_task(found)[0].splitlines()
+    rows = averages.task_by_task(found, "cpu")[0].splitlines()
     assert [row.split("|")[2].strip() for row in rows[2:]] == ["+3.0 ± 0.0", "+1.0 ± 0.0"]
 
 
