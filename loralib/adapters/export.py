@@ -1,6 +1,7 @@
 """From a run's directory to something that others load: an adapter at one rank, or a plain model."""
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -87,7 +88,15 @@ def export_merged(
             model.config.label2id = {text: i for i, text in enumerate(facts["labels"])}
         load_adapter(model, work)
     plain: Any = merge(model, inplace=True)
-    plain.save_pretrained(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Beside first: should the disk take no more, an earlier model stays whole.
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".") as made:
+        plain.save_pretrained(made)
+        directory.mkdir(exist_ok=True)
+        for weights in directory.glob("model*.safetensors*"):  # of an earlier one, of other shards perhaps
+            weights.unlink()
+        for file in Path(made).iterdir():
+            os.replace(file, directory / file.name)
     write_text(directory / EXTRA, json.dumps(facts | {"made_by": MERGED}, indent=2) + "\n")
     copy_tokenizer(source, directory)
     write_text(directory / "README.md", model_card(config, facts, results, str(target), True, license))

@@ -60,3 +60,26 @@ def test_squeeze_says_first_what_it_cannot_have(plain, tmp_path, capsys):
     ):
         assert main(["squeeze", str(path), *words, "--to", str(tmp_path / "to")]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_no_more_leaves_an_earlier_merge_whole(plain, tmp_path, monkeypatch):
+    from transformers import PreTrainedModel
+
+    _, path = plain
+    export_merged(path, tmp_path / "merged", 4)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()}
+    save = PreTrainedModel.save_pretrained
+
+    def full(self, directory, **options):
+        save(self, directory, **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_merged(path, tmp_path / "merged", 1)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "merged").iterdir()} == before
+    assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(".")) == []
+    monkeypatch.undo()
+    (tmp_path / "merged" / "model-00001-of-00002.safetensors").touch()  # of a larger one
+    export_merged(path, tmp_path / "merged", 1)
+    assert not (tmp_path / "merged" / "model-00001-of-00002.safetensors").exists()
