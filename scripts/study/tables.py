@@ -11,7 +11,7 @@ from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .averages import average_tables, beside, headline, peer_on, task_by_task, with_most_seeds
+from .averages import average_tables, averaged, beside, headline, peer_on, task_by_task, with_most_seeds
 from .cells import RATE_RUNS, TRIED_RATE, area, usual_records
 from .held_out import BAR, lead_table, rate_table, tried_table
 from .methods import ALPHA, CUTS, DEFAULT, METHODS, R_MAX, SHOWN
@@ -79,14 +79,17 @@ def not_drawn(found: Found) -> list[str]:
 
 
 def averages_to_curves(found: Found) -> list[Curve]:
-    """The main methods that were run on every task of AVERAGED, the mean over these."""
-    drawn = []
-    for method, name in DRAWN.items():
-        if by_seed := beside(found, "sweep", method):
-            values = [[curve[b] for b in SHOWN] for curve in by_seed.values()]
-            title = f"mean of {len(AVERAGED)} GLUE tasks"
-            drawn.append(Curve.over_seeds(title, "", name, "score", SHOWN, values, name))
-    return drawn
+    """The main methods that were run on every task of AVERAGED, the mean over these, of the seeds that all of them
+    have."""
+    runs = {name: averaged(found, method) for method, name in DRAWN.items()}
+    runs = {name: by_seed for name, by_seed in runs.items() if by_seed}
+    seeds = set.intersection(*map(set, runs.values())) if runs else set()
+    title = f"mean of {len(AVERAGED)} GLUE tasks"
+    return [
+        Curve.over_seeds(title, "", name, "score", SHOWN, [[by_seed[s][b] for b in SHOWN] for s in sorted(seeds)], name)
+        for name, by_seed in runs.items()
+        if seeds
+    ]
 
 
 def where(records: list[dict]) -> str:
