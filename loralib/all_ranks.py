@@ -53,9 +53,9 @@ def at_ranks(
         run: makes a pass from such inputs; default ``model(**inputs)``. Of what it returns (a tensor, or a tuple, list
             or mapping of them) each tensor is cut to its rank, in the dimension in which it holds the batch.
         stack: whether several ranks may share a pass. Default: unless the inputs hold labels, since a loss would be the
-            mean over the ranks of a pass; of a shared pass tensors without a batch dimension, and
-            what is neither a tensor nor a plain value (caches), are None. A model that
-            cannot take one rank per example, or whose outputs put examples together, goes rank by rank.
+            mean over the ranks of a pass; of a shared pass tensors without a batch dimension, and what is neither a
+            tensor nor a plain value (caches), are None. A model that cannot take one rank per example, or whose outputs
+            put examples together, goes rank by rank.
 
     Raises TypeError or ValueError for what is no rank.
     """

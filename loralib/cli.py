@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from .choosing import chosen, refuse_unused, why
 from .conflict import warn_of_other_loralib
 from .extras import missing
@@ -47,9 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dylora: {error if error.filename is None else f'{error.filename}: {error.strerror}.'}", file=sys.stderr)
     except ValueError as error:
         print(f"dylora: {error}", file=sys.stderr)
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # a class of its own, whose import takes a while
-            raise
+    except SafetensorError as error:
         print(f"dylora: weights could not be read or written ({error}).", file=sys.stderr)
     return 2
 

@@ -23,13 +23,10 @@ def default_head(model: nn.Module) -> list[str]:
 def modules_to_save(model: nn.Module) -> list[str]:
     """The modules that train in full beside the adapter: what ``inject`` was told of the model or of a module inside
     it, else a classifier's head."""
-    found = [(name, module.__dict__["lora_modules_to_save"]) for name, module in named_modules(model)
-             if "lora_modules_to_save" in module.__dict__]  # fmt: skip
-    return (
-        [f"{name}.{head}" if name else head for name, heads in found for head in heads]
-        if found
-        else default_head(model)
-    )
+    told = [(name, vars(module).get("lora_modules_to_save")) for name, module in named_modules(model)]
+    if all(heads is None for _, heads in told):
+        return default_head(model)
+    return [f"{name}.{head}" if name else head for name, heads in told for head in heads or ()]
 
 
 def is_inside(name: str, heads: list[str]) -> bool:

@@ -107,15 +107,18 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
         "plain-sweep": f"a LoRA for each rank, DyLoRA's rate, alpha {ALPHA}",
         BAR: f"a LoRA of rank {R_MAX}, reduced by SVD",
     }
+    on = {(peer, device): len(paired(found, peer, SHOWN, method)) for peer in peers for device, found in founds.items()}
     columns = [
-        (f"minus {name} ({seeds} seeds, {device})", [paired(found, peer, ranks, method) for ranks in RANKS.values()])
-        for peer, name in peers.items()
-        for device, found in founds.items()
-        if (seeds := len(paired(found, peer, SHOWN, method))) > 1
+        (
+            f"minus {peers[peer]} ({seeds} seeds, {device})",
+            [paired(founds[device], peer, ranks, method) for ranks in RANKS.values()],
+        )
+        for (peer, device), seeds in on.items()
+        if seeds > 1
     ]
-    if not columns or "chosen rate" not in columns[0][0]:
+    device = with_most_seeds(founds, "sweep", method) if founds else ""
+    if on.get(("sweep", device), 0) < 2:
         return []
-    device = with_most_seeds(founds, "sweep", method)
     rows = [[name, *(_judged(apart[i]) for _, apart in columns)] for i, name in enumerate(RANKS)]
     both = averaged(founds[device], "sweep").keys() & averaged(founds[device], method).keys()
     compared = [record for record in records if record["seed"] in both or record["split"] != "validation"]

@@ -1,10 +1,9 @@
 """Labels that are numbers, columns of GLUE's tasks, directories that hold another adapter, and flags beside flags."""
 
 import json
-import warnings
 
 import pytest
-from transformers import AutoModelForSequenceClassification, RobertaForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 from transformers_dylora.arguments import line_parser, parse
 from transformers_dylora.data import load_files
 from transformers_dylora.errors import UsageError
@@ -158,12 +157,3 @@ def test_a_label_with_a_tab_would_break_the_predictions_lines(tmp_path):
     file = write(tmp_path / "t.jsonl", [{"text": f"w{i}", "label": "a\tb"} for i in range(4)])
     with pytest.raises(UsageError, match="give a name in one line, without tabs"):
         load_files({"train": file}, str(tmp_path / "cache"))
-
-
-def test_one_update_is_ordered_too(roberta_config):
-    model = lora.inject(RobertaForSequenceClassification(roberta_config), ["query"], r=4)
-    bound = lora.RankSchedule().resolve(r_max=4, steps=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert bound.setting(0, 2).order
-        bound.setting(0, 2).apply(model)

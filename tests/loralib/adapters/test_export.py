@@ -83,3 +83,15 @@ def test_a_disk_that_takes_no_more_leaves_an_earlier_merge_whole(plain, tmp_path
     (tmp_path / "merged" / "model-00001-of-00002.safetensors").touch()  # of a larger one
     export_merged(path, tmp_path / "merged", 1)
     assert not (tmp_path / "merged" / "model-00001-of-00002.safetensors").exists()
+
+
+def test_weights_that_cannot_be_written_are_one_sentence(plain, tmp_path, monkeypatch, capsys):
+    from safetensors import SafetensorError
+    from transformers import PreTrainedModel
+
+    def full(*_, **__):
+        raise SafetensorError("I/O error: File too large")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    assert main(["merge", str(plain[1]), "--rank", "2", "--to", str(tmp_path / "merged")]) == 2
+    assert capsys.readouterr().err == "dylora: weights could not be read or written (I/O error: File too large).\n"
