@@ -5,7 +5,8 @@ from torch import nn
 
 from .layers import LoRALayer
 from .model import lora_layers
-from .sharding import put, whole
+from .momenta import OWN, VALUE, kept_for, of_parameter, unwrapped_optimizer
+from .sharding import whole
 
 
 def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
@@ -13,31 +14,30 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
     A zero gradient is not enough: momentum and weight decay move a parameter all the same. From this call on, the
     components that no example, micro-batch or process drew keep their values bit for bit, and the optimizer's state
-    for them (momenta) stays as it was. Drawn are, with ``set_rank(..., frozen=True)``, the ranks themselves; without,
-    components 1..b of every drawn b. They are known by their gradient at the step, which is 0 for all others: so what
-    accumulates or is averaged over processes is counted, and a step that a GradScaler skips is not. Of a step with a
-    closure (Lightning's) it is the gradient that the closure's first call leaves.
+    for them (momenta) stays as it was, to the precision that it is stored in. Drawn are, with ``set_rank(...,
+    frozen=True)``, the ranks themselves; without, components 1..b of every drawn b. They are known by their gradient at
+    the step, which is 0 for all others: so what accumulates or is averaged over processes is counted, and a step that a
+    GradScaler skips is not. Of a step with a closure (Lightning's) it is the gradient that the closure's first call
+    leaves.
 
         model = lora.inject(...); optimizer = torch.optim.AdamW(...)
         lora.freeze_undrawn(optimizer, model)
     """
-    while hasattr(optimizer, "optimizer"):  # accelerate's, around one of torch's
-        optimizer = optimizer.optimizer
+    optimizer = unwrapped_optimizer(optimizer)
     layers = [layer for _, layer in lora_layers(model)]
     undrawn: list[torch.Tensor] = []
-    kept: dict[tuple, torch.Tensor] = {}
+    before_step: dict[tuple, torch.Tensor] = {}
 
-    def tensors():
-        """(key, layer's number, tensor, its whole, this with the component as second dimension): each factor and its
-        momenta."""
+    def parts():
+        """(layer's number, factor, what is kept, its whole, this with the component as second dimension): each factor
+        and its momenta. Means over components (Adafactor's) belong to none of them and are left out."""
         for i, layer in enumerate(layers):
             for factor, by_component in (("lora_A", layer.split_A), ("lora_B", layer.split_B)):
                 parameter = getattr(layer, factor)
-                state = {"": parameter, **optimizer.state.get(parameter, {})}
-                for name, tensor in state.items():
-                    if isinstance(tensor, torch.Tensor) and tensor.shape == parameter.shape:
-                        value = whole(tensor.detach())
-                        yield (i, factor, name), i, tensor.detach(), value, by_component(value)
+                for kept in [of_parameter(parameter), *kept_for(optimizer, parameter)]:
+                    if not kept.is_shared:
+                        value = kept.read()
+                        yield i, factor, kept, value, by_component(value)
 
     def before(_, args, kwargs):
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args begin with the optimizer
@@ -46,7 +46,7 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 
         def noting():
             loss = closure()
-            if not kept:
+            if not before_step:
                 note()
             return loss
 
@@ -55,15 +55,20 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     @torch.no_grad()
     def note():
         undrawn[:] = [(~_has_gradient(layer)).nonzero().squeeze(1) for layer in layers]
-        kept.update((key, view[:, undrawn[i]].clone()) for key, i, _, _, view in tensors())
+        before_step.update(
+            ((i, factor, kept.name), view[:, undrawn[i]].clone()) for i, factor, kept, _, view in parts()
+        )
 
     @torch.no_grad()
     def after(*_):
-        for key, i, tensor, value, view in tensors():
-            # A momentum that this step created starts at zero for what was not drawn, as if the step had not been.
-            view[:, undrawn[i]] = kept.get(key, torch.zeros((), dtype=view.dtype, device=view.device))
-            put(tensor, value)
-        kept.clear()
+        for i, factor, kept, value, view in parts():
+            # What this step created begins, for what was not drawn, as if the step had not been: a momentum at zero, a
+            # second set of values where the first one was.
+            own = before_step[i, factor, OWN]
+            began = own if kept.follows == VALUE else torch.zeros_like(own, dtype=view.dtype)
+            view[:, undrawn[i]] = before_step.get((i, factor, kept.name), began)
+            kept.write(value)
+        before_step.clear()
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)

@@ -1,5 +1,6 @@
 """Components in the order of their importance, so that the first b of a trained adapter are its best b."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -7,11 +8,8 @@ from torch import nn
 
 from .layers import Embedding, LoRALayer
 from .model import get_rank, lora_layers, set_rank
+from .momenta import GRADIENT, SQUARE, VALUE, kept_for, unwrapped_optimizer
 from .sharding import at_rest, put, whole
-
-# Optimizer state that follows the gradient, and state that follows its square, by torch's names.
-FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")
-SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 
 
 @torch.no_grad()
@@ -30,14 +28,17 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
 
     ``optimizer`` is the one that trains the adapter; its momenta go along, as gradients that are there do. With
     lora_A' = R lora_A the gradients are R^-T dA and dB R^T, and so are their running means; running means of squares
-    follow as if entries were independent, with R's squared. Other state stays as it is. In a distributed run all
-    processes call this together; the first one's result counts. Raises RuntimeError if a layer is merged.
+    follow as if entries were independent, with R's squared; a second set of values (schedule-free optimizers) moves as
+    the first. States in 8 or 4 bits (bitsandbytes, torchao) are read and written so. Warns of a state of which is not
+    known what it follows, and leaves it as it is. In a distributed run all processes call this together; the first
+    one's result counts. Raises RuntimeError if a layer is merged.
     """
     layers = lora_layers(model)
     for _, layer in layers:
         layer.check_unmerged()
     at_rest(model)
     spread, rank = any(layer.components_at for _, layer in layers), get_rank(model)
+    unknown: set[str] = set()
     for _, layer in layers:
         layer.components_at = None  # of another order
         (kept, see_kept), (other, see_other) = _factors(layer)
@@ -47,10 +48,15 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
         _rewrite(kept, see_kept, lambda _, new=new_kept: new)
         _rewrite(other, see_other, lambda _, new=new_other: new)
         back = torch.linalg.pinv(R.cpu()).to(R.device).mT
-        for state, turn in _moments(optimizer, kept, back):
-            _rewrite(state, see_kept, lambda old, turn=turn: turn @ old)
-        for state, turn in _moments(optimizer, other, R.mT):
-            _rewrite(state, see_other, lambda old, turn=turn: old @ turn)
+        # Of the factor that keeps its length the rows are turned, of the other one the columns.
+        unknown |= _turn(optimizer, kept, see_kept, lambda M, old: M @ old, gradient=back, value=R)
+        unknown |= _turn(optimizer, other, see_other, lambda M, old: old @ M.mT, gradient=R, value=back)
+    if unknown:
+        warnings.warn(
+            f"{type(unwrapped_optimizer(optimizer)).__name__} keeps {', '.join(sorted(unknown))} for the adapter, and "
+            "of these it is not known how they follow components that are put in order: they stay as they are.",
+            stacklevel=2,
+        )
     if spread and isinstance(rank, int):
         set_rank(model, rank)  # whose parts were those of the other order
 
@@ -89,17 +95,24 @@ def ordered(kept: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torc
     return new_kept, new_other, new_kept @ torch.linalg.pinv(kept)
 
 
-def _moments(optimizer: torch.optim.Optimizer | None, parameter: nn.Parameter, turn: torch.Tensor):
-    """A parameter's gradient and the optimizer's running means for it, each with the matrix that turns it."""
+def _turn(optimizer, parameter: nn.Parameter, see: Callable, apply: Callable, gradient, value) -> set[str]:
+    """Turn the parameter's gradient and what the optimizer keeps for it; the names of what stays as it is.
+
+    ``gradient`` and ``value``: the matrices of a gradient and of the parameter, for ``apply``.
+    """
+    turns = {GRADIENT: gradient, SQUARE: gradient.square(), VALUE: value}
+    unknown = set()
     if parameter.grad is not None:
-        yield parameter.grad, turn.to(parameter.grad.dtype)
-    if optimizer is None:
-        return
-    for name, state in optimizer.state.get(parameter, {}).items():
-        if name in FIRST_MOMENTS and state is not None:
-            yield state, turn.to(state.dtype)
-        elif name in SECOND_MOMENTS and state is not None:
-            yield state, turn.square().to(state.dtype)
+        _rewrite(parameter.grad, see, lambda old: apply(gradient.to(old.dtype), old))
+    for kept in [] if optimizer is None else kept_for(optimizer, parameter):
+        if kept.follows is None:
+            unknown.add(kept.name)
+            continue
+        turned = kept.read().clone()
+        old = see(turned)
+        old.copy_(apply(turns[kept.follows].to(old.dtype), old))
+        kept.write(turned)
+    return unknown
 
 
 def _of_first_process(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@ format."""
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,8 +23,16 @@ class AdapterCheckpoints(TrainerPart):
     ordered: bool
     began: bool
     adapter_facts: dict
+    optimizer: Any
+
+    def put_in_what_counts(self) -> None:
+        """A schedule-free optimizer trains other values than a model is measured at and used with: put in the latter.
+        The next training step, or the resumed one, takes it from there."""
+        if hasattr(self.optimizer, "eval"):
+            self.optimizer.eval()
 
     def _save(self, output_dir=None, state_dict=None):
+        self.put_in_what_counts()
         if self.bound is None:
             return super()._save(output_dir, state_dict)
         output_dir = Path(output_dir or self.args.output_dir)
@@ -72,6 +81,7 @@ class AdapterCheckpoints(TrainerPart):
         self.ordered = read_facts(resume_from_checkpoint).get("ordered", False)
 
     def _load_best_model(self):
+        self.put_in_what_counts()  # of the last step; what is loaded must not be taken for it
         if self.bound is None:
             return super()._load_best_model()
         best = self.state.best_model_checkpoint

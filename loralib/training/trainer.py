@@ -170,6 +170,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
                 return super().train(*args, **kwargs)
         finally:
             self.contexts = None
+            self.put_in_what_counts()
             if self.bound is not None:
                 set_rank(self.model, self.bound.r_max)
 

@@ -263,6 +263,39 @@ def test_merging_dequantises_and_says_what_it_costs(kind):
         lora_layers(model)[0][1].merge()
 
 
+@pytest.mark.skipif(not HERE, reason="torchao stands beside the environment")
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit"])
+def test_torchaos_optimizers_are_ordered_and_frozen(name):
+    """Their states are tensors of their own kind, in blocks of the flattened elements."""
+    import torchao.optim
+
+    layer = lora.Linear(1024, 1024, r=8)
+    nn.init.normal_(layer.lora_B)
+    model = nn.Sequential(layer)
+    optimizer = getattr(torchao.optim, name)([layer.lora_A, layer.lora_B], lr=1e-3)
+
+    def step():
+        optimizer.zero_grad()
+        model(torch.randn(4, 1024)).square().mean().backward()
+        optimizer.step()
+
+    step()
+    before = {p: optimizer.state[p]["exp_avg"].dequantize() for p in (layer.lora_A, layer.lora_B)}
+    A, wanted = layer.lora_A.detach().clone(), {}
+    lora.order_components(model, optimizer)
+    R = layer.lora_A.detach() @ torch.linalg.pinv(A)
+    wanted = {layer.lora_A: torch.linalg.pinv(R).mT @ before[layer.lora_A], layer.lora_B: before[layer.lora_B] @ R.mT}
+    for p, value in wanted.items():
+        found = optimizer.state[p]["exp_avg"].dequantize()
+        assert float((found - value).norm() / value.norm()) < (0.02 if name == "AdamW8bit" else 0.2)
+    lora.freeze_undrawn(optimizer, model)
+    lora.set_rank(model, 3, frozen=True)
+    before_A, before_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    step()
+    assert [j + 1 for j in range(8) if not torch.equal(layer.lora_A[j], before_A[j])] == [3]
+    assert [j + 1 for j in range(8) if not torch.equal(layer.lora_B[:, j], before_B[:, j])] == [3]
+
+
 @pytest.mark.skipif(HERE, reason="this process is the other one")
 def test_all_this_with_torchao():
     if not BESIDE.is_dir():
@@ -271,7 +304,7 @@ def test_all_this_with_torchao():
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(BESIDE)}, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 @EVERY_KIND

@@ -407,6 +407,58 @@ def test_resuming_ends_where_the_uninterrupted_run_ends(stop, roberta_config, ro
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
+OTHER_OPTIMIZERS = ["schedule_free_adamw", "adamw_bnb_8bit", "adafactor", "ademamix"]
+
+
+@pytest.mark.parametrize("optimizer", OTHER_OPTIMIZERS)
+def test_what_is_saved_is_what_is_measured_whatever_the_optimizer(
+    optimizer, roberta_config, roberta_checkpoint, tmp_path
+):
+    """A schedule-free optimizer trains other values than it is measured at."""
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, optim=optimizer, full_rank_share=0.5)
+    t.train()
+    with torch.no_grad(), lora.use_rank(t.model, 2):
+        logits = t.model(**t.data_collator([{"input_ids": [1, 5, 2]}])).logits
+    t.save_model()
+    measured = t.evaluate()
+    with torch.no_grad(), lora.use_rank(t.model, 2):
+        torch.testing.assert_close(t.model(**t.data_collator([{"input_ids": [1, 5, 2]}])).logits, logits)
+    again = trainer(roberta_config, roberta_checkpoint, tmp_path / "again")
+    lora.load_adapter(again.model, tmp_path)
+    found = again.evaluate()
+    for b in (1, 2, 3, 4):
+        assert found[f"eval_r{b}_loss"] == pytest.approx(measured[f"eval_r{b}_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", OTHER_OPTIMIZERS)
+def test_other_optimizers_resume_where_they_were(optimizer, roberta_config, roberta_checkpoint, tmp_path):
+    options = dict(
+        optim=optimizer,
+        num_train_epochs=2,
+        save_strategy="steps",
+        save_steps=4,
+        full_rank_share=0.5,
+        learning_rate=1e-3,
+    )
+    whole = trainer(roberta_config, roberta_checkpoint, tmp_path / "whole", **options)
+    whole.train()
+    again = trainer(roberta_config, roberta_checkpoint, tmp_path / "again", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(again.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_model_of_a_schedule_free_training_stays_the_best(roberta_config, roberta_checkpoint, tmp_path):
+    """Steps follow the last evaluation; the optimizer's second values are of these steps."""
+    t = trainer(
+        roberta_config, roberta_checkpoint, tmp_path, optim="schedule_free_adamw", full_rank_share=0.2, max_steps=5,
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+    )  # fmt: skip
+    t.train()
+    best = min(entry["eval_loss"] for entry in t.state.log_history if "eval_loss" in entry)
+    assert t.evaluate()["eval_loss"] == pytest.approx(best, rel=1e-5)
+
+
 def test_checkpoints_hold_the_adapter_and_the_head_alone(roberta_config, roberta_checkpoint, tmp_path):
     t = trainer(roberta_config, roberta_checkpoint, tmp_path, save_strategy="epoch")
     t.train()
