@@ -29,6 +29,7 @@ class EvaluationOfRanks(TrainerPart):
     to_evaluate: int = 0  # examples of the evaluation that runs
     scored: Scored | None = None  # what the last one gathered
     rank_logits: Any = None  # its preprocess_logits_for_metrics
+    labels_are_tokens = False  # in its last batch
     loss_follows: bool | None = None  # whether a classifier's loss is the one that its logits say; None: not yet seen
 
     @torch.no_grad()  # Trainer's own step says so inside; ranks share what they can only without gradients
@@ -71,12 +72,20 @@ class EvaluationOfRanks(TrainerPart):
         if self.loss_follows is None and given and not prediction_loss_only:
             self.loss_follows = len(follows) == len(losses) and all(follows)
         losses = [of_logits if self.loss_follows else of_batch for of_batch, of_logits in losses]
+        self.labels_are_tokens = getattr(inputs.get("labels"), "ndim", 0) > 1
         weights = counted_tokens(inputs.get("labels"), size, task_type(self.model) == "CAUSAL_LM")
         found = {"losses": torch.stack([*losses, weights.cpu()], dim=-1).to(self.args.device)}
         if logits:
             found["logits"] = tree_map(_at_all_ranks, *logits)
             self._check_size(found["logits"], size)
         return None, found, labels
+
+    def _losses_are_of_tokens(self) -> bool:
+        """Whether the losses are a language model's own, of each token that follows; preferences (DPO), smoothed labels
+        and losses of the user's have no perplexity."""
+        language = task_type(self.model) in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+        own = self.label_smoother is None and self.compute_loss_func is None
+        return language and own and self.labels_are_tokens and f"{getattr(self.args, 'loss_type', 'nll')}"[-3:] == "nll"
 
     def _check_size(self, logits: Any, size: int) -> None:
         """Raise ValueError for logits of tokens that an evaluation could not hold, at its first batch."""
@@ -113,9 +122,8 @@ class EvaluationOfRanks(TrainerPart):
         self.scored = scored = Scored.of(predictions, labels, inputs) if self.eval_ranks else None
         metrics = {}
         if scored is not None:
-            language = task_type(self.model) in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
             with_losses = "loss" in self.args.include_for_metrics
-            metrics = rank_metrics(scored, self.eval_ranks, task_metrics, language, with_losses)
+            metrics = rank_metrics(scored, self.eval_ranks, task_metrics, self._losses_are_of_tokens(), with_losses)
             predictions = scored.losses if loss_only else scored.predictions
         elif labels is not None and task_metrics is not None:
             metrics = task_metrics(Scored(predictions, labels, inputs).prediction())

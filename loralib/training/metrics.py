@@ -64,7 +64,7 @@ def rank_metrics(
     scored: Scored,
     ranks: list[int],
     task_metrics: Callable[[EvalPrediction], dict] | None = None,
-    language: bool = False,
+    of_tokens: bool = False,
     with_losses: bool = False,
 ) -> dict[str, float]:
     """The scores of every rank under one name each: ``r1_accuracy`` .. ``r8_accuracy``, ``mean_accuracy``,
@@ -72,7 +72,7 @@ def rank_metrics(
 
     Args:
         task_metrics: a Trainer's ``compute_metrics``, called once per rank and unchanged.
-        language: add ``r1_perplexity`` .., the exponentials of the losses.
+        of_tokens: the losses are a language model's; add ``r1_perplexity`` .., their exponentials.
         with_losses: whether the metrics see each example's loss.
     """
     scores = []
@@ -83,7 +83,7 @@ def rank_metrics(
         loss = scored.loss(k)
         if loss is not None:
             named["loss"] = loss
-            if language:
+            if of_tokens:
                 named["perplexity"] = math.exp(min(loss, 700.0))
         scores.append(named)
     metrics = {f"r{b}_{name}": value for b, named in zip(ranks, scores, strict=True) for name, value in named.items()}

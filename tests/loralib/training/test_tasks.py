@@ -170,6 +170,32 @@ def test_the_best_model_is_found_by_its_loss(name, tmp_path):
     assert trainer.state.best_metric == min(log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log)
 
 
+class Preference(DyLoRAMixin, Trainer):
+    """As DPO: a loss of pairs, which no label says."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        output = model(input_ids=inputs["input_ids"])
+        loss = -torch.nn.functional.logsigmoid(output.logits.mean((1, 2))).mean()
+        return (loss, output) if return_outputs else loss
+
+
+@pytest.mark.parametrize("losses", ["its own", "smoothed", "a function's", "of pairs"])
+def test_only_a_language_models_own_loss_has_a_perplexity(losses, tmp_path):
+    kind, options = prepared("causal", tmp_path, label_smoothing_factor=0.2 if losses == "smoothed" else 0.0)
+    if losses == "a function's":
+        options["compute_loss_func"] = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()
+    if losses == "of pairs":
+        kind = Preference
+        options["eval_dataset"] = [{"input_ids": row["input_ids"]} for row in options["eval_dataset"]]
+    found = kind(**options, eval_ranks=[1, 4]).evaluate()
+    if losses == "its own":
+        assert found["eval_r4_perplexity"] == pytest.approx(np.exp(found["eval_r4_loss"]))
+    else:
+        assert not any("perplexity" in name for name in found)
+    if losses != "of pairs":
+        assert np.isfinite(found["eval_r4_loss"])
+
+
 def test_inputs_and_losses_reach_the_metrics(tmp_path):
     seen = []
     kind, options = prepared("token classification", tmp_path, include_for_metrics=["inputs", "loss"])
