@@ -65,7 +65,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     reported as ``eval_r1_accuracy`` .. ``eval_r8_accuracy``, their mean ``eval_mean_accuracy`` and the area under the
     rank-quality curve ``eval_aurac_accuracy``. ``eval_r1_loss`` is the mean over all that the loss counts (examples, or
     tokens), however batches are cut, ``eval_loss`` the mean over ranks; language models' own losses have
-    ``eval_r1_perplexity`` too. Without ``compute_metrics`` the losses alone are reported. Predictions come in the data's order.
+    ``eval_r1_perplexity`` too. Without ``compute_metrics`` the losses alone are reported. Predictions come in the
+    data's order.
 
     ``measure_ranks`` also writes the results, so that ``dylora select``, ``report`` and ``export --rank auto`` work on
     the output directory.
