@@ -89,6 +89,21 @@ class Merging(nn.Module):
             base.data = base.data.to(self.weight.device, self.weight.dtype)  # both may have been changed meanwhile
             self.weight, self._base_weight = base, None
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        """As every module's, with W0: beside the factors a merged weight would count the update twice."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._base_weight is not None:
+            (base,) = self._base_weight
+            destination[f"{prefix}weight"] = base if keep_vars else base.detach().to(self.weight)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        """As every module's; a merged layer is merged again with what it got."""
+        merged = self.is_merged
+        self.unmerge()
+        super()._load_from_state_dict(*args, **kwargs)
+        if merged:
+            self.merge()
+
     def to_plain(self) -> nn.Module:
         """The plain layer that computes what this one computes at the rank in use; it takes over the parameters.
 

@@ -143,6 +143,30 @@ def test_a_merged_layer_keeps_its_rank(kind):
         layer.set_gate(torch.ones(3))
 
 
+@every_layer
+def test_a_merged_layers_state_dict_holds_w0_and_what_it_loads_is_merged(kind):
+    """However it was merged meanwhile, a layer that loads it computes the same at every rank."""
+    layer, x = make(kind, 3)
+    plain = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.set_rank(2)
+    layer.merge()
+    stored = layer.state_dict()
+    assert stored.keys() == plain.keys() and all(torch.equal(stored[name], plain[name]) for name in plain)
+    other, _ = make(kind, 3)
+    other.set_rank(1)
+    other.merge()
+    other.load_state_dict(stored)
+    assert other.is_merged
+    merged = other(x)
+    other.unmerge()
+    for b in range(4):
+        other.set_rank(b)
+        torch.testing.assert_close(other(x), dense_forward(kind, other, x, b))
+        if b == 1:
+            torch.testing.assert_close(merged, other(x))
+    assert torch.equal(other.weight, plain["weight"])
+
+
 def test_per_example_ranks_cannot_be_merged():
     layer, _ = make("linear", 3)
     layer.set_rank(torch.tensor([1, 2]))
