@@ -32,6 +32,13 @@ def attend(model: nn.Module, layers: list[LoRALayer] | None = None) -> None:
         setattr(model, _UNKNOWN, True)
 
 
+def attend_anew(model: nn.Module) -> None:
+    """The same of a model that has other layers than before: its next call is its first one."""
+    attend(model)
+    keep_off_fast_path(model)
+    look_again(model)
+
+
 def _enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     compiling = torch.compiler.is_compiling()
     if not compiling:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from .acting import keep_off_fast_path, look_again
 from .adapting import adapt
-from .attending import attend, attend_no_more
+from .attending import attend, attend_anew, attend_no_more
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, say_what_moves_beside, tied
 from .inside_peft import merge_by_peft, refuse_add_adapter, refuse_layers_without_ranks
 from .layers import LoRALayer, adapted_among, adapted_layers
 from .parts import component_size, own_ranks, part, rank_of
+from .pretrained import say_what_save_pretrained_leaves_out
 from .quantised import keep_gradients, say_what_merging_costs
 from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
@@ -132,9 +132,8 @@ def inject(
         setattr(module, name, nn.Parameter(shared.detach().clone(), shared.requires_grad))
         setattr(model, "lora_untied", True)  # noqa: B010
     say_what_moves_beside(modules, heads)
-    attend(model)
-    keep_off_fast_path(model)
-    look_again(model)
+    attend_anew(model)
+    say_what_save_pretrained_leaves_out(model)
     return model
 
 

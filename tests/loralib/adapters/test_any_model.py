@@ -3,11 +3,14 @@ running statistics; and files that do not belong together."""
 
 import copy
 import json
+import pickle
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import loralib as lora
 from loralib.adapters.directory import cut_adapter, read_directory
@@ -213,3 +216,28 @@ def test_a_config_keeps_its_rule_under_another_adapter_name(tmp_path):
     (tmp_path / "mine" / "dylora.json").write_text(json.dumps(facts | {"components_at": {"0": [1, 2, 3, 4]}}))
     with pytest.raises(ValueError, match="spread over the layers; PEFT has none"):
         DyLoraConfig.from_pretrained(tmp_path, subfolder="mine")
+
+
+def test_save_pretrained_says_what_it_leaves_out(tmp_path):
+    """And what it names instead works; copies save themselves, and a merged model saves without a word."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20)
+    model = lora.inject(BertModel(config).eval(), ["query"], r=2)
+    nn.init.normal_(model.encoder.layer[0].attention.self.query.lora_B)
+    ids = torch.arange(6)[None]
+    wanted = model(ids).last_hidden_state
+    with pytest.warns(UserWarning, match=r"from_pretrained passes over: keep the adapter with loralib.save_adapter"):
+        model.save_pretrained(tmp_path / "whole")
+    assert not torch.allclose(BertModel.from_pretrained(tmp_path / "whole").eval()(ids).last_hidden_state, wanted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.merge(model).save_pretrained(tmp_path / "plain")
+    plain = BertModel.from_pretrained(tmp_path / "plain").eval()
+    torch.testing.assert_close(plain(ids).last_hidden_state, wanted)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.embeddings.word_embeddings.weight.zero_()
+    with pytest.warns(UserWarning, match="from_pretrained passes over"):
+        twin.save_pretrained(tmp_path / "twin")
+    assert not BertModel.from_pretrained(tmp_path / "twin").embeddings.word_embeddings.weight.any()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(ids).last_hidden_state, wanted)
