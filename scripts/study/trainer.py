@@ -8,6 +8,7 @@ from torch import nn
 
 import loralib as lora
 from loralib.model import lora_layers
+from loralib.momenta import SQUARE, kept_for
 from loralib.schedule import Setting
 from loralib.trainer import DyLoRATrainer
 
@@ -39,6 +40,34 @@ class AtStrengths(Setting):
             lora.set_gate(
                 model, (torch.arange(len(self.strengths)) < self.rank[:, None]) * torch.tensor(self.strengths)
             )
+
+
+@dataclass(frozen=True)
+class AtPaces(Setting):
+    """Ranks whose components learn at paces of their own: component k has ``paces[k]`` times the strength and at the
+    ordering a lora_B that is smaller by as much, so that the update is the same and a step of Adam moves it more."""
+
+    paces: tuple[float, ...] = ()
+    strength: float = 1.0
+
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().apply(model, optimizer)
+        paces = torch.tensor(self.paces)
+        if self.order:
+            fold(model, optimizer, 1 / paces)
+        ranks = self.rank
+        weights = ranks if ranks.is_floating_point() else F.one_hot(ranks - 1, len(paces)).float()
+        gates = weights.flip(1).cumsum(1).flip(1)  # component k takes part at the ranks from k on
+        lora.set_gate(model, gates * paces * self.strength)
+
+
+@torch.no_grad()
+def fold(model: nn.Module, optimizer: torch.optim.Optimizer | None, factors: torch.Tensor) -> None:
+    """Multiply component k of each lora_B by ``factors[k]``, momenta along; of models with plain layers alone."""
+    for _, layer in lora_layers(model):
+        layer.lora_B *= factors
+        for kept in [] if optimizer is None else kept_for(optimizer, layer.lora_B):
+            kept.write(kept.read() / (factors.square() if kept.follows == SQUARE else factors))
 
 
 class StudyTrainer(DyLoRATrainer):
@@ -80,6 +109,8 @@ class StudyTrainer(DyLoRATrainer):
             return Setting(self.group_weights(), order=setting.order)
         if method.weights:
             return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
+        if method.paces:
+            return AtPaces(setting.rank, order=setting.order, paces=method.paces, strength=method.strength)
         return setting
 
     def groups_by_cost(self, order: bool) -> list[tuple[float, dict[int, float]]]:
@@ -127,6 +158,8 @@ class StudyTrainer(DyLoRATrainer):
     def train(self, *args, **kwargs):
         """As the library's; then own strengths of the components become part of lora_B."""
         output = super().train(*args, **kwargs)
+        if self.method.paces:
+            fold(self.model, None, torch.tensor(self.method.paces))
         if self.method.strengths:
             with torch.no_grad():
                 for _, layer in lora_layers(self.model):

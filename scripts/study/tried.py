@@ -57,6 +57,18 @@ TRIED = {
             ("by-cost", "half at 8 and half at 1, 2, 4 by what the cut costs", ((1 / 2, {8: 1.0}),)),
         ]
     },
+    **{
+        f"paces-{name}": Method(
+            f"our default, component k learns {title} times as fast once ordered",
+            replace(MIXED, full_rank_share=0.8),
+            paces=paces,
+            **CONSTANT_2,
+        )
+        for name, title, paces in [
+            ("1/k", "8/k", tuple(8 / k for k in range(1, 9))),
+            ("sqrt", "4/sqrt(k)", tuple(4 / k**0.5 for k in range(1, 9))),
+        ]
+    },
     "ordered-even": Method("ordered, ranks drawn evenly", ORDERED, weights=UNIFORM, **CONSTANT_2),
     "ordered-ends": Method("ordered, ranks 1 and 8 more often", ORDERED, weights=ENDS, **CONSTANT_2),
     "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", ORDERED, weights=POWERS, **CONSTANT_2),

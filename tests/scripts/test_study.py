@@ -230,6 +230,7 @@ VARIANTS = [
     *("ordered-0.3", "ordered-geometric", "mixed-0.9", "thirds-0.8", "by-cost-0.8", "ordered-gate", "ordered-distil"),
     *(
         "strengths-1/k",
+        "paces-1/k",
         "anneal-constant",
         "plus-constant",
         "orthogonal-constant",
@@ -238,6 +239,28 @@ VARIANTS = [
         "mean-constant",
     ),
 ]
+
+
+def test_a_pace_leaves_the_update_as_it_is_and_moves_it_faster():
+    """Against what it says: at each rank the same product at the ordering, and of a step of Adam's size, which is the
+    rate whatever the gradient, component k's part of B A moves paces[k] times as far."""
+    layer = lora.Linear(6, 5, r=2, lora_alpha=4, scaling="alpha/r")
+    torch.nn.init.normal_(layer.lora_B)
+    model = torch.nn.Sequential(layer)
+    optimizer = torch.optim.Adam([layer.lora_B], lr=1e-3)
+    paces = torch.tensor([8.0, 0.5])
+    setting = study_trainer.AtPaces(torch.tensor([1, 2]), order=True, paces=(8.0, 0.5), strength=2.0)
+    lora.order_components(model)
+    x = torch.randn(2, 6)
+    lora.set_rank(model, torch.tensor([1, 2]))
+    wanted = model(x)
+    setting.apply(model, optimizer)
+    torch.testing.assert_close(model(x), wanted)
+    before = layer.lora_B.detach() * paces
+    model(x).square().sum().backward()
+    optimizer.step()
+    moved = (layer.lora_B.detach() * paces - before).abs()
+    torch.testing.assert_close(moved, (1e-3 * paces).expand(5, 2), rtol=1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("r_max", [16, 64])
