@@ -17,7 +17,7 @@ from .heads import default_head, is_inside, modules_to_save, say_what_moves_besi
 from .inside_peft import merge_by_peft, refuse_add_adapter, refuse_layers_without_ranks
 from .layers import LoRALayer, adapted_among, adapted_layers
 from .parts import component_size, own_ranks, part, rank_of
-from .pretrained import say_what_save_pretrained_leaves_out
+from .pretrained import guard_pretrained
 from .quantised import keep_gradients, say_what_merging_costs
 from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
@@ -133,7 +133,7 @@ def inject(
         setattr(model, "lora_untied", True)  # noqa: B010
     say_what_moves_beside(modules, heads)
     attend_anew(model)
-    say_what_save_pretrained_leaves_out(model)
+    guard_pretrained(model)
     return model
 
 

@@ -1,4 +1,4 @@
-"""What transformers' ``save_pretrained`` makes of a model with injected layers: a warning says it."""
+"""Methods of transformers' models that do not know injected layers, and say so after ``inject``."""
 
 import types
 import warnings
@@ -6,18 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from .layers import adapted_layers
+from .layers import LoRALayer, adapted_layers
 
 
-def say_what_save_pretrained_leaves_out(model: nn.Module) -> None:
-    """From here on ``model.save_pretrained`` warns, as long as the model has adapted layers. A bound method, which a
-    copy of the model binds to itself."""
-    if hasattr(type(model), "save_pretrained"):
-        model.__dict__["save_pretrained"] = types.MethodType(save_pretrained, model)
+def guard_pretrained(model: nn.Module) -> None:
+    """From here on, as long as the model has adapted layers, ``save_pretrained`` warns of what it leaves out, and
+    ``resize_token_embeddings`` refuses what would lose an adapter."""
+    for guard in (save_pretrained, resize_token_embeddings):
+        if hasattr(type(model), guard.__name__):
+            # Bound, so that a copy of the model has its own. Pickle asks for it by the function's name, and a model
+            # from there has its class's method again.
+            model.__dict__[guard.__name__] = types.MethodType(guard, model)
 
 
 def save_pretrained(model: Any, *args, **kwargs):
-    # Pickle asks for a bound method by its function's name, and a model from there has its class's again.
     if adapted_layers(model):
         warnings.warn(
             f"save_pretrained writes a whole {type(model).__name__} with the factors beside, which from_pretrained "
@@ -26,3 +28,14 @@ def save_pretrained(model: Any, *args, **kwargs):
             stacklevel=2,
         )
     return type(model).save_pretrained(model, *args, **kwargs)
+
+
+def resize_token_embeddings(model: Any, new_num_tokens: int | None = None, *args, **kwargs):
+    both = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
+    for which, embeddings in both.items():
+        if isinstance(embeddings, LoRALayer) and embeddings.r and new_num_tokens not in (None, len(embeddings.weight)):
+            raise ValueError(
+                f"The {which} embeddings have an adapter for {len(embeddings.weight)} tokens, which "
+                f"resize_token_embeddings({new_num_tokens}) would lose; call it before inject."
+            )
+    return type(model).resize_token_embeddings(model, new_num_tokens, *args, **kwargs)

@@ -274,3 +274,21 @@ def test_merging_one_of_two_tied_weights_is_told_in_the_configuration(targets, t
         assert torch.allclose(GPT2LMHeadModel.from_pretrained(tmp_path).eval()(ids).logits, wanted, atol=1e-4)
     untied = lora.inject(GPT2LMHeadModel(config), ["c_attn"], r=2)
     assert lora.merge(untied).config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_resizing_that_would_lose_an_adapter_is_refused(target):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_hidden_layers=1, vocab_size=50)
+    build = lambda: LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2))  # noqa: E731
+    model = lora.inject(build(), [target, "q_proj"], r=2)
+    with pytest.raises(ValueError, match="adapter for 50 tokens, which resize_token_embeddings.60. would lose"):
+        model.resize_token_embeddings(60)
+    assert len(model.resize_token_embeddings(50).weight) == 50
+    other = lora.inject(build(), ["q_proj"], r=2)
+    torch.nn.init.normal_(other.model.layers[0].self_attn.q_proj.lora_B)
+    ids = torch.arange(6)[None]
+    wanted = other(ids).logits
+    other.resize_token_embeddings(60)
+    torch.testing.assert_close(other(ids).logits[..., :50], wanted)
