@@ -33,9 +33,10 @@ def keep_off_fast_path(model: nn.Module) -> None:
         if isinstance(parent, nn.TransformerEncoder) and adapted_layers(parent):
             parent.use_nested_tensor = False
         if isinstance(parent, nn.TransformerEncoderLayer):
-            for _, layer in adapted_layers(parent):
-                if do_nothing not in layer._forward_pre_hooks.values():
-                    layer.register_forward_pre_hook(do_nothing)
+            for name, _ in adapted_layers(parent):
+                module = parent.get_submodule(name)  # inside PEFT it is not the layer itself that stands there
+                if do_nothing not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(do_nothing)
 
 
 def look_again(model: nn.Module) -> None:

@@ -27,7 +27,10 @@ def refuse_layers_without_ranks(model: nn.Module, modules: list[tuple[str, nn.Mo
 def _active(holder: Any) -> list[str]:
     """The names of the active adapters; a model of transformers' with add_adapter has a method for them."""
     active = getattr(holder, "active_adapters", [])
-    active = active() if callable(active) else active
+    if callable(active):
+        # Without add_adapter it knows of none: inject_adapter_in_model's are all active.
+        known = getattr(holder, "_hf_peft_config_loaded", False)
+        active = active() if known else list(getattr(holder, "peft_config", {}))
     return active if isinstance(active, list) else []
 
 
@@ -40,6 +43,17 @@ def refuse_add_adapter(model: nn.Module, layers: list[tuple[str, Any]], what: st
             f"{inside} is PEFT's, put in by add_adapter, and cannot be {what} so; make the model with "
             "peft.get_peft_model, or save the adapter and load it with PeftModel.from_pretrained."
         )
+
+
+def refuse_heads_of_add_adapter(model: nn.Module) -> None:
+    """Raise ValueError for modules to save that PEFT wrapped in a model that is none of PEFT's: their names are known
+    to whoever put them there."""
+    for name, module in model.named_modules():
+        if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
+            raise ValueError(
+                f"{name} trains beside the adapter, put there by add_adapter or inject_adapter_in_model; save with "
+                "model.save_pretrained, or make the model with peft.get_peft_model."
+            )
 
 
 def trained_beside_ranks(model: nn.Module) -> str | None:

@@ -23,18 +23,17 @@ import torch
 from peft import LoraConfig
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import layer as stock
-from peft.tuners.lora.layer import LoraVariant
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from . import layers
 from .adapters.directory import EXTRA, read_facts
 from .adapters.hub import local
+from .adapters.peft_format import PLAIN_STARTS
 from .files import write_text
 from .gate import check_scaling
-from .quantised import is_quantised, unpack
-from .state import RankState
+from .quantised import is_quantised
+from .within import HasRanks
 
 # Fields of LoraConfig under which an adapter is more or other than a low-rank update with ranks to choose.
 OTHERS = (
@@ -48,6 +47,12 @@ OTHERS = (
         "kasa_config",
     ),
 )
+# Facts of an adapter that only layers of ours keep.
+ELSEWHERE = {
+    "components_at": "ranks that importance spread over the layers",
+    "scalings": "several rules of strength",
+    "projections": "layers of several projections",
+}
 
 
 @dataclass
@@ -71,6 +76,11 @@ class DyLoraConfig(LoraConfig):
                 raise ValueError(
                     f"{name} = {getattr(self, name)!r}: such an adapter has no ranks to choose; leave it out."
                 )
+        if self.init_lora_weights not in PLAIN_STARTS:
+            raise ValueError(
+                f"init_lora_weights = {self.init_lora_weights!r} changes more than the adapter's start, so that its "
+                "ranks are no ranks of an update of the model; leave it out."
+            )
         if self.bias != "none":
             raise ValueError(f"bias = {self.bias!r} trains biases, which belong to no rank; give bias='none'.")
         check_scaling(self.rank_scaling, 1)
@@ -99,11 +109,12 @@ class DyLoraConfig(LoraConfig):
         facts = read_facts(
             local(pretrained_model_name_or_path, kwargs.get("token"), kwargs.get("revision")) / (subfolder or "")
         )
-        if "components_at" in facts:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} holds ranks that importance spread over the layers; PEFT has none "
-                "such: cut it to a rank (dylora export), or load it with loralib.load_adapter."
-            )
+        for name, what in ELSEWHERE.items():
+            if name in facts:
+                raise ValueError(
+                    f"{pretrained_model_name_or_path} holds {what}, which PEFT has no place for: cut it to a rank "
+                    "(dylora export), or load it with loralib.load_adapter."
+                )
         scaling = facts.get("scaling", "alpha/r")
         return cls(**given, rank_scaling="alpha/r" if scaling == "alpha/sqrt(b)" else scaling)
 
@@ -112,178 +123,7 @@ class DyLoraConfig(LoraConfig):
         return "alpha/sqrt(b)" if self.use_rslora else self.rank_scaling
 
 
-# --- a layer of ours that reads the factors of PEFT's --------------------------------------------------
-
-
-# Bases as a type checker is to take them: for anything, since properties stand where plain layers have attributes.
-_Any: Any = object
-_Linear: Any = layers.Linear
-_Embedding: Any = layers.Embedding
-_Variant: Any = LoraVariant
-
-
-class Within(_Any):
-    """What makes a layer of ours that lives in one of PEFT's: its factors and its base are that one's."""
-
-    holder: Any  # PEFT's layer
-    adapter: str
-
-    @classmethod
-    def of(cls, holder: Any, adapter: str, scaling: str) -> Any:
-        inner = cls.__new__(cls)
-        nn.Module.__init__(inner)
-        # Plain attributes: the layer of PEFT's is no child of ours, nor ours of it, so names and files stay PEFT's.
-        inner.__dict__.update(holder=holder, adapter=adapter)
-        inner.r, inner.lora_alpha, inner.scaling = holder.r[adapter], holder.lora_alpha[adapter], scaling
-        inner.fan_in_fan_out = getattr(holder, "fan_in_fan_out", False)
-        inner.__dict__["at_first"] = holder.scaling[adapter]
-        inner.state, inner.layout = RankState(inner.r), None
-        return inner
-
-    @property
-    def _base(self) -> nn.Module:
-        return self.holder.get_base_layer()
-
-    @property
-    def weight(self) -> Any:
-        return self._base.weight
-
-    @property
-    def bias(self):
-        return getattr(self._base, "bias", None)
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.holder.lora_A[self.adapter].weight
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.holder.lora_B[self.adapter].weight
-
-    @property
-    def lora_dropout(self) -> nn.Module:
-        return self.holder.lora_dropout[self.adapter] if len(self.holder.lora_dropout) else nn.Identity()
-
-    @property
-    def is_merged(self) -> bool:
-        return bool(self.holder.merged)
-
-    def strength(self) -> float:
-        # PEFT's scale_layer multiplies its own strength: ours goes along.
-        return super().strength() * self.holder.scaling[self.adapter] / self.at_first
-
-    def placed(self, gate: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        share = self.holder.scaling[self.adapter] / self.at_first
-        return super().placed(gate if share == 1 else gate * share, x)
-
-    def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """h, the output so far, plus the update of x."""
-        self.begin(x)
-        return self.finish(h, x)
-
-    def train(self, mode: bool = True):
-        self.training = mode
-        return self
-
-    def extra_repr(self) -> str:
-        return f"r={self.r}, adapter={self.adapter!r}"
-
-
-class LinearWithin(Within, _Linear):
-    """The update of a linear layer of PEFT's, quantised ones too."""
-
-
-class EmbeddingWithin(Within, _Embedding):
-    """The update of an embedding of PEFT's."""
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        return self.holder.lora_embedding_A[self.adapter]
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        return self.holder.lora_embedding_B[self.adapter]
-
-    @property
-    def lora_dropout(self) -> nn.Module:
-        return nn.Identity()  # as in PEFT: the input is indices
-
-    @property
-    def padding_idx(self):
-        return self._base.padding_idx
-
-
-class Ranks(_Variant):
-    """What PEFT asks a kind of LoRA for."""
-
-    @staticmethod
-    def init(module, adapter_name: str, config: DyLoraConfig, **kwargs) -> None:
-        kind = EmbeddingWithin if isinstance(module, stock.Embedding) else LinearWithin
-        inner = module.__dict__.setdefault("dylora_layers", {})
-        inner[adapter_name] = kind.of(module, adapter_name, config.rule())
-
-    @staticmethod
-    def forward(module, active_adapter: str, x, result, **kwargs):
-        inner = module.dylora_layers[active_adapter]
-        inner.training = module.training
-        return inner(x, result)
-
-    @staticmethod
-    def _delta(module, adapter: str, like: torch.Tensor) -> torch.Tensor:
-        return module.dylora_layers[adapter].delta_weight().detach().to(like.device, like.dtype)
-
-    @classmethod
-    def merge_safe(cls, module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        return orig_weight + cls._delta(module, active_adapter, orig_weight)
-
-    @classmethod
-    def merge_unsafe(cls, module, active_adapter: str, orig_weight: torch.Tensor) -> None:
-        orig_weight.data += cls._delta(module, active_adapter, orig_weight)
-
-    @classmethod
-    def unmerge(cls, module, active_adapter: str, orig_weight: torch.Tensor) -> torch.Tensor:
-        return orig_weight - cls._delta(module, active_adapter, orig_weight)
-
-
-class HasRanks(_Any):
-    """Put before a layer class of PEFT's: adapters of a DyLoraConfig get ranks, plain ones beside stay plain."""
-
-    def resolve_lora_variant(self, *, config, **kwargs):
-        if isinstance(config, DyLoraConfig):
-            return Ranks()
-        return super().resolve_lora_variant(config=config, **kwargs)
-
-    @property
-    def dylora_layer(self):
-        """The layer of ours for the first active adapter that has ranks, or None."""
-        inner = self.__dict__.get("dylora_layers", {})
-        return next((inner[name] for name in self.active_adapters if name in inner), None)
-
-    def _cast_input_dtype(self, x, dtype):
-        # A layer of ours casts where it must (under autocast it need not); this is for adapters without ranks.
-        inner = self.__dict__.get("dylora_layers", {})
-        ours = not self.__dict__.get("dylora_mixed") and all(name in inner for name in self.active_adapters)
-        return x if ours else super()._cast_input_dtype(x, dtype)
-
-    def _mixed_batch_forward(self, *args, **kwargs):
-        # An adapter for each example: not those that are active.
-        self.__dict__["dylora_mixed"] = True
-        try:
-            return super()._mixed_batch_forward(*args, **kwargs)
-        finally:
-            self.__dict__.pop("dylora_mixed", None)  # PEFT may have come here again within
-
-    def merge(self, *args, **kwargs) -> None:
-        unpack(self.get_base_layer())
-        super().merge(*args, **kwargs)
-
-    def unmerge(self) -> None:
-        unpack(self.get_base_layer())
-        super().unmerge()
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        super().delete_adapter(adapter_name)
-        self.__dict__.get("dylora_layers", {}).pop(adapter_name, None)
+# --- PEFT's layers, with ranks -------------------------------------------------------------------------
 
 
 class Linear(HasRanks, stock.Linear):
@@ -303,6 +143,7 @@ def linear(base_layer, adapter_name, config, **kwargs):
     """The class for an nn.Linear, which says nothing of what its weight is."""
     inner = base_layer.get_base_layer() if hasattr(base_layer, "get_base_layer") else base_layer
     kind = LinearOfTorchao if is_quantised(inner.weight) else Linear
+    config.fan_in_fan_out = False  # a Conv1D beside, which shares the configuration, has it on
     return kind(base_layer, adapter_name, config=config, **kwargs)
 
 
@@ -310,13 +151,21 @@ class LinearOnConv1D(HasRanks, stock.Linear):
     """The same on Hugging Face's Conv1D, whose weight is stored (in, out)."""
 
     def __init__(self, base_layer, adapter_name, config, **kwargs):
-        if not config.fan_in_fan_out:
-            config.fan_in_fan_out = True
+        config.fan_in_fan_out = True
         super().__init__(base_layer, adapter_name, config=config, **{**kwargs, "is_target_conv_1d_layer": True})
 
 
 class Embedding(HasRanks, stock.Embedding):
     """PEFT's embedding, with ranks."""
+
+    def _mixed_batch_forward(self, x, *args, adapter_names, **kwargs):
+        # PEFT computes these without asking what kind of LoRA an adapter is.
+        if ranked := self.__dict__.get("dylora_layers", {}).keys() & set(adapter_names):
+            raise ValueError(
+                f"adapter_names has {sorted(ranked)[0]!r}, whose embedding has ranks, and PEFT's embeddings take plain "
+                "adapters alone in a batch of several: run one adapter at a time."
+            )
+        return super()._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
 
 
 def refuse(base_layer, adapter_name, config, **kwargs):
@@ -332,11 +181,12 @@ def layer_classes() -> dict[type, Any]:
     found: dict[type, Any] = {}
     if is_bnb_available():
         import bitsandbytes as bnb
-        from peft.tuners.lora import bnb as stock_bnb
 
-        found[bnb.nn.Linear8bitLt] = type("Linear8bitLt", (HasRanks, stock_bnb.Linear8bitLt), {})
+        from . import peft_bnb
+
+        found[bnb.nn.Linear8bitLt] = peft_bnb.Linear8bitLt
         if is_bnb_4bit_available():
-            found[bnb.nn.Linear4bit] = type("Linear4bit", (HasRanks, stock_bnb.Linear4bit), {})
+            found[bnb.nn.Linear4bit] = peft_bnb.Linear4bit
     # nn.MultiheadAttention is refused before the linear layers are looked at, any other module after.
     plain = {nn.MultiheadAttention: refuse, nn.Embedding: Embedding, nn.Linear: linear, Conv1D: LinearOnConv1D}
     return found | plain | {nn.Module: refuse}

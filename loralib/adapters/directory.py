@@ -23,6 +23,7 @@ from ..gate import scale
 from ..schedule import before_ordering
 from . import fields, peft_format
 from .kinds import head_outputs
+from .refusing import refuse_bad_numbers, refuse_facts_of_another, refuse_half_pairs
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -86,7 +87,10 @@ class AdapterFiles:
 def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, facts: dict) -> None:
     """Write the three files. The weights carry rank and strength too: should a kill leave them beside another
     configuration, ``read_directory`` goes by theirs."""
-    strength = {key: config[key] for key in STRENGTH} | {"scaling": facts["scaling"], "rank": facts["rank"]}
+    strength = {key: config[key] for key in STRENGTH if key in config} | {
+        "scaling": facts["scaling"],
+        "rank": facts["rank"],
+    }
     metadata = {"format": "pt", "dylora": json.dumps(strength)}
     write_together(
         directory,
@@ -121,8 +125,6 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     if not (path / CONFIG).exists():
         raise FileNotFoundError(f"{path} holds no {CONFIG}; give an adapter's directory.")
     config, facts = read_configs(path)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
     fields.check(config, fields.CONFIG, path / CONFIG, needed=("r", "lora_alpha"))
     peft_format.refuse_what_is_no_plain_lora(config, path)
     file, strength = path / WEIGHTS, {}
@@ -137,16 +139,24 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
         tensors = read_bin(path / "adapter_model.bin")
     else:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
-    _refuse_bad_numbers(tensors, path)
-    _refuse_half_pairs(tensors, path)
+    # In 8 bits no arithmetic is there; what such floats hold is exact in 16.
+    tensors = {
+        key: value.bfloat16() if str(value.dtype)[:13] == "torch.float8_" else value for key, value in tensors.items()
+    }
+    refuse_bad_numbers(tensors, path)
+    refuse_half_pairs(tensors, path)
     fields.check(strength, fields.CONFIG | fields.FACTS, file)
     if not strength and file.exists():
-        _refuse_facts_of_another(tensors, config, facts, path)
+        refuse_facts_of_another(tensors, config, facts, path / EXTRA)
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
     usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/r"  # as DyLoraConfig takes PEFT's own files
-    files = AdapterFiles(path, tensors, config, facts, rank or config["r"], scaling or usual)
+    sizes = [
+        value.shape[0] for key, value in tensors.items() if ".lora_" in key and re.search(r"lora_(embedding_)?A", key)
+    ]
+    whole = max(sizes, default=config["r"])  # a rank_pattern may say more than r
+    files = AdapterFiles(path, tensors, config, facts, rank or whole, scaling or usual)
     for name, counts in (facts.get("components_at") or {}).items():
         if counts[-1] > files.rank_and_alpha(name)[0] or len(counts) != files.rank:
             raise ValueError(
@@ -155,48 +165,9 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     return files
 
 
-def _refuse_facts_of_another(tensors: dict[str, torch.Tensor], config: dict, facts: dict, path: Path) -> None:
-    """Raise ValueError where PEFT wrote an adapter of another rank beside the dylora.json of an earlier one."""
-    whole = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
-    plain = all(value.ndim == 2 for key, value in tensors.items() if ".lora_" in key) and "projections" not in facts
-    if plain and facts.get("rank", whole) != whole and facts.get("r_max", whole) != whole:
-        raise ValueError(
-            f"{path / EXTRA} is of an adapter of rank {facts['rank']}, and the weights beside it have rank {whole}: "
-            "remove it, or save the adapter anew."
-        )
-
-
-def _refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ValueError for a factor without its other half, and for halves of different ranks."""
-    for key, value in tensors.items():
-        if ".lora_" not in key:
-            continue
-        other = key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
-        other = other if other != key else key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A")
-        if other == key or other not in tensors:
-            raise ValueError(f"{path} holds {key!r} without {other!r}; the adapter is incomplete.")
-        if value.ndim < 2 or (key < other and value.shape[0] != tensors[other].shape[1:2].numel()):
-            raise ValueError(
-                f"{path} holds {key!r} and {other!r} of shape {tuple(value.shape)} and {tuple(tensors[other].shape)}, "
-                "which are no pair of factors; save the adapter anew."
-            )
-
-
-def _refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ValueError for a factor that is no float, and for what holds nan or inf. A module to save may count (the
-    batches that a BatchNorm has seen)."""
-    for key, value in tensors.items():
-        if ".lora_" in key and not value.is_floating_point():
-            raise ValueError(f"{path} holds {key!r} in {value.dtype}; an adapter's numbers are floats.")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{path} holds numbers that are not finite ({key!r}): its training failed; train it anew.")
-
-
-def refuse_failed_training(tensors: dict[str, torch.Tensor]) -> None:
-    """Raise ValueError for numbers that are not finite among those to save."""
-    bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
-    if bad is not None:
-        raise ValueError(f"{bad!r} holds numbers that are not finite, and nothing was saved: the training failed.")
+def _in_16_bits(value: torch.Tensor) -> torch.Tensor:
+    """For floats in 8 bits, which have no arithmetic: bf16 holds them exactly."""
+    return value.bfloat16() if value.is_floating_point() and value.element_size() == 1 else value
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -212,7 +183,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"{path} is no state dict of tensors; save one with torch.save(lora.lora_state_dict(model), path)."
         )
-    return {name.removeprefix("module."): value for name, value in state.items()}
+    # Tied tensors share their memory in such a file, which safetensors refuses to write.
+    return {name.removeprefix("module."): value.clone().contiguous() for name, value in state.items()}
 
 
 def hash_of_weights(path: str | os.PathLike) -> str | None:
@@ -225,6 +197,8 @@ def read_configs(path: str | os.PathLike) -> tuple[dict, dict]:
     """The contents of adapter_config.json and, where it is there, dylora.json. Raises ValueError for what is no
     JSON."""
     config = _read_json(Path(path, CONFIG))
+    if config.get("peft_type") != "LORA":  # first: another kind of adapter has other fields
+        raise ValueError(f"{path} is a {config.get('peft_type')!r} adapter; loralib reads peft_type 'LORA'.")
     fields.check(config, fields.CONFIG, Path(path, CONFIG))
     return config, read_facts(path)
 
@@ -287,7 +261,8 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
         dim = "AB".index(factor)
         R, _ = files.rank_and_alpha(name)
         if dim == 0:
-            ranks[name] = R // (projections * value.shape[2:].numel())
+            # A component of a convolution of ours is as many of PEFT's as its kernel has elements.
+            ranks[name] = R // (projections * value.shape[2:].numel()) if files.facts else R
         if value.shape[dim] != R:
             raise ValueError(f"{files.path} says rank {R} for {name}, and {key} has {value.shape[dim]}; mend its r.")
         r = ranks[name]
@@ -310,7 +285,7 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     if rank < files.rank:
         facts.pop("spread", None)
         facts |= {"spread": True} if facts.pop("components_at", None) else {}
-    if files.config.get("task_type") == "SEQ_CLS" and not facts.keys() & {"num_labels", "labels"}:
+    if files.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and not facts.keys() & {"num_labels", "labels"}:
         found = head_outputs(files.tensors)
         facts |= {"num_labels": found} if found else {}
     facts |= {"rank": rank, "scaling": files.scaling, "r_max": files.facts.get("r_max", files.rank)}

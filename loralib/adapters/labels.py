@@ -39,6 +39,17 @@ def names_of(model: nn.Module, beside: Sequence[str] = ()) -> tuple[str, ...]:
     return told([names[i] for i in sorted(names)], beside)
 
 
+def refuse_other_labels(model: nn.Module, stored: Sequence[str] | None, path: Any) -> None:
+    """Raise ValueError where the labels of the file at ``path`` are not the model's, in its order."""
+    wanted = names_of(model, stored or ())
+    source = told(stored, wanted)
+    if source and wanted and places(source, wanted) != list(range(len(wanted))):
+        raise ValueError(
+            f"{path} knows the labels {', '.join(source)}, the model {', '.join(wanted)}; give the base model those of "
+            "the file, in that order."
+        )
+
+
 def output_keys(model: nn.Module, classes: int) -> list[str]:
     """The parameters of a classifier's head with a row for each class: those of its last linear layer of that size."""
     heads = default_head(model)

@@ -11,8 +11,12 @@ from torch import nn
 
 from ..layers import LoRALayer
 from ..sharding import at_rest, by_one_process, put, whole
-from .directory import cut_adapter, read_directory, refuse_failed_training, write_adapter
+from .directory import cut_adapter, read_directory, write_adapter
+from .kinds import label_facts
+from .labels import refuse_other_labels
+from .refusing import refuse_failed_training
 from .spreading import spread_facts, take_spread
+from .strength import check_strength
 
 
 def is_peft_model(model: nn.Module) -> bool:
@@ -48,6 +52,7 @@ def _write(model, state: dict, adapter: str, layers: list[tuple[str, LoRALayer]]
             "lora_alpha": first.lora_alpha,
             "scaling": first.scaling,
             **spread_facts(layers, r_max),
+            **label_facts(model.get_base_model()),
             **(extra or {}),
         }
         write_adapter(own, files.tensors, files.config, facts)
@@ -61,7 +66,8 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
     adapter = active_with_ranks(layers)
     files = read_directory(path)
     own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
-    for key in sorted(own.keys() ^ files.tensors.keys()):
+    stored = {key for key in files.tensors if ".base_layer." not in key}
+    for key in sorted(own.keys() ^ stored):
         raise ValueError(f"{path} and the model differ in {key!r}: it was made with other targets or modules to save.")
     for key, value in own.items():
         if value.shape != files.tensors[key].shape:
@@ -69,6 +75,8 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
                 f"{path} holds {key!r} of shape {tuple(files.tensors[key].shape)}, the model has {tuple(value.shape)}; "
                 "give DyLoraConfig the r of the file."
             )
+    check_strength(layers, files)
+    refuse_other_labels(model.get_base_model(), files.facts.get("labels"), path)
     with torch.no_grad():
         for key, value in own.items():
             put(value, files.tensors[key])

@@ -17,8 +17,8 @@ from torch import nn
 
 from ..checks import check_int
 from ..gate import scale
-from ..heads import is_inside, modules_to_save
-from ..inside_peft import refuse_add_adapter
+from ..heads import default_head, is_inside, modules_to_save
+from ..inside_peft import refuse_add_adapter, refuse_heads_of_add_adapter
 from ..layers import LoRALayer
 from ..model import has_lora, inject, lora_layers, refuse_trained_biases
 from ..parts import part
@@ -26,11 +26,13 @@ from ..sharding import at_rest, by_one_process, put, whole
 from ..walking import unwrapped
 from . import labels, peft_format
 from .base import base_sample, check_base
-from .directory import AdapterFiles, cut, read_bin, read_directory, refuse_failed_training, write_adapter
+from .directory import AdapterFiles, cut, read_bin, read_directory, write_adapter
 from .hub import local
 from .kinds import label_facts, task_type
 from .of_peft import is_peft_model, load_peft_adapter, save_peft_adapter
+from .refusing import refuse_failed_training
 from .spreading import spread_facts, take_spread
+from .strength import check_strength
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = None, extra: dict | None = None) -> None:
@@ -63,6 +65,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     tensors, config = peft_format.entries(layers, rank)
     layers = [(name, layer) for name, layer in layers if part(layer, rank)]
     heads = modules_to_save(model)
+    refuse_heads_of_add_adapter(model)
     state = {peft_format.clean(key): value for key, value in model.state_dict().items()}
     tensors |= {peft_format.PREFIX + key: value for key, value in state.items() if is_inside(key, heads)}
     tensors = {key: whole(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}
@@ -70,10 +73,11 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     _, first = layers[0]
     config |= {
         "peft_type": "LORA",
-        "task_type": task_type(model),
+        # Stock PEFT looks for the head of a classifier's task in the file.
+        "task_type": task_type(model) if heads or not default_head(model) else None,
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "target_modules": _target_names(model, layers),
-        "modules_to_save": heads or None,
+        "modules_to_save": heads or ([] if default_head(model) else None),
         "lora_dropout": getattr(first.lora_dropout, "p", 0.0),
         "bias": "none",
         "inference_mode": True,
@@ -168,14 +172,15 @@ def load_adapter(
         _labels_in_order(skeleton, files, head_plan, head)
         heads = modules_to_save(skeleton)
         for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
-            if not is_inside(key, heads):
+            # PEFT stores the base of an adapted embedding or output layer beside, which the model has.
+            if not is_inside(key, heads) and ".base_layer." not in key:
                 raise ValueError(
                     f"{path} holds {key!r}, trained beside the adapter, and the model does not take it; name its "
                     "module in modules_to_save (biases cannot be loaded)."
                 )
         layers = lora_layers(skeleton)
         if not to_inject:
-            _check_strength(layers, files)
+            check_strength(layers, files)
         check_base(dict(model.named_modules()).get(files.facts.get("base_sample_of", layers[-1][0])), files)
 
     for options in to_inject:
@@ -205,6 +210,11 @@ def _layers_of(model: nn.Module, files: AdapterFiles) -> list[dict]:
         if name not in modules:
             raise ValueError(
                 f"{files.path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model."
+            )
+        if value.ndim > 2 and value.shape[2:].numel() > 1 and not files.facts:
+            raise ValueError(
+                f"{files.path} adapts the convolution {name!r} in PEFT's way, whose components are none of loralib's; "
+                "use it with PEFT."
             )
         r, rule = value.shape[0] // math.prod(getattr(modules[name], "kernel_size", ())), files.scaling_of(name)
         alpha = peft_format.tidy(files.strength(name) / scale(r, r, 1, rule))
@@ -315,22 +325,3 @@ def _labels_in_order(model: nn.Module, files: AdapterFiles, plan: dict[str, torc
     for key in labels.output_keys(model, len(order)):
         if key in plan:
             plan[key] = plan[key][order]
-
-
-def _check_strength(layers: list[tuple[str, LoRALayer]], files: AdapterFiles) -> None:
-    """Raise ValueError if the file was trained at another strength than the model's layers have."""
-    name, layer = layers[0]
-    rule = files.scaling_of(name)
-    if rule != layer.scaling:
-        raise ValueError(
-            f"{files.path} was trained with scaling {rule!r}, the model has {layer.scaling!r}; use the file's."
-        )
-    r, alpha = files.rank_and_alpha(name)
-    whole = peft_format.entries(layers[:1], layer.r)[1]
-    wanted = whole["lora_alpha"]
-    if layer.scaling == "alpha/r":  # a file cut to rank b says alpha * b / r
-        alpha *= whole["r"] / r
-    if abs(alpha - wanted) > 1e-6 * wanted:
-        raise ValueError(
-            f"{files.path} was trained with lora_alpha = {alpha:g}, the model has {wanted:g}; use the file's."
-        )

@@ -214,7 +214,7 @@ def test_a_config_keeps_its_rule_under_another_adapter_name(tmp_path):
     assert DyLoraConfig.from_pretrained(tmp_path, subfolder="mine").rank_scaling == "alpha/b"
     facts = json.loads((tmp_path / "mine" / "dylora.json").read_text())
     (tmp_path / "mine" / "dylora.json").write_text(json.dumps(facts | {"components_at": {"0": [1, 2, 3, 4]}}))
-    with pytest.raises(ValueError, match="spread over the layers; PEFT has none"):
+    with pytest.raises(ValueError, match="spread over the layers, which PEFT has no place for"):
         DyLoraConfig.from_pretrained(tmp_path, subfolder="mine")
 
 

@@ -1,0 +1,49 @@
+"""What is refused among an adapter's tensors, in a file and before it is written."""
+
+from pathlib import Path
+
+import torch
+
+
+def refuse_facts_of_another(tensors: dict[str, torch.Tensor], config: dict, facts: dict, file: Path) -> None:
+    """Raise ValueError where PEFT wrote an adapter of another rank beside the dylora.json of an earlier one."""
+    whole = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
+    plain = all(value.ndim == 2 for key, value in tensors.items() if ".lora_" in key) and "projections" not in facts
+    if plain and facts.get("rank", whole) != whole and facts.get("r_max", whole) != whole:
+        raise ValueError(
+            f"{file} is of an adapter of rank {facts['rank']}, and the weights beside it have rank {whole}: "
+            "remove it, or save the adapter anew."
+        )
+
+
+def refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ValueError for a factor without its other half, and for halves of different ranks."""
+    for key, value in tensors.items():
+        if ".lora_" not in key:
+            continue
+        other = key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
+        other = other if other != key else key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A")
+        if other == key or other not in tensors:
+            raise ValueError(f"{path} holds {key!r} without {other!r}; the adapter is incomplete.")
+        if value.ndim < 2 or (key < other and value.shape[0] != tensors[other].shape[1:2].numel()):
+            raise ValueError(
+                f"{path} holds {key!r} and {other!r} of shape {tuple(value.shape)} and {tuple(tensors[other].shape)}, "
+                "which are no pair of factors; save the adapter anew."
+            )
+
+
+def refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise ValueError for a factor that is no float, and for what holds nan or inf. A module to save may count (the
+    batches that a BatchNorm has seen)."""
+    for key, value in tensors.items():
+        if ".lora_" in key and not value.is_floating_point():
+            raise ValueError(f"{path} holds {key!r} in {value.dtype}; an adapter's numbers are floats.")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{path} holds numbers that are not finite ({key!r}): its training failed; train it anew.")
+
+
+def refuse_failed_training(tensors: dict[str, torch.Tensor]) -> None:
+    """Raise ValueError for numbers that are not finite among those to save."""
+    bad = next((key for key, value in tensors.items() if not torch.isfinite(value).all()), None)
+    if bad is not None:
+        raise ValueError(f"{bad!r} holds numbers that are not finite, and nothing was saved: the training failed.")
