@@ -19,7 +19,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import layer as stock
@@ -132,11 +131,6 @@ class Linear(HasRanks, stock.Linear):
 
 class LinearOfTorchao(HasRanks, TorchaoLoraLinear):
     """The same on a weight of torchao's."""
-
-    def get_delta_weight(self, adapter: str) -> torch.Tensor:
-        # What PEFT adds to this kind of weight, and takes out again, without asking the variant.
-        inner = self.__dict__.get("dylora_layers", {})
-        return inner[adapter].delta_weight().detach() if adapter in inner else super().get_delta_weight(adapter)
 
 
 def linear(base_layer, adapter_name, config, **kwargs):

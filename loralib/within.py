@@ -65,6 +65,14 @@ class Within(_Any):
     def is_merged(self) -> bool:
         return bool(self.holder.merged)
 
+    def first_components(self, b: int, frozen: bool = False):
+        if self.lora_A.shape[0] != self.r:
+            raise RuntimeError(
+                f"{self.described()} has {self.lora_A.shape[0]} components, and was made with {self.r}: PEFT's "
+                "hot-swapping does not tell the ranks; load the adapter under a name of its own (load_adapter)."
+            )
+        return super().first_components(b, frozen)
+
     def strength(self) -> float:
         # PEFT's scale_layer multiplies its own strength: ours goes along.
         return super().strength() * self.holder.scaling[self.adapter] / self.at_first
@@ -169,6 +177,11 @@ class HasRanks(_Any):
             return super()._mixed_batch_forward(*args, **kwargs)
         finally:
             self.__dict__.pop("dylora_mixed", None)  # PEFT may have come here again within
+
+    def get_delta_weight(self, adapter: str) -> torch.Tensor:
+        # What PEFT takes for the update without asking the variant: convert_to_lora, and merging on torchao's weights.
+        inner = self.__dict__.get("dylora_layers", {})
+        return inner[adapter].delta_weight().detach() if adapter in inner else super().get_delta_weight(adapter)
 
     def merge(self, *args, **kwargs) -> None:
         unpack(self.get_base_layer())

@@ -233,3 +233,25 @@ def test_what_peft_has_no_place_for_is_refused(kind, tmp_path):
     lora.save_adapter(strong(model), tmp_path)
     with pytest.raises(ValueError, match="which PEFT has no place for: cut it to a rank"):
         DyLoraConfig.from_pretrained(str(tmp_path))
+
+
+def test_peft_converts_at_the_rank_that_is_set():
+    from peft import convert_to_lora, set_peft_model_state_dict
+
+    model = strong(get_peft_model(base(), DyLoraConfig(r=4, lora_alpha=8, **ON)))
+    wanted = logits_at(model, 2)
+    lora.set_rank(model, 2)
+    config, state = convert_to_lora(model, 4)
+    peer = get_peft_model(base(), config).eval()
+    set_peft_model_state_dict(peer, state)
+    torch.testing.assert_close(logits_at(peer), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_hot_swapping_to_a_higher_rank_is_refused(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter
+
+    strong(get_peft_model(base(), DyLoraConfig(r=8, **ON))).save_pretrained(tmp_path)
+    model = strong(get_peft_model(base(), DyLoraConfig(r=4, **ON)))
+    hotswap_adapter(model, str(tmp_path), "default")
+    with pytest.raises(RuntimeError, match="has 8 components, and was made with 4: PEFT's hot-swapping"):
+        logits_at(model)
