@@ -338,6 +338,12 @@ def test_a_language_models_best_rate_has_the_lowest_loss():
     assert cells.chosen_rates(lines, cells.LANGUAGE_RATE_RUNS) == {"lora-8": 1e-3}
     text = "\n".join(wide.language_tables(lines))  # before there are runs on validation
     assert "| 1.2000 | 1.0000 | 1.1000 | 0.001 |" in text and "On 200 entries of validation" not in text
+    assert "nothing is compared yet" in text
+    for rate, ours in ((5e-4, 2.0), (1e-3, 1.5)):
+        cell = cells.Cell("webnlg", study_methods.DEFAULT, 0, rate, "held_out", targets=cells.ALL_LINEAR)
+        lines.append(vars(cell) | {"metric": "loss", "scores": dict.fromkeys(("1", "2", "4", "8"), ours)})
+    text = "\n".join(wide.language_tables(lines))
+    assert "All at rate 0.001" in text and "| the default minus the sweep |  |  |  | +0.5000 |" in text
 
 
 def test_a_score_counts_at_its_rank_in_whatever_order_ranks_come():
