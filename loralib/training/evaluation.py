@@ -14,7 +14,7 @@ from ..all_ranks import at_ranks, share_between_ranks
 from ..layout import examples_in
 from ..schedule import BoundSchedule
 from .batching import order_within
-from .metrics import Gathered, Scored, counted_tokens, in_order, losses_of, rank_metrics
+from .metrics import Gathered, Scored, counted_tokens, in_order, losses_of, of_several, rank_metrics
 from .part import TrainerPart
 
 # The most that logits of tokens may take over an evaluation, in bytes: predictions of all ranks are held until its end.
@@ -61,7 +61,8 @@ class EvaluationOfRanks(TrainerPart):
         ):
             of_batch = torch.full((size,), torch.nan) if loss is None else loss.detach().float().cpu().expand(size)
             of_logits = None if self.loss_follows is False else losses_of(scores, labels, size)
-            if of_logits is not None and loss is not None:
+            # Where a batch has one class alone, weights of classes do not show.
+            if of_logits is not None and loss is not None and of_several(labels):
                 follows.append(torch.allclose(of_logits.nanmean(), of_batch[0], rtol=1e-4, atol=1e-5))
             losses.append((of_batch, of_batch if of_logits is None else of_logits))
             if not prediction_loss_only:
@@ -69,7 +70,8 @@ class EvaluationOfRanks(TrainerPart):
                 if self.rank_logits is not None:
                     scores = self.rank_logits(scores, labels)
                 logits.append(scores)
-        if self.loss_follows is None and given and not prediction_loss_only:
+        unclear = of_logits is not None and not of_several(labels)
+        if self.loss_follows is None and given and not prediction_loss_only and not unclear:
             self.loss_follows = len(follows) == len(losses) and all(follows)
         losses = [of_logits if self.loss_follows else of_batch for of_batch, of_logits in losses]
         self.labels_are_tokens = getattr(inputs.get("labels"), "ndim", 0) > 1
@@ -108,6 +110,9 @@ class EvaluationOfRanks(TrainerPart):
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "compute_metrics", task_metrics)
             self.compute_metrics = gathered
+            # A batch's loss is its own tokens' mean, not its share in those of all processes.
+            stack.callback(setattr, self.args, "average_tokens_across_devices", self.args.average_tokens_across_devices)
+            self.args.average_tokens_across_devices = False
             # A data loader draws a seed from the global generator; training must not depend on when it is evaluated.
             stack.enter_context(torch.random.fork_rng(devices=[]))
             if self.eval_ranks:

@@ -1,7 +1,7 @@
 """The part of the trainer that loads data: exact batches for training, the longest first for evaluation."""
 
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from transformers.trainer_utils import has_length
 
 from .batching import ByLength, GroupedBatches, Place, lengths_of
@@ -64,7 +64,7 @@ class ExactBatches(TrainerPart):
         """Trainer's loader with all its settings, and our batches in place of its sampler."""
         args, loader = self.args, super().get_train_dataloader()
         self.place.batches = None
-        if not has_length(self.train_dataset):
+        if not has_length(self.train_dataset) or isinstance(self.train_dataset, IterableDataset):
             return loader
         strategy = args.train_sampling_strategy
         grouped = strategy == "group_by_length" or (strategy == "random" and self.group_by_length)

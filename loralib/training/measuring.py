@@ -58,10 +58,10 @@ class Measurements(TrainerPart):
         if isinstance(self.eval_dataset if dataset is None else dataset, dict):
             raise ValueError("There are several evaluation datasets; measure one at a time: measure_ranks(dataset).")
         args, task_metrics = self.args, self.compute_metrics
+        self.args = copy.copy(args)
+        self.args.dataloader_persistent_workers = False  # they would keep the batches of an earlier evaluation
         if wants_loss:
-            # Workers that persist would keep the batches of an earlier evaluation.
-            self.args, self.compute_metrics = copy.copy(args), None
-            self.args.per_device_eval_batch_size, self.args.dataloader_persistent_workers = 1, False
+            self.compute_metrics, self.args.per_device_eval_batch_size = None, 1
         try:
             found = by_rank(self.evaluate(dataset), "eval")
         finally:

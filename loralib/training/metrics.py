@@ -136,6 +136,11 @@ def losses_of(logits: Any, labels: Any, size: int) -> torch.Tensor | None:
     return F.cross_entropy(scores, labels.long(), reduction="none").masked_fill(labels == -100, torch.nan)
 
 
+def of_several(labels: Any) -> bool:
+    """Whether examples of more than one class are among them; values always count as such."""
+    return labels.is_floating_point() or len(labels[labels != -100].unique()) > 1
+
+
 @dataclass
 class Gathered:
     """A Trainer's ``compute_metrics`` that keeps what the evaluation gathered and scores nothing."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..adapters.card import model_card
-from ..adapters.directory import CONFIG, read_configs, read_facts
+from ..adapters.directory import CONFIG, EXTRA, read_configs, read_facts
 from ..adapters.store import load_adapter, save_adapter
 from ..files import write_text
 from ..ordering import order_components
@@ -45,6 +45,13 @@ class AdapterCheckpoints(TrainerPart):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         torch.save(self.args, output_dir / "training_args.bin")
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """As Trainer's, which copies what it knows of a checkpoint to where it uploads from, and dylora.json too."""
+        facts = Path(checkpoint_folder, EXTRA)
+        if self.bound is not None and facts.is_file() and self.is_world_process_zero():
+            write_text(Path(self.args.output_dir, EXTRA), facts.read_text(encoding="utf-8"))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As Trainer's, which under FSDP would gather the whole model first, or save nothing."""

@@ -3,17 +3,22 @@
 import contextlib
 import gc
 import math
+import warnings
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import default_compute_objective
 
 from ..frozen import freeze_undrawn
 from ..gate import check_rank
 from ..inside_peft import trained_beside_ranks
 from ..layout import examples_in
 from ..model import get_rank, has_lora, max_rank, refuse_trained_biases, scaling_of, set_rank
+from ..momenta import unwrapped_optimizer
+from ..ordering import order_components
 from ..schedule import BoundSchedule, RankSchedule, Setting
 from .around import AroundTraining
 from .batching import Place
@@ -33,6 +38,7 @@ PRIVATE = (
     "_save",
     "_load_from_checkpoint",
     "_load_best_model",
+    "_push_from_checkpoint",
     "_train_batch_size",
 )
 
@@ -124,13 +130,14 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             refuse_trained_biases(self.model)
         self._check_enough()
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
-        self.loss_is_scaled_for_ga: bool | None = True  # compute_loss below weighs every micro-batch
         self.place = Place()
         self.ordered = False  # whether the components were put in order in this training, and
         self.began = False  # whether there was one
         self.knows_loss = False  # whether the loss was asked if it divides by num_items_in_batch, and
         self.loss_divides = True  # whether it does
-        self.frozen_by = None  # the optimizer that freeze_undrawn watches
+        self.frozen_by: Any = None  # the optimizer that freeze_undrawn watches
+        if str(self.args.metric_for_best_model).endswith("perplexity"):
+            self.args.greater_is_better = False  # Trainer knows of losses alone that less is better
 
     def _refuse_scattered_factors(self) -> None:
         """Raise ValueError where a training keeps factors in a form that can be neither ordered nor saved."""
@@ -168,12 +175,26 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         try:
             with contextlib.ExitStack() as self.contexts:
                 self._enter()
-                return super().train(*args, **kwargs)
+                output = super().train(*args, **kwargs)
+            self._order_what_ended_early()
+            return output
         finally:
             self.contexts = None
             self.put_in_what_counts()
             if self.bound is not None:
                 set_rank(self.model, self.bound.r_max)
+
+    def _order_what_ended_early(self) -> None:
+        """A callback may end a training before its ordering: then its components are ordered now."""
+        if self.bound is None or not self.bound.schedule.full_rank_share or self.ordered or not self.state.global_step:
+            return
+        order_components(self.model, self.optimizer)
+        self.ordered = True
+        warnings.warn(
+            f"The training ended at update {self.state.global_step}, before its components were to be ordered: they "
+            "are ordered now, and its lower ranks were not trained.",
+            stacklevel=3,
+        )
 
     def call_model_init(self, trial=None):
         """As Trainer's, which makes a model anew for each training; its adapter may have another r_max in each
@@ -197,9 +218,12 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.place.begin_micro_batch()
         if self.bound is not None:
+            self._freeze_undrawn()
             setting = self.training_setting(examples_in(inputs))
             setting.apply(self.model, self.optimizer)
             self.ordered |= setting.order
+        # compute_loss below weighs every micro-batch, unless a subclass has one of its own instead.
+        self.loss_is_scaled_for_ga = type(self).loss_is_scaled_for_ga
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_non_finite("loss", loss)
         return loss
@@ -236,7 +260,10 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     def training_setting(self, batch_size: int) -> Setting:
         """What the schedule says for the micro-batch that comes."""
         assert self.bound is not None
-        self.bound = replace(self.bound, steps=self.state.max_steps)
+        schedule = self.bound.schedule
+        if self.asked[0].seed is None:  # a search over seeds sets the trainer's after the model is made
+            schedule = replace(schedule, seed=self.args.seed)
+        self.bound = replace(self.bound, schedule=schedule, steps=self.state.max_steps)
         if self.state.global_step < self.bound.full_steps:
             self.ordered = (
                 False  # a checkpoint of a shorter training may have ordered earlier: this one orders at its own time
@@ -256,19 +283,23 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         found = super().compute_loss(
             model, inputs, return_outputs, num_items_in_batch
         )  # TRL's outputs cost a pass more
-        weight = self._weight(num_items_in_batch) if model.training else 1.0
+        weight = 1.0
+        if model.training:
+            weight, self.loss_is_scaled_for_ga = self._weight(num_items_in_batch), True
         return (found[0] * weight, *found[1:]) if return_outputs else found * weight
 
     def _ask_loss(self, model, inputs) -> None:
         """Trainer takes a forward with **kwargs, and any compute_loss_func, for one that divides its loss by
         num_items_in_batch, and few do. One whose loss is the same for 1 item and for 2 does not."""
-        compute, training = super().compute_loss, model.training
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        compute, training, found = super().compute_loss, model.training, []
+        with torch.no_grad():
             model.eval()
-            one, two = (
-                compute(model, {**inputs}, num_items_in_batch=torch.tensor(n, device=self.args.device)) for n in (1, 2)
-            )
+            for n in (1, 2):
+                with torch.random.fork_rng():  # a loss that draws draws the same both times
+                    items = torch.tensor(n, device=self.args.device)
+                    found.append(compute(model, {**inputs}, num_items_in_batch=items))
             model.train(training)
+        one, two = found
         # All processes together, so that none asks again alone.
         one, two = self.accelerator.reduce(torch.stack([one, two]).detach().float(), "sum").tolist()
         self.knows_loss = bool(one) or bool(two)  # a loss of 0 says nothing: the next batch is asked
@@ -289,12 +320,25 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         times = self.accelerator.num_processes if counted and self.args.average_tokens_across_devices else 1
         return self.place.weight(self.args.world_size) / times
 
-    def create_optimizer(self, *args, **kwargs):
-        optimizer = super().create_optimizer(*args, **kwargs)
+    def _freeze_undrawn(self) -> None:
+        """Where the schedule is frozen, have the optimizer that is in use leave alone what is not drawn."""
+        optimizer = unwrapped_optimizer(self.optimizer)
         if self.bound is not None and self.bound.schedule.frozen and self.frozen_by is not optimizer:
             freeze_undrawn(optimizer, self.model)
             self.frozen_by = optimizer
-        return optimizer
+
+    def hyperparameter_search(self, *args, compute_objective=None, **kwargs):
+        """As Trainer's; without an objective it is the area under each score's curve, or the loss where there is no
+        score. Trainer's own is the sum of all metrics, losses of ranks among them."""
+        return super().hyperparameter_search(*args, compute_objective=compute_objective or _objective, **kwargs)
+
+
+def _objective(metrics: dict[str, float]) -> float:
+    areas = [value for name, value in metrics.items() if name.startswith("eval_aurac_")]
+    if areas:
+        return sum(areas)
+    ranked = any(name.startswith("eval_r1_") for name in metrics)
+    return metrics["eval_loss"] if ranked else default_compute_objective(metrics)
 
 
 class DyLoRATrainer(DyLoRAMixin, Trainer):
