@@ -70,9 +70,12 @@ class EvaluationOfRanks(TrainerPart):
                 if self.rank_logits is not None:
                     scores = self.rank_logits(scores, labels)
                 logits.append(scores)
-        unclear = of_logits is not None and not of_several(labels)
-        if self.loss_follows is None and given and not prediction_loss_only and not unclear:
-            self.loss_follows = len(follows) == len(losses) and all(follows)
+        if self.loss_follows is None and given and not prediction_loss_only:
+            says = of_logits is None or of_several(labels)
+            # All processes together: one that ran its ranks another way than the others would wait for them (FSDP).
+            verdict = torch.tensor([says, len(follows) == len(losses) and all(follows)], device=self.args.device)
+            says, agrees = (self.accelerator.reduce(verdict.float(), "mean") == 1).tolist()
+            self.loss_follows = agrees if says else None
         losses = [of_logits if self.loss_follows else of_batch for of_batch, of_logits in losses]
         self.labels_are_tokens = getattr(inputs.get("labels"), "ndim", 0) > 1
         weights = counted_tokens(inputs.get("labels"), size, task_type(self.model) == "CAUSAL_LM")

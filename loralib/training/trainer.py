@@ -327,10 +327,10 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             freeze_undrawn(optimizer, self.model)
             self.frozen_by = optimizer
 
-    def hyperparameter_search(self, *args, compute_objective=None, **kwargs):
+    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
         """As Trainer's; without an objective it is the area under each score's curve, or the loss where there is no
         score. Trainer's own is the sum of all metrics, losses of ranks among them."""
-        return super().hyperparameter_search(*args, compute_objective=compute_objective or _objective, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or _objective, *args, **kwargs)
 
 
 def _objective(metrics: dict[str, float]) -> float:
