@@ -5,11 +5,25 @@ from __future__ import annotations
 import contextlib
 
 import torch
+from torch import nn
+from transformers import TrainerCallback
 
 from ..checkpointing import checkpoint_contexts
+from ..model import has_lora, max_rank, set_rank
 from ..schedule import BoundSchedule
 from .part import TrainerPart
 from .precision import frozen_weights_in
+
+
+class AtFullRank(TrainerCallback):
+    """Other callbacks find the model at r_max, not at the ranks that the last step drew. After each step would be too
+    often: a callback there sets the rank that it needs."""
+
+    def _set(self, args, state, control, model=None, **_):
+        if isinstance(model, nn.Module) and has_lora(model):
+            set_rank(model, max_rank(model))
+
+    on_epoch_end = on_evaluate = on_save = on_train_end = _set
 
 
 class AroundTraining(TrainerPart):

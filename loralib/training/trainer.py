@@ -20,7 +20,7 @@ from ..model import get_rank, has_lora, max_rank, refuse_trained_biases, scaling
 from ..momenta import unwrapped_optimizer
 from ..ordering import order_components
 from ..schedule import BoundSchedule, RankSchedule, Setting
-from .around import AroundTraining
+from .around import AroundTraining, AtFullRank
 from .batching import Place
 from .evaluation import EvaluationOfRanks
 from .loading import ExactBatches
@@ -99,6 +99,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     ):
         with _as_adapted(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
+        self.callback_handler.callbacks.insert(0, AtFullRank())  # before those of the user
         self.bound: BoundSchedule | None = None  # the schedule with its defaults settled; None without an adapter
         self.eval_ranks: list[int] = []
         self.asked = schedule or RankSchedule(), eval_ranks

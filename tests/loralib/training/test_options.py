@@ -84,6 +84,28 @@ def test_a_training_that_a_callback_ends_early_is_ordered_and_says_so(roberta_co
     assert torch.equal(lengths, lengths.sort(descending=True).values) and t.training_facts() and t.ordered
 
 
+def test_callbacks_find_the_model_at_r_max(roberta_config, roberta_checkpoint, tmp_path):
+    class Look(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def look(self, args, state, control, model=None, **_):
+            model.eval()
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[1, 5, 6, 2]])).logits
+                with lora.use_rank(model, 4):
+                    self.seen.append(torch.equal(logits, model(input_ids=torch.tensor([[1, 5, 6, 2]])).logits))
+            model.train()
+
+        on_epoch_end = on_evaluate = on_save = on_train_end = look
+
+    look, options = Look(), dict(num_train_epochs=2, eval_strategy="epoch", save_strategy="epoch")
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, full_rank_share=0, **options)
+    t.add_callback(look)
+    t.train()
+    assert look.seen == [True] * 7
+
+
 def own(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     labels = inputs.pop("labels")
     inputs.pop("row", None)
