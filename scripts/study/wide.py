@@ -11,6 +11,7 @@ from .held_out import BAR
 from .methods import DEFAULT, R_MAX, SWEEP, shown_up_to
 from .naming import NAMES, ROWS, title, with_error
 from .shown import device_of
+from .tried import TRIED
 
 SHOWN_ROWS = ("sweep", BAR, DEFAULT)
 Curves = dict[str, dict[int, dict[int, float]]]  # {row: {seed: {rank: score}}}
@@ -146,7 +147,19 @@ def language_so_far(records: list[dict], task: str) -> list[str]:
         "sweep at strength 16/r), seed 0, on 200 entries of train that were not trained on:",
         "",
         *curve_table(found, shown_up_to(R_MAX), 4),
+        *variant_table([r for r in records if r["rate"] == max(tried) and r["split"] == "held_out"]),
     ]
+
+
+def variant_table(records: list[dict]) -> list[str]:
+    """What else was tried, as it is."""
+    rows = [
+        [title(r["method"]), *(f"{r['scores'][str(b)]:.4f}" for b in shown_up_to(R_MAX))]
+        for r in records
+        if r["method"] in TRIED
+    ]
+    head = ["variants of the default there", *(f"r={b}" for b in shown_up_to(R_MAX))]
+    return [markdown_table(head, rows, "l"), ""] if rows else []
 
 
 def language_rates(records: list[dict]) -> list[str]:

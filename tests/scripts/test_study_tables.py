@@ -342,7 +342,10 @@ def test_a_language_models_best_rate_has_the_lowest_loss():
     for rate, ours in ((5e-4, 2.0), (1e-3, 1.5)):
         cell = cells.Cell("webnlg", study_methods.DEFAULT, 0, rate, "held_out", targets=cells.ALL_LINEAR)
         lines.append(vars(cell) | {"metric": "loss", "scores": dict.fromkeys(("1", "2", "4", "8"), ours)})
+    variant = cells.Cell("webnlg", "paces-sqrt", 0, 1e-3, "held_out", targets=cells.ALL_LINEAR)
+    lines.append(vars(variant) | {"metric": "loss", "scores": dict.fromkeys(("1", "2", "4", "8"), 1.25)})
     text = "\n".join(wide.language_tables(lines))
+    assert "4/sqrt(k) times as fast once ordered | 1.2500 | 1.2500 |" in text
     assert "All at rate 0.001" in text and "| the default minus the sweep |  |  |  | +0.5000 |" in text
 
 
