@@ -11,10 +11,11 @@ import torch
 from .sharding import is_sharded, put, whole
 
 GRADIENT, SQUARE, VALUE = "the gradient", "the gradient's square", "the parameter"
+OWN = ""  # the name of the parameter itself
 # What state follows, by the names of torch's optimizers, transformers', schedulefree's and torchao's.
 FOLLOWS = {
-    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg", "prev", "m1_m2", "grok_exp_avg"), GRADIENT),
-    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "nu"), SQUARE),
+    **dict.fromkeys(("exp_avg", "momentum_buffer", "grad_avg"), GRADIENT),
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"), SQUARE),
     **dict.fromkeys(("z", "ax"), VALUE),
 }
 # Means of squares over rows and over columns, in place of all squares: torch's Adafactor's and transformers'.
@@ -36,10 +37,8 @@ class Kept:
     is_shared: bool = False
 
 
-OWN = ""  # the name of the parameter itself
-
-
 def of_parameter(parameter: torch.Tensor) -> Kept:
+    """The parameter itself, as if it were kept."""
     return Kept(OWN, VALUE, partial(_plain, parameter), partial(put, parameter.detach()))
 
 
@@ -67,11 +66,6 @@ def kept_for(optimizer: Any, parameter: torch.Tensor) -> list[Kept]:
     for name, tensor in state.items():
         if tensor.shape == parameter.shape:
             found.append(Kept(name, FOLLOWS.get(name), partial(_plain, tensor), partial(put, tensor)))
-        elif name in FOLLOWS and tensor.shape[1:] == parameter.shape:  # several, one after the other
-            found += [
-                Kept(f"{name}[{i}]", FOLLOWS[name], partial(_plain, each), partial(put, each))
-                for i, each in enumerate(tensor)
-            ]
         elif tensor.numel() > 1:
             found.append(Kept(name, None, partial(_plain, tensor), partial(put, tensor), is_shared=True))
     return found

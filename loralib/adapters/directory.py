@@ -87,10 +87,8 @@ class AdapterFiles:
 def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, facts: dict) -> None:
     """Write the three files. The weights carry rank and strength too: should a kill leave them beside another
     configuration, ``read_directory`` goes by theirs."""
-    strength = {key: config[key] for key in STRENGTH if key in config} | {
-        "scaling": facts["scaling"],
-        "rank": facts["rank"],
-    }
+    strength = {key: config[key] for key in STRENGTH if key in config}
+    strength |= {"scaling": facts["scaling"], "rank": facts["rank"]}
     metadata = {"format": "pt", "dylora": json.dumps(strength)}
     write_together(
         directory,
@@ -139,10 +137,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
         tensors = read_bin(path / "adapter_model.bin")
     else:
         raise FileNotFoundError(f"{path} holds no {WEIGHTS}; the adapter is incomplete.")
-    # In 8 bits no arithmetic is there; what such floats hold is exact in 16.
-    tensors = {
-        key: value.bfloat16() if str(value.dtype)[:13] == "torch.float8_" else value for key, value in tensors.items()
-    }
+    tensors = {key: _in_16_bits(value) for key, value in tensors.items()}
     refuse_bad_numbers(tensors, path)
     refuse_half_pairs(tensors, path)
     fields.check(strength, fields.CONFIG | fields.FACTS, file)
@@ -152,9 +147,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
     usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/r"  # as DyLoraConfig takes PEFT's own files
-    sizes = [
-        value.shape[0] for key, value in tensors.items() if ".lora_" in key and re.search(r"lora_(embedding_)?A", key)
-    ]
+    sizes = [value.shape[0] for key, value in tensors.items() if ".lora_A" in key or ".lora_embedding_A" in key]
     whole = max(sizes, default=config["r"])  # a rank_pattern may say more than r
     files = AdapterFiles(path, tensors, config, facts, rank or whole, scaling or usual)
     for name, counts in (facts.get("components_at") or {}).items():
