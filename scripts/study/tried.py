@@ -58,15 +58,20 @@ TRIED = {
         ]
     },
     **{
-        f"paces-{name}": Method(
-            f"our default, component k learns {title} times as fast once ordered",
-            replace(MIXED, full_rank_share=0.8),
+        f"paces-{name}{after}": Method(
+            f"{begun}, component k learns {title} times as fast once ordered",
+            replace(MIXED, full_rank_share=share),
             paces=paces,
             **CONSTANT_2,
         )
         for name, title, paces in [
             ("1/k", "8/k", tuple(8 / k for k in range(1, 9))),
             ("sqrt", "4/sqrt(k)", tuple(4 / k**0.5 for k in range(1, 9))),
+        ]
+        for after, begun, share in [
+            ("", "our default", 0.8),
+            ("-0.7", "ordered after 0.7 of the training, then mixed", 0.7),
+            ("-0.5", "half at r_max, ordered, then mixed", 0.5),
         ]
     },
     "ordered-even": Method("ordered, ranks drawn evenly", ORDERED, weights=UNIFORM, **CONSTANT_2),
