@@ -90,7 +90,8 @@ class Cell:
     def goes_on(self) -> bool:
         """Whether its first part is that training."""
         method = self.trained
-        return bool(method.schedule.full_rank_share) and (method.r, method.strength) == (self.r_max, ALPHA / R_MAX)
+        plain = bool(method.schedule.full_rank_share) and not method.skew
+        return plain and (method.r, method.strength) == (self.r_max, ALPHA / R_MAX)
 
 
 def read_records(file: Path) -> list[dict]:

@@ -61,6 +61,21 @@ class AtPaces(Setting):
         lora.set_gate(model, gates * paces * self.strength)
 
 
+@dataclass(frozen=True)
+class Skewed(Setting):
+    """r_max, with components of different strengths up to the ordering, where these become part of lora_B."""
+
+    factors: tuple[float, ...] = ()
+
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        factors = torch.tensor(self.factors)
+        if self.order:
+            fold(model, optimizer, factors)
+        super().apply(model, optimizer)
+        if not self.order:
+            lora.set_gate(model, factors * next(layer for _, layer in lora_layers(model)).strength())
+
+
 @torch.no_grad()
 def fold(model: nn.Module, optimizer: torch.optim.Optimizer | None, factors: torch.Tensor) -> None:
     """Multiply component k of each lora_B by ``factors[k]``, momenta along; of models with plain layers alone."""
@@ -99,6 +114,8 @@ class StudyTrainer(DyLoRATrainer):
 
     def training_setting(self, batch_size: int) -> Setting:
         setting, method = super().training_setting(batch_size), self.method
+        if method.skew and (setting.order or not self.draws_by_now()):
+            return Skewed(setting.rank, order=setting.order, factors=method.skew)
         if not self.draws_by_now():
             return setting
         if method.gate_after:

@@ -74,6 +74,19 @@ TRIED = {
             ("-0.5", "half at r_max, ordered, then mixed", 0.5),
         ]
     },
+    **{
+        f"skewed-{name}": Method(
+            f"our default, component k at strength {title} up to the ordering",
+            replace(MIXED, full_rank_share=0.8),
+            skew=skew,
+            **CONSTANT_2,
+        )
+        for name, title, skew in [
+            ("1/k", "16/k", tuple(8 / k for k in range(1, 9))),
+            ("sqrt", "4/sqrt(k)", tuple(2 / k**0.5 for k in range(1, 9))),
+            ("half", "16/2^k", tuple(8 / 2**k for k in range(1, 9))),
+        ]
+    },
     "ordered-even": Method("ordered, ranks drawn evenly", ORDERED, weights=UNIFORM, **CONSTANT_2),
     "ordered-ends": Method("ordered, ranks 1 and 8 more often", ORDERED, weights=ENDS, **CONSTANT_2),
     "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", ORDERED, weights=POWERS, **CONSTANT_2),
