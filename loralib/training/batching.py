@@ -126,11 +126,16 @@ class ByLength(Sampler[int]):
 
 def lengths_of(dataset, column: str = "length") -> list[int]:
     """Tokens of each example by its ``column``, else its ``input_ids``; all 1 where neither tells, which leaves the
-    order to the shuffle."""
+    order to the shuffle. Raises ValueError for a column that holds no lengths, unless it is only called "length"."""
     names = getattr(dataset, "column_names", None)
     if names is not None:
         if column in names:
-            return list(dataset[column])
+            sizes = list(dataset[column])
+            wrong = [size for size in sizes if not isinstance(size, int) or size < 0]
+            if not wrong:
+                return sizes
+            if column != "length":
+                raise ValueError(f"column {column!r} holds {wrong[0]!r}; lengths are whole numbers from 0 on.")
         if "input_ids" in names:
             return [len(ids) for ids in dataset["input_ids"]]
     elif len(dataset) and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
@@ -156,14 +161,22 @@ class Place:
     """
 
     def __init__(self) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """A training begins."""
         self.batches: GroupedBatches | None = None
         self.micro, self.micro_batches = 0, 1
         self._update = 0
         self._iterator: Iterator | None = None
 
     def begin_update(self, iterator: Iterator, micro_batches: int, first: int) -> None:
-        """The next update begins; it is number ``first`` of its epoch if ``iterator``, the epoch's, is a new one."""
-        self._update = self._update + 1 if iterator is self._iterator else first
+        """The next update begins. ``iterator`` is its epoch's; that of the training's first epoch begins with update
+        number ``first``, where a resumed training skips what was seen."""
+        if iterator is self._iterator:
+            self._update += 1
+        else:
+            self._update = first if self._iterator is None else 0
         self._iterator, self.micro, self.micro_batches = iterator, -1, micro_batches
 
     def begin_micro_batch(self) -> None:

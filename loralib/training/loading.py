@@ -2,6 +2,7 @@
 
 from accelerate.data_loader import prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from .batching import ByLength, GroupedBatches, Place, lengths_of
@@ -22,10 +23,29 @@ LOADER_SETTINGS = (
 
 
 class ExactBatches(TrainerPart):
-    """Of ``DyLoRAMixin``: examples, order and place in the update do not depend on how an update is split."""
+    """Of ``DyLoRAMixin``: examples, order and place in the update do not depend on how an update is split.
+
+    A class before or after that has a sampler or a training loader of its own keeps it: what it gives is taken as a
+    stream, micro-batch by micro-batch.
+    """
 
     place: Place
     group_by_length: bool
+
+    def _refuse_generated(self) -> None:
+        """Raise ValueError before a trainer that generates its examples, whose micro-batches are no rows of its
+        data."""
+        for kind in type(self).__mro__:
+            if {"get_train_dataloader", "_prepare_inputs"} <= vars(kind).keys() and kind is not Trainer:
+                raise ValueError(
+                    f"{kind.__name__} makes what it trains on, which cannot run at a rank per example: train with "
+                    f"{kind.__name__} itself, then call loralib.order_components(model), so that lower ranks are "
+                    "the best parts of it."
+                )
+
+    def _own(self, name: str) -> list[type]:
+        """The classes, beside Trainer and this one, that say ``name``."""
+        return [kind for kind in type(self).__mro__ if name in vars(kind) and kind not in (Trainer, ExactBatches)]
 
     def batches(self) -> GroupedBatches | None:
         """The micro-batches (lists of indices) that training used last."""
@@ -43,10 +63,14 @@ class ExactBatches(TrainerPart):
 
     def _get_train_sampler(self, train_dataset=None):
         """A stand-in that draws nothing: ``get_train_dataloader`` puts our batches in its place."""
+        if self._own("_get_train_sampler"):
+            return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         return SequentialSampler(dataset) if has_length(dataset) else None
 
     def _get_eval_sampler(self, eval_dataset):
+        if self._own("_get_eval_sampler"):
+            return super()._get_eval_sampler(eval_dataset)
         if eval_dataset is None or not has_length(eval_dataset):
             return None
         return ByLength(lengths_of(eval_dataset, self.args.length_column_name))
@@ -63,7 +87,10 @@ class ExactBatches(TrainerPart):
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's loader with all its settings, and our batches in place of its sampler."""
         args, loader = self.args, super().get_train_dataloader()
-        self.place.batches = None
+        self.place.begin()
+        behind = type(self).__mro__[type(self).__mro__.index(ExactBatches) :]
+        if self._own("_get_train_sampler") or set(behind) & {*self._own("get_train_dataloader")}:
+            return loader
         if not has_length(self.train_dataset) or isinstance(self.train_dataset, IterableDataset):
             return loader
         strategy = args.train_sampling_strategy

@@ -98,6 +98,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         adapter_facts: dict | None = None,
         **kwargs,
     ):
+        self._refuse_generated()
         with _as_adapted(kwargs.get("model", args[0] if args else None)):
             super().__init__(*args, **kwargs)
         self.callback_handler.callbacks.insert(0, AtFullRank())  # before those of the user
@@ -221,7 +222,9 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.place.begin_micro_batch()
         if self.bound is not None:
             self._freeze_undrawn()
-            setting = self.training_setting(examples_in(inputs))
+            rows = examples_in(inputs)
+            setting = self.training_setting(rows)
+            self._refuse_more_rows(setting, rows)
             setting.apply(self.model, self.optimizer)
             self.ordered |= setting.order
         # compute_loss below weighs every micro-batch, unless a subclass has one of its own instead.
@@ -229,6 +232,15 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_non_finite("loss", loss)
         return loss
+
+    @staticmethod
+    def _refuse_more_rows(setting: Setting, rows: int) -> None:
+        """Raise ValueError where a collator makes several rows of an example, as for pairs of preferences."""
+        if isinstance(setting.rank, torch.Tensor) and len(setting.rank) != rows:
+            raise ValueError(
+                f"A batch has {rows} rows for {len(setting.rank)} examples, so that a rank per example does not say "
+                "which row runs at which: give RankSchedule(sampling='step')."
+            )
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Trainer's norm of the gradient; one that is not finite stops the run, unless fp16's scaler looks after it."""

@@ -1,5 +1,7 @@
 """The part of the trainer that weighs a micro-batch's loss by its share in the update."""
 
+import copy
+
 import torch
 
 from .batching import Place
@@ -28,6 +30,7 @@ class WeighedLosses(TrainerPart):
         """Trainer takes a forward with **kwargs, and any compute_loss_func, for one that divides its loss by
         num_items_in_batch, and few do. One whose loss is the same for 1 item and for 2 does not."""
         compute, training, found = super().compute_loss, model.training, []
+        noted = copy.deepcopy(getattr(self, "_metrics", None))  # what TRL's trainers note of each loss
         with torch.no_grad():
             model.eval()
             for n in (1, 2):
@@ -35,6 +38,8 @@ class WeighedLosses(TrainerPart):
                     items = torch.tensor(n, device=self.args.device)
                     found.append(compute(model, {**inputs}, num_items_in_batch=items))
             model.train(training)
+        if noted is not None:
+            self._metrics = noted
         one, two = found
         # All processes together, so that none asks again alone.
         one, two = self.accelerator.reduce(torch.stack([one, two]).detach().float(), "sum").tolist()

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import loralib as lora
 from loralib.trainer import DyLoRAMixin
@@ -104,6 +104,43 @@ def test_a_loss_is_that_of_the_tokens_however_batches_are_cut(tmp_path):
         for metrics in found:
             assert metrics[f"eval_r{rank}_loss"] == pytest.approx(expected, rel=1e-5)
             assert metrics[f"eval_r{rank}_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+def test_the_passes_that_ask_what_a_loss_divides_by_leave_no_figures(tmp_path):
+    t = trainer(tmp_path, max_steps=1, eval_strategy="no", save_strategy="no", logging_strategy="no")
+    t.train()
+    assert t.knows_loss and not any(t._metrics["eval"].values())
+
+
+def test_pairs_of_preferences_run_at_a_rank_a_step(tmp_path):
+    class Preferring(DyLoRAMixin, DPOTrainer):
+        pass
+
+    def pairs(n: int, seed: int) -> Dataset:
+        made, other = rows(n, seed), rows(n, seed + 10)
+        return Dataset.from_dict(
+            {"prompt": made["prompt"], "chosen": made["completion"], "rejected": other["completion"]}
+        )
+
+    def preferring(**schedule):
+        args = DPOConfig(
+            str(tmp_path), per_device_train_batch_size=4, max_steps=4, learning_rate=1e-2, use_cpu=True, bf16=False,
+            report_to="none", disable_tqdm=True, save_strategy="no",
+        )  # fmt: skip
+        return Preferring(
+            model=language_model(), ref_model=language_model(None), args=args, train_dataset=pairs(16, 0), eval_dataset=pairs(6, 1),
+            processing_class=tokenizer(), schedule=lora.RankSchedule(**schedule),
+        )  # fmt: skip
+
+    with pytest.raises(ValueError, match=r"8 rows for 4 examples, .*RankSchedule\(sampling='step'\)"):
+        preferring().train()
+    t = preferring(sampling="step")
+    before = t.evaluate()
+    t.train()
+    after = t.evaluate()
+    for b in (1, 4):  # an adapter that is zero prefers neither
+        assert before[f"eval_r{b}_loss"] == pytest.approx(math.log(2), rel=1e-5)
+        assert after[f"eval_r{b}_loss"] != pytest.approx(math.log(2), rel=1e-5)
 
 
 def test_a_packed_row_has_one_rank(tmp_path):
