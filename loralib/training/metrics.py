@@ -32,10 +32,16 @@ class Scored:
     weights: np.ndarray | None = None
 
     @classmethod
-    def of(cls, gathered: dict[str, Any] | None, labels: Any, inputs: Any) -> "Scored | None":
-        """From what ``prediction_step`` left behind, ranks in the last dimension; None if nothing was evaluated."""
+    def of(cls, gathered: Any, labels: Any, inputs: Any) -> "Scored | None":
+        """From what ``prediction_step`` left behind, ranks in the last dimension; None if nothing was evaluated. Raises
+        ValueError for what another step left."""
         if gathered is None:
             return None
+        if not isinstance(gathered, dict) or "losses" not in gathered:
+            raise ValueError(
+                f"prediction_step left {type(gathered).__name__}, of one rank: put a class that has a prediction_step "
+                "of its own after the mixin, class Mine(DyLoRAMixin, Base), where it is called once for each rank."
+            )
         losses = np.asarray(gathered["losses"])
         predictions = tree_map(
             lambda x: np.moveaxis(x, -1, 1) if isinstance(x, np.ndarray) else x, gathered.get("logits")

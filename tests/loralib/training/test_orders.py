@@ -136,3 +136,28 @@ def test_a_collator_that_makes_pairs_of_examples_asks_for_a_rank_per_step(robert
     t.data_collator = twice(t.data_collator)
     t.train()
     assert t.ordered
+
+
+class Own(Trainer):
+    """A step of one's own: the logits with their signs turned, and a loss of 1."""
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad():
+            logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        return torch.tensor(1.0), -logits, inputs["labels"]
+
+
+def test_an_evaluation_step_of_ones_own_runs_after_the_mixin_alone(roberta_config, roberta_checkpoint, tmp_path):
+    class After(DyLoRAMixin, Own):
+        pass
+
+    class InFront(Own, DyLoRATrainer):
+        pass
+
+    t = made(After, roberta_config, roberta_checkpoint, tmp_path)
+    usual = trainer(roberta_config, roberta_checkpoint, tmp_path)
+    turned, logits = (one.predict(one.eval_dataset).predictions for one in (t, usual))
+    torch.testing.assert_close(torch.tensor(turned), -torch.tensor(logits))
+    assert t.evaluate()["eval_r2_loss"] == 1.0
+    with pytest.raises(ValueError, match=r"prediction_step left ndarray, of one rank: .* after the mixin"):
+        made(InFront, roberta_config, roberta_checkpoint, tmp_path).evaluate()
