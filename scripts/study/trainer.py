@@ -66,6 +66,7 @@ class Skewed(Setting):
     """r_max, with components of different strengths up to the ordering, where these become part of lora_B."""
 
     factors: tuple[float, ...] = ()
+    strength: float = 1.0
 
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         factors = torch.tensor(self.factors)
@@ -73,7 +74,7 @@ class Skewed(Setting):
             fold(model, optimizer, factors)
         super().apply(model, optimizer)
         if not self.order:
-            lora.set_gate(model, factors * next(layer for _, layer in lora_layers(model)).strength())
+            lora.set_gate(model, factors * self.strength)
 
 
 @torch.no_grad()
@@ -115,7 +116,7 @@ class StudyTrainer(DyLoRATrainer):
     def training_setting(self, batch_size: int) -> Setting:
         setting, method = super().training_setting(batch_size), self.method
         if method.skew and (setting.order or not self.draws_by_now()):
-            return Skewed(setting.rank, order=setting.order, factors=method.skew)
+            return Skewed(setting.rank, order=setting.order, factors=method.skew, strength=method.strength)
         if not self.draws_by_now():
             return setting
         if method.gate_after:
