@@ -23,10 +23,12 @@ from peft import LoraConfig
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import layer as stock
 from peft.tuners.lora.torchao import TorchaoLoraLinear
+from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .adapters.directory import EXTRA, read_facts
+from .adapters.directory import EXTRA, WEIGHTS, read_facts
+from .adapters.fingerprint import of_factors
 from .adapters.hub import local
 from .adapters.peft_format import PLAIN_STARTS
 from .files import write_text
@@ -95,6 +97,8 @@ class DyLoraConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         r_max = max(self.r, *(self.rank_pattern or {}).values(), 1)
         facts = {"rank": r_max, "r_max": r_max, "lora_alpha": self.lora_alpha, "scaling": self.rule()}
+        weights = Path(save_directory, WEIGHTS)  # PEFT writes them before the configuration
+        facts |= {"factors": of_factors(load_file(weights))} if weights.exists() else {}
         write_text(Path(save_directory, EXTRA), json.dumps(facts, indent=2) + "\n")
 
     @classmethod

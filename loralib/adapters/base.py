@@ -2,12 +2,10 @@
 
 from typing import Any
 
-import torch
-
 from ..layers import LoRALayer
 from ..quantised import is_quantised
-from ..sharding import whole
 from .directory import AdapterFiles
+from .fingerprint import fingerprint, is_known
 
 
 def base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
@@ -15,18 +13,13 @@ def base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
     nothing of a quantised one, whose numbers are no weights."""
     name, layer = layers[-1]
     weight = (layer._base_weight or [layer.weight])[0]
-    return {} if is_quantised(weight) else {"base_sample": _sample(weight), "base_sample_of": name}
-
-
-def _sample(weight: torch.Tensor) -> list[float]:
-    places = [i * (weight.numel() - 1) // 15 for i in range(16)]
-    return whole(weight.detach()).flatten()[places].float().tolist()
+    return {} if is_quantised(weight) else {"base_sample": fingerprint(weight), "base_sample_of": name}
 
 
 def check_base(layer: Any, files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
     sample = files.facts.get("base_sample") if layer is not None and not is_quantised(layer.weight) else None
-    if sample and not torch.allclose(torch.tensor(sample), torch.tensor(_sample(layer.weight)), rtol=0.02, atol=1e-4):
+    if sample and not is_known(layer.weight, sample):
         raise ValueError(
             f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "
             "that model first."

@@ -22,8 +22,9 @@ from ..files import text_writer, write_together
 from ..gate import scale
 from ..schedule import before_ordering
 from . import fields, peft_format
+from .fingerprint import of_factors
 from .kinds import head_outputs
-from .refusing import refuse_bad_numbers, refuse_facts_of_another, refuse_half_pairs
+from .refusing import refuse_bad_numbers, refuse_facts_of_other_weights, refuse_half_pairs
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -86,10 +87,12 @@ class AdapterFiles:
 
 def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor], config: dict, facts: dict) -> None:
     """Write the three files. The weights carry rank and strength too: should a kill leave them beside another
-    configuration, ``read_directory`` goes by theirs."""
+    configuration, ``read_directory`` goes by theirs. ``dylora.json`` knows the factors that it is of: others may write
+    theirs over these, and leave it."""
     strength = {key: config[key] for key in STRENGTH if key in config}
     strength |= {"scaling": facts["scaling"], "rank": facts["rank"]}
     metadata = {"format": "pt", "dylora": json.dumps(strength)}
+    facts = facts | {"factors": of_factors(tensors)}
     write_together(
         directory,
         {
@@ -142,7 +145,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     refuse_half_pairs(tensors, path)
     fields.check(strength, fields.CONFIG | fields.FACTS, file)
     if not strength and file.exists():
-        refuse_facts_of_another(tensors, config, facts, path / EXTRA)
+        refuse_facts_of_other_weights(facts, tensors, path / EXTRA)
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength

@@ -81,6 +81,7 @@ FACTS = {
     "projections": (_by_name(_whole), "a table of whole numbers above 0"),
     "base_sample": (lambda value: _list_of(_finite)(value) and len(value) == 16, "16 numbers"),
     "base_sample_of": (_text, "a layer's name"),
+    "factors": (lambda value: _list_of(_finite)(value) and len(value) == 16, "16 numbers"),
     "labels": (_list_of(_text), "a list of names"),
     "columns": (_list_of(_text), "a list of names"),
     "num_labels": (_whole, "a whole number above 0"),

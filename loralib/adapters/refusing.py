@@ -4,16 +4,13 @@ from pathlib import Path
 
 import torch
 
+from .fingerprint import are_known
 
-def refuse_facts_of_another(tensors: dict[str, torch.Tensor], config: dict, facts: dict, file: Path) -> None:
-    """Raise ValueError where PEFT wrote an adapter of another rank beside the dylora.json of an earlier one."""
-    whole = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
-    plain = all(value.ndim == 2 for key, value in tensors.items() if ".lora_" in key) and "projections" not in facts
-    if plain and facts.get("rank", whole) != whole and facts.get("r_max", whole) != whole:
-        raise ValueError(
-            f"{file} is of an adapter of rank {facts['rank']}, and the weights beside it have rank {whole}: "
-            "remove it, or save the adapter anew."
-        )
+
+def refuse_facts_of_other_weights(facts: dict, tensors: dict[str, torch.Tensor], file: Path) -> None:
+    """Raise ValueError where another program wrote an adapter beside the dylora.json of an earlier one."""
+    if "factors" in facts and not are_known(tensors, facts["factors"]):
+        raise ValueError(f"{file} is of other weights than those beside it, which another program wrote: remove it.")
 
 
 def refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 import loralib as lora
 from loralib.adapters.directory import cut_adapter, read_directory
 from loralib.model import lora_layers
+from loralib.peft import DyLoraConfig
 
 
 class Block(nn.Module):
@@ -178,13 +179,21 @@ def test_running_statistics_are_saved_with_their_module_and_told_of_otherwise(tm
     assert int(again[1].num_batches_tracked) == 3
 
 
-def test_the_table_of_another_adapter_beside_pefts_weights_is_named(tmp_path):
-    lora.save_adapter(lora.inject(nested(), ["0"], r=4), tmp_path, rank=2)
-    get_peft_model(nested(), LoraConfig(r=8, target_modules=["0"])).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"dylora.json is of an adapter of rank 2, .* have rank 8: remove it"):
+@pytest.mark.parametrize("r", [4, 8])
+@pytest.mark.parametrize("first", ["ours", "in PEFT"])
+def test_the_table_of_another_adapter_beside_pefts_weights_is_named(first, r, tmp_path):
+    if first == "ours":
+        lora.save_adapter(lora.inject(nested(), ["0"], r=4), tmp_path, extra={"labels": ["a"]})
+    else:
+        get_peft_model(nested(), DyLoraConfig(r=4, target_modules=["0"], rank_scaling="alpha/b")).save_pretrained(
+            tmp_path
+        )
+    assert read_directory(tmp_path).rank == 4
+    get_peft_model(nested(), LoraConfig(r=r, target_modules=["0"])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"dylora.json is of other weights than those beside it, .*: remove it"):
         read_directory(tmp_path)
     (tmp_path / "dylora.json").unlink()
-    assert read_directory(tmp_path).rank == 8
+    assert read_directory(tmp_path).rank == r and read_directory(tmp_path).scaling == "alpha/r"
 
 
 def test_biases_that_trained_are_refused_before_a_training(tmp_path, roberta_checkpoint):
