@@ -1,7 +1,13 @@
-"""By which an adapter's files tell its base model from another of the same shape."""
+"""By which an adapter's files tell its base model from another, and what of a base model they do not hold."""
 
+import json
+import warnings
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from ..heads import is_inside
 from ..layers import LoRALayer
 from ..quantised import is_quantised
 from .directory import AdapterFiles
@@ -24,3 +30,38 @@ def check_base(layer: Any, files: AdapterFiles) -> None:
             f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "
             "that model first."
         )
+
+
+def warn_of_new_tokens(model: Any, heads: list[str]) -> None:
+    """Warn where the base model's embeddings were resized: the rows of new tokens are drawn anew at each resizing.
+
+    ``heads`` are the modules that are saved beside. The base model's own configuration is looked for in its directory
+    or the hub's cache.
+    """
+    embeddings, config = getattr(model, "get_input_embeddings", lambda: None)(), getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", None)
+    if not isinstance(getattr(embeddings, "weight", None), torch.Tensor) or not name:
+        return
+    held = [key for key, module in model.named_modules() if module is embeddings and is_inside(key, heads)]
+    before, now = _vocabulary_of(name), getattr(config and config.get_text_config(), "vocab_size", None)
+    if not held and before is not None and now is not None and before != now:
+        warnings.warn(
+            f"The embeddings have {now} tokens, those of {name} {before}: the adapter does not hold them, and resized "
+            "anew they would be others. Save the base model itself once it is resized, before inject, and start from "
+            "there.",
+            stacklevel=3,
+        )
+
+
+def _vocabulary_of(name: str) -> int | None:
+    """How many tokens a model knows, by its directory or the hub's cache; None where neither says."""
+    from huggingface_hub import try_to_load_from_cache
+
+    here = Path(name, "config.json")
+    try:
+        found = here if here.is_file() else try_to_load_from_cache(name, "config.json")
+        table = json.loads(Path(found).read_text(encoding="utf-8")) if isinstance(found, (str, Path)) else {}
+    except (OSError, ValueError):  # no name of the hub's, or no JSON
+        return None
+    size = (table.get("text_config") or table).get("vocab_size")
+    return size if isinstance(size, int) else None

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..layers import LoRALayer
 from ..sharding import at_rest, by_one_process, put, whole
+from .base import warn_of_new_tokens
 from .directory import cut_adapter, read_directory, write_adapter
 from .kinds import label_facts
 from .labels import refuse_other_labels
@@ -31,6 +32,7 @@ def save_peft_adapter(
     from peft import get_peft_model_state_dict
 
     adapter = active_with_ranks(layers)
+    warn_of_new_tokens(model.get_base_model(), model.peft_config[adapter].modules_to_save or [])
     state = {
         key: whole(value) if "lora_" in key or "modules_to_save" in key else value
         for key, value in model.state_dict().items()

@@ -25,7 +25,7 @@ from ..parts import part
 from ..sharding import at_rest, by_one_process, put, whole
 from ..walking import unwrapped
 from . import labels, peft_format
-from .base import base_sample, check_base
+from .base import base_sample, check_base, warn_of_new_tokens
 from .directory import AdapterFiles, cut, read_bin, read_directory, write_adapter
 from .hub import local
 from .kinds import label_facts, task_type
@@ -66,6 +66,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     layers = [(name, layer) for name, layer in layers if part(layer, rank)]
     heads = modules_to_save(model)
     refuse_heads_of_add_adapter(model)
+    warn_of_new_tokens(model, heads)
     state = {peft_format.clean(key): value for key, value in model.state_dict().items()}
     tensors |= {peft_format.PREFIX + key: value for key, value in state.items() if is_inside(key, heads)}
     tensors = {key: whole(value.detach()).cpu().contiguous().clone() for key, value in tensors.items()}

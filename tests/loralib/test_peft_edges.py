@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -255,3 +256,22 @@ def test_hot_swapping_to_a_higher_rank_is_refused(tmp_path):
     hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(RuntimeError, match="has 8 components, and was made with 4: PEFT's hot-swapping"):
         logits_at(model)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_new_tokens_whose_embeddings_no_adapter_holds_are_named(inside, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+
+    def adapted(new: int, **more):
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(120 + new)
+        if inside:
+            return get_peft_model(model, DyLoraConfig(r=4, **ON, **more))
+        return lora.inject(model, ON["target_modules"], r=4, **more)
+
+    with pytest.warns(UserWarning, match=r"have 123 tokens, those of .*base 120: .* before inject"):
+        lora.save_adapter(adapted(3), tmp_path / "a")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The embeddings have")
+        lora.save_adapter(adapted(0), tmp_path / "b")
+        lora.save_adapter(adapted(3, modules_to_save=["embed_tokens"]), tmp_path / "c")
