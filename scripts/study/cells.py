@@ -90,7 +90,7 @@ class Cell:
     def goes_on(self) -> bool:
         """Whether its first part is that training."""
         method = self.trained
-        plain = bool(method.schedule.full_rank_share) and not method.skew
+        plain = bool(method.schedule.full_rank_share) and not method.skew and not method.lengths
         return plain and (method.r, method.strength) == (self.r_max, ALPHA / R_MAX)
 
 

@@ -49,6 +49,7 @@ class Method:
     strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
     paces: tuple[float, ...] = ()  # once the components are ordered: how much faster each one's lora_B learns
     skew: tuple[float, ...] = ()  # up to the ordering: how much stronger each component is
+    lengths: tuple[float, ...] = ()  # how much longer each component's row of lora_A starts
     gate_after: tuple[int, ...] = ()  # once the components are ordered: the mean of these ranks' gates, nothing drawn
     wide_A: bool = False  # lora_A drawn with a bound of 1/sqrt(r) in place of 1/sqrt(in): MatryoshkaLoRA's release
     # Once the components are ordered, groups of examples: each group's share of the update, and its weights of ranks.
@@ -64,7 +65,8 @@ class Method:
         """
         if r_max == R_MAX or self.r < R_MAX:
             return self
-        if self.weights or self.strengths or self.paces or self.skew or self.gate_after or self.tail or self.adalora:
+        by_component = self.weights or self.strengths or self.paces or self.skew or self.lengths
+        if by_component or self.gate_after or self.tail or self.adalora:
             raise ValueError(f"{self.title!r} is for r_max {R_MAX} alone.")
         alpha = self.alpha * r_max / R_MAX if self.scaling == "alpha/r" else self.alpha
         ranks = shown_up_to(r_max) if self.schedule.gate_ranks else self.schedule.gate_ranks

@@ -98,9 +98,18 @@ class StudyTrainer(DyLoRATrainer):
             for _, layer in lora_layers(self.model):
                 length = layer.lora_A.detach().norm() / layer.r**0.5
                 nn.init.orthogonal_(layer.lora_A, gain=float(length))
+        if method.lengths:
+            self.lengthen(self.model, torch.tensor(method.lengths))
         if method.wide_A:
             self.widen(self.model)
         self.groups: list[tuple[float, dict[int, float]]] = []  # the tail, settled at the ordering
+
+    @staticmethod
+    @torch.no_grad()
+    def lengthen(model: nn.Module, lengths: torch.Tensor) -> None:
+        """Rows of lora_A of lengths of their own; of models with plain layers alone."""
+        for _, layer in lora_layers(model):
+            layer.lora_A *= lengths[:, None]
 
     @staticmethod
     @torch.no_grad()

@@ -87,6 +87,18 @@ TRIED = {
             ("half", "16/2^k", tuple(8 / 2**k for k in range(1, 9))),
         ]
     },
+    **{
+        f"long-{name}": Method(
+            f"our default, component k's row of lora_A {title} times as long at the start",
+            replace(MIXED, full_rank_share=0.8),
+            lengths=lengths,
+            **CONSTANT_2,
+        )
+        for name, title, lengths in [
+            ("1/k", "8/k", tuple(8 / k for k in range(1, 9))),
+            ("sqrt", "2/sqrt(k)", tuple(2 / k**0.5 for k in range(1, 9))),
+        ]
+    },
     "ordered-even": Method("ordered, ranks drawn evenly", ORDERED, weights=UNIFORM, **CONSTANT_2),
     "ordered-ends": Method("ordered, ranks 1 and 8 more often", ORDERED, weights=ENDS, **CONSTANT_2),
     "ordered-powers": Method("ordered, ranks 1, 2, 4, 8 alone", ORDERED, weights=POWERS, **CONSTANT_2),
