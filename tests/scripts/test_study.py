@@ -1,5 +1,6 @@
 """The study's methods, peers and cuts, and its commands from end to end on tiny data."""
 
+import dataclasses
 import json
 import math
 
@@ -231,6 +232,8 @@ VARIANTS = [
     *(
         "strengths-1/k",
         "paces-1/k",
+        "skewed-1/k",
+        "long-1/k",
         "anneal-constant",
         "plus-constant",
         "orthogonal-constant",
@@ -261,6 +264,20 @@ def test_a_pace_leaves_the_update_as_it_is_and_moves_it_faster():
     optimizer.step()
     moved = (layer.lora_B.detach() * paces - before).abs()
     torch.testing.assert_close(moved, (1e-3 * paces).expand(5, 2), rtol=1e-2, atol=1e-6)
+
+
+def test_a_skewed_part_ends_in_the_update_that_it_trained():
+    layer = lora.Linear(6, 5, r=2, lora_alpha=4, scaling="alpha/r")
+    torch.nn.init.normal_(layer.lora_B)
+    model, x = torch.nn.Sequential(layer), torch.randn(3, 6)
+    before = layer.lora_B.detach() * torch.tensor([8.0, 0.5]) @ layer.lora_A.detach() * 2
+    wanted = x @ (layer.weight + before).T + layer.bias
+    setting = study_trainer.Skewed(2, factors=(8.0, 0.5), strength=2.0)
+    setting.apply(model)
+    torch.testing.assert_close(model(x), wanted)
+    dataclasses.replace(setting, order=True).apply(model, torch.optim.Adam(model.parameters()))
+    torch.testing.assert_close(model(x), wanted)
+    assert lora.get_rank(model) == 2
 
 
 @pytest.mark.parametrize("r_max", [16, 64])
