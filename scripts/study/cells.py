@@ -142,10 +142,13 @@ def chosen_rates(records: list[dict], runs: Runs | None = None) -> dict[str, flo
 
 
 def next_rates(by_rate: dict[float, float]) -> list[float]:
-    """The rates that are missing: those of RATES, then the one beyond the best while the best is at an end."""
+    """The rates that are missing: those of RATES, then the one beyond the best while the best is at an end. None are
+    once the best has both its neighbours."""
+    best = max(by_rate, key=by_rate.__getitem__, default=0.0)
+    if best / 2 in by_rate and best * 2 in by_rate:
+        return []
     if missing := [rate for rate in RATES if rate not in by_rate]:
         return missing
-    best = max(by_rate, key=by_rate.__getitem__)
     beyond = best / 2 if best == min(by_rate) else best * 2 if best == max(by_rate) else None
     return [beyond] if beyond and LIMITS[0] <= beyond <= LIMITS[1] else []
 

@@ -14,10 +14,11 @@ from ..pages import page
 from .averages import average_tables, averaged, beside, headline, peer_on, task_by_task, with_most_seeds
 from .cells import RATE_RUNS, TRIED_RATE, area, usual_records
 from .held_out import BAR, lead_table, rate_table, tried_table
+from .language_tables import language_tables
 from .methods import ALPHA, CUTS, DEFAULT, METHODS, R_MAX, SHOWN
 from .naming import HEAD, NAMES, called, order, spans, with_error
 from .shown import AVERAGED, PROCESSOR, Found, by_row, device_of, scores_by_device
-from .wide import language_tables, rank_tables, target_tables
+from .wide import rank_tables, target_tables
 
 # What the picture shows, and how it calls it.
 DRAWN = {

@@ -12,6 +12,7 @@ from loralib.report.choice import aurac
 from scripts.study import averages, cells, held_out, naming, shown, wide
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
+from scripts.study.language_tables import language_tables
 from scripts.study.running import ROOT
 
 
@@ -315,7 +316,7 @@ def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
     assert "| the default minus the sweep | +1.5 | +1.5 | +1.5 | +1.5 | +1.5 |" in text
     assert "| +12.5 | +13.5 | +15.5 | +19.5 | +27.5 |" in text and "Measuring 5 ranks took 4.5 times" in text
     assert "LoRA trained at rank 16, reduced by SVD" in text and "r_max 64" not in text
-    assert wide.target_tables(lines) == [] and wide.language_tables(lines) == []
+    assert wide.target_tables(lines) == [] and language_tables(lines) == []
     lines = [
         line(name, seed, scores, targets=cells.ALL_LINEAR)
         for seed, more in ((0, 0.0), (1, 2.0))
@@ -330,23 +331,32 @@ def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
 
 
 def test_a_language_models_best_rate_has_the_lowest_loss():
-    lines = [
-        vars(cells.Cell("webnlg", "lora-8", 0, rate, "held_out", targets=cells.ALL_LINEAR))
-        | {"metric": "loss", "scores": {"8": loss}}
-        for rate, loss in ((5e-4, 1.2), (1e-3, 1.0), (2e-3, 1.1))
-    ]
+    def run(method, rate, loss, split="held_out"):
+        ranks = [method[5:6]] if method.startswith("lora") else "1248"
+        cell = cells.Cell("webnlg", method, 0, rate, split, targets=cells.ALL_LINEAR)
+        return vars(cell) | {"metric": "loss", "scores": dict.fromkeys(ranks, loss)}
+
+    lines = [run("lora-8", rate, loss) for rate, loss in ((5e-4, 1.2), (1e-3, 1.0), (2e-3, 1.1))]
+    lines += [run("lora-1", rate, loss) for rate, loss in ((1e-3, 1.3), (2e-3, 1.2))]
+    lines += [run("lora-1-strength-2", 1e-3, 1.35)]
     assert cells.chosen_rates(lines, cells.LANGUAGE_RATE_RUNS) == {"lora-8": 1e-3}
-    text = "\n".join(wide.language_tables(lines))  # before there are runs on validation
-    assert "| 1.2000 | 1.0000 | 1.1000 | 0.001 |" in text and "On 200 entries of validation" not in text
-    assert "nothing is compared yet" in text
-    for rate, ours in ((5e-4, 2.0), (1e-3, 1.5)):
-        cell = cells.Cell("webnlg", study_methods.DEFAULT, 0, rate, "held_out", targets=cells.ALL_LINEAR)
-        lines.append(vars(cell) | {"metric": "loss", "scores": dict.fromkeys(("1", "2", "4", "8"), ours)})
-    variant = cells.Cell("webnlg", "paces-sqrt", 0, 1e-3, "held_out", targets=cells.ALL_LINEAR)
-    lines.append(vars(variant) | {"metric": "loss", "scores": dict.fromkeys(("1", "2", "4", "8"), 1.25)})
-    text = "\n".join(wide.language_tables(lines))
-    assert "4/sqrt(k) times as fast once ordered | 1.2500 | 1.2500 |" in text
-    assert "All at rate 0.001" in text and "| the default minus the sweep |  |  |  | +0.5000 |" in text
+    text = "\n".join(language_tables(lines))  # before there are runs on validation
+    assert "| 1.2000 | 1.0000 | 1.1000 | 0.001 |" in text and "200 entries of validation" not in text
+    assert "|  | 1.3000 | 1.2000 | 0.002 (open: 0.0005) |" in text and "left: above strength 16/r at each" in text
+    assert "Nothing is compared on validation yet" in text and "the default minus" not in text
+    lines += [run(study_methods.DEFAULT, rate, loss) for rate, loss in ((5e-4, 2.0), (1e-3, 1.5))]
+    lines += [run("paces-sqrt", 1e-3, 1.25), run("paces-sqrt", 5e-4, 1.75)]
+    text = "\n".join(language_tables(lines))  # each at its own rate
+    assert "4/sqrt(k) times as fast once ordered | 1.2500 | 1.2500 |" in text and "1.7500" not in text
+    assert "| the default minus the sweep | +0.3000 |  |  | +0.5000 |" in text
+    lines += [run(study_methods.DEFAULT, 1e-3, 1.6, "validation"), run("lora-1", 2e-3, 1.5, "validation")]
+    text = "\n".join(language_tables(lines))
+    assert "200 entries of validation, seed 0" in text and "| the default minus the sweep | +0.1000 |  |  |  |" in text
+
+
+def test_a_grid_is_closed_once_the_best_has_both_neighbours():
+    assert cells.next_rates({5e-4: 1.0, 2e-3: 3.0, 4e-3: 4.0, 8e-3: 2.0}) == []
+    assert cells.next_rates({5e-4: 1.0, 2e-3: 5.0, 4e-3: 4.0, 8e-3: 2.0}) == [1e-3]
 
 
 def test_a_score_counts_at_its_rank_in_whatever_order_ranks_come():

@@ -1,0 +1,91 @@
+"""Tables of the language model; lower is better."""
+
+from loralib.report.tables import markdown_table
+
+from . import cells
+from .cells import ALL_LINEAR, LANGUAGE_RATE_RUNS
+from .held_out import BAR
+from .methods import DEFAULT, R_MAX, SWEEP, shown_up_to
+from .naming import title
+from .shown import device_of
+from .tried import TRIED
+from .wide import Kept, curve_table, curves_of, on_one_device
+
+PLAIN = {r: names[0] for r, names in SWEEP.items()}  # the sweep: at rank r a LoRA at strength 16/r
+BASE = {"lora-1-strength-2": "lora-1", "lora-2-strength-2": "lora-2", "lora-4-strength-2": "lora-4"}
+RANKS = shown_up_to(R_MAX)
+
+
+def language_tables(records: list[dict]) -> list[str]:
+    """What is known of the language model: on validation, on the entries that rates are chosen on, and the rates."""
+    (task,) = cells.LANGUAGE
+    own = [r for r in records if r["task"] == task]
+    if not own:
+        return []
+    held_out = cells.held_out_scores(own, LANGUAGE_RATE_RUNS)
+    rates = {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in held_out.items()}
+    return [
+        "## A language model",
+        "",
+        "SmolLM2-135M-Instruct on WebNLG, all linear layers, 1,500 training entries, once, batch 8; the loss of the "
+        "completions' tokens, lower is better. The sweep is at strength 16/r, all else at 2; each method at its own "
+        "rate, which the last table tells.",
+        "",
+        *validation_table(own, task, rates),
+        *held_out_table(own, task, rates),
+        *rate_table(held_out),
+    ]
+
+
+def validation_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
+    kept = Kept(task, ALL_LINEAR, rates)
+    found = curves_of(on_one_device(records, kept), kept, PLAIN)
+    if not found[DEFAULT]:
+        return ["Nothing is compared on validation yet.", ""]
+    seeds = ", ".join(map(str, sorted(found[DEFAULT])))
+    return [f"On 200 entries of validation, seed {seeds}:", "", *curve_table(found, RANKS, 4)]
+
+
+def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
+    """The default beside its peers, and what else was tried at the default's rate."""
+    kept = Kept(task, ALL_LINEAR, rates, split="held_out")
+    found = curves_of(records, kept, PLAIN)
+    if not found[DEFAULT]:
+        return []
+    devices = sorted({device_of(r) for name in (*PLAIN.values(), DEFAULT) for r in kept.runs(records, name, R_MAX)})
+    variants = [
+        [title(r["method"]), *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]
+        for r in records
+        if r["method"] in TRIED and r["rate"] == rates[DEFAULT] and r["split"] == "held_out"
+    ]
+    head = [f"variants of the default at {rates[DEFAULT]:g}", *(f"r={b}" for b in RANKS)]
+    return [
+        f"On 200 entries of train that were not trained on, by which the rates are chosen, seed 0 "
+        f"({', '.join(devices)}):",
+        "",
+        *curve_table(found, RANKS, 4),
+        *([markdown_table(head, variants, "l"), ""] if variants else []),
+    ]
+
+
+def rate_table(held_out: dict[str, dict[float, float]]) -> list[str]:
+    """How the rates are chosen."""
+    rates = sorted({rate for by_rate in held_out.values() for rate in by_rate})
+    rows = []
+    for method, by_rate in held_out.items():
+        if method in {DEFAULT, BAR, *PLAIN.values(), *BASE}:
+            values = [f"{-by_rate[rate]:.4f}" if rate in by_rate else "" for rate in rates]
+            rows.append([title(method), *values, chosen(method, held_out)])
+    head = ["loss (over several ranks: AURAC)", *(f"{rate:g}" for rate in rates), "chosen"]
+    return ["The rates, on these entries:", "", markdown_table(head, rows, "l"), ""]
+
+
+def chosen(method: str, held_out: dict[str, dict[float, float]]) -> str:
+    """The rate that a method takes, what is to be measured before it is known, or why it was left."""
+    own, base = held_out[method], held_out.get(BASE.get(method, ""), {})
+    common = own.keys() & base.keys()
+    if common and all(own[rate] < base[rate] for rate in common):
+        return "left: above strength 16/r at each"
+    beyond = ", ".join(f"{rate:g}" for rate in cells.next_rates(own))
+    best = max(own, key=own.__getitem__)
+    return f"{best:g}" + (f" (open: {beyond})" if beyond else "")
