@@ -133,7 +133,7 @@ class StudyTrainer(DyLoRATrainer):
         if method.tail:
             if setting.order or not self.groups:
                 self.groups = [*method.tail, *self.groups_by_cost(setting.order)]
-            return Setting(self.group_weights(), order=setting.order)
+            setting = Setting(self.group_weights(), order=setting.order)
         if method.weights:
             return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
         if method.paces:

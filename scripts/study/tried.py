@@ -74,6 +74,15 @@ TRIED = {
             ("-0.5", "half at r_max, ordered, then mixed", 0.5),
         ]
     },
+    "paces-by-cost": Method(
+        "ordered after 0.8 of the training, then half at 8 and half at 1, 2, 4 by what the cut costs, component k "
+        "4/sqrt(k) times as fast",
+        replace(ORDERED, full_rank_share=0.8),
+        tail=((1 / 2, {8: 1.0}),),
+        by_cost=0.5,
+        paces=tuple(4 / k**0.5 for k in range(1, 9)),
+        **CONSTANT_2,
+    ),
     **{
         f"skewed-{name}": Method(
             f"our default, component k at strength {title} up to the ordering",

@@ -232,6 +232,7 @@ VARIANTS = [
     *(
         "strengths-1/k",
         "paces-1/k",
+        "paces-by-cost",
         "skewed-1/k",
         "long-1/k",
         "anneal-constant",
