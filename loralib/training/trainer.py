@@ -129,6 +129,11 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
                 "A padding-free batch is one row, whose examples cannot have a rank each: give "
                 "RankSchedule(sampling='step'), or leave out padding_free (for packing: packing_strategy='wrapped')."
             )
+        if self.bound is not None and self.args.torch_compile and self.args.activation_checkpointing:
+            raise ValueError(
+                "torch.compile cannot compute a block again at the ranks that it ran at: leave out torch_compile or "
+                "activation_checkpointing."
+            )
         if self.bound is not None:
             refuse_trained_biases(self.model)
         self._check_enough()

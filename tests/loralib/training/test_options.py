@@ -248,3 +248,9 @@ def test_a_stream_that_knows_its_length_is_a_stream(roberta_config, roberta_chec
     t.train_dataset = Sized()
     t.train()
     assert t.state.global_step == 3
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_compiled_blocks_are_not_checkpointed(name, roberta_config, roberta_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="leave out torch_compile or activation_checkpointing"):
+        trainer(roberta_config, roberta_checkpoint, tmp_path, torch_compile=True, **{name: True})
