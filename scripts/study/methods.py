@@ -48,6 +48,7 @@ class Method:
     orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
     strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
     paces: tuple[float, ...] = ()  # once the components are ordered: how much faster each one's lora_B learns
+    stretch: tuple[float, ...] = ()  # once the components are ordered: how much longer each one's row of lora_A is
     skew: tuple[float, ...] = ()  # up to the ordering: how much stronger each component is
     lengths: tuple[float, ...] = ()  # how much longer each component's row of lora_A starts
     gate_after: tuple[int, ...] = ()  # once the components are ordered: the mean of these ranks' gates, nothing drawn
@@ -65,7 +66,7 @@ class Method:
         """
         if r_max == R_MAX or self.r < R_MAX:
             return self
-        by_component = self.weights or self.strengths or self.paces or self.skew or self.lengths
+        by_component = self.weights or self.strengths or self.paces or self.stretch or self.skew or self.lengths
         if by_component or self.gate_after or self.tail or self.adalora:
             raise ValueError(f"{self.title!r} is for r_max {R_MAX} alone.")
         alpha = self.alpha * r_max / R_MAX if self.scaling == "alpha/r" else self.alpha

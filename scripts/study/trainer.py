@@ -77,12 +77,29 @@ class Skewed(Setting):
             lora.set_gate(model, factors * self.strength)
 
 
+@dataclass(frozen=True)
+class Stretched(Setting):
+    """Components whose rows of lora_A are longer from the ordering on, and whose columns of lora_B are shorter by as
+    much: the update is the same, and a step of Adam on lora_B moves it more."""
+
+    factors: tuple[float, ...] = ()
+
+    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().apply(model, optimizer)
+        factors = torch.tensor(self.factors)
+        fold(model, optimizer, 1 / factors)
+        fold(model, optimizer, factors[:, None], "lora_A")
+
+
 @torch.no_grad()
-def fold(model: nn.Module, optimizer: torch.optim.Optimizer | None, factors: torch.Tensor) -> None:
-    """Multiply component k of each lora_B by ``factors[k]``, momenta along; of models with plain layers alone."""
+def fold(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, factors: torch.Tensor, name: str = "lora_B"
+) -> None:
+    """Multiply the components of each factor by ``factors``, momenta along; of models with plain layers alone."""
     for _, layer in lora_layers(model):
-        layer.lora_B *= factors
-        for kept in [] if optimizer is None else kept_for(optimizer, layer.lora_B):
+        factor = getattr(layer, name)
+        factor *= factors
+        for kept in [] if optimizer is None else kept_for(optimizer, factor):
             kept.write(kept.read() / (factors.square() if kept.follows == SQUARE else factors))
 
 
@@ -134,6 +151,8 @@ class StudyTrainer(DyLoRATrainer):
             if setting.order or not self.groups:
                 self.groups = [*method.tail, *self.groups_by_cost(setting.order)]
             setting = Setting(self.group_weights(), order=setting.order)
+        if method.stretch and setting.order:
+            return Stretched(setting.rank, order=True, factors=method.stretch)
         if method.weights:
             return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
         if method.paces:

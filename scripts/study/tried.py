@@ -8,6 +8,7 @@ ALL_POWERS = dict.fromkeys((1, 2, 4, 8), 1 / 4)
 UNIFORM = (1.0,) * R_MAX
 ENDS = (3, 1, 1, 1, 1, 1, 1, 3)
 POWERS = (1, 1, 0, 1, 0, 0, 0, 1)
+ROOTS = tuple(4 / k**0.5 for k in range(1, 9))
 CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
 
 TRIED = {
@@ -66,7 +67,7 @@ TRIED = {
         )
         for name, title, paces in [
             ("1/k", "8/k", tuple(8 / k for k in range(1, 9))),
-            ("sqrt", "4/sqrt(k)", tuple(4 / k**0.5 for k in range(1, 9))),
+            ("sqrt", "4/sqrt(k)", ROOTS),
         ]
         for after, begun, share in [
             ("", "our default", 0.8),
@@ -74,15 +75,28 @@ TRIED = {
             ("-0.5", "half at r_max, ordered, then mixed", 0.5),
         ]
     },
-    "paces-by-cost": Method(
-        "ordered after 0.8 of the training, then half at 8 and half at 1, 2, 4 by what the cut costs, component k "
-        "4/sqrt(k) times as fast",
-        replace(ORDERED, full_rank_share=0.8),
-        tail=((1 / 2, {8: 1.0}),),
-        by_cost=0.5,
-        paces=tuple(4 / k**0.5 for k in range(1, 9)),
-        **CONSTANT_2,
-    ),
+    **{
+        f"{beside}{name}": Method(
+            f"ordered after 0.8 of the training, then {how}{what}",
+            replace(ORDERED, full_rank_share=0.8),
+            tail=tail,
+            by_cost=1 - sum(part for part, _ in tail),
+            **more,
+            **CONSTANT_2,
+        )
+        for name, how, tail in [
+            ("by-cost", "half at 8 and half at 1, 2, 4 by what the cut costs", ((1 / 2, {8: 1.0}),)),
+            (
+                "late",
+                "half at 8, 3/8 at 1, 1/10 at 2 and 1/40 at 4",
+                ((1 / 2, {8: 1.0}), (3 / 8, {1: 1.0}), (1 / 10, {2: 1.0}), (1 / 40, {4: 1.0})),
+            ),
+        ]
+        for beside, what, more in [
+            ("paces-", ", component k 4/sqrt(k) times as fast", {"paces": ROOTS}),
+            ("stretched-", ", rows of lora_A 4/sqrt(k) times as long", {"stretch": ROOTS}),
+        ]
+    },
     **{
         f"skewed-{name}": Method(
             f"our default, component k at strength {title} up to the ordering",

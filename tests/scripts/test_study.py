@@ -233,6 +233,9 @@ VARIANTS = [
         "strengths-1/k",
         "paces-1/k",
         "paces-by-cost",
+        "paces-late",
+        "stretched-by-cost",
+        "stretched-late",
         "skewed-1/k",
         "long-1/k",
         "anneal-constant",
@@ -265,6 +268,30 @@ def test_a_pace_leaves_the_update_as_it_is_and_moves_it_faster():
     optimizer.step()
     moved = (layer.lora_B.detach() * paces - before).abs()
     torch.testing.assert_close(moved, (1e-3 * paces).expand(5, 2), rtol=1e-2, atol=1e-6)
+
+
+def test_a_stretch_leaves_the_update_and_its_gradient_as_they_are():
+    """The running means of Adam are those that gradients of the stretched factors would have given."""
+    torch.manual_seed(0)
+    made = []
+    for stretched in (False, True):
+        torch.manual_seed(1)
+        layer = lora.Linear(6, 5, r=2, lora_alpha=4, scaling="alpha/r")
+        torch.nn.init.normal_(layer.lora_B)
+        model, x = torch.nn.Sequential(layer), torch.randn(3, 6)
+        lora.order_components(model)
+        optimizer = torch.optim.Adam([layer.lora_A, layer.lora_B], lr=1e-9)
+        setting = study_trainer.Stretched(2, factors=(4.0, 0.5))
+        for when in ("first", "after a step"):
+            if stretched == (when == "first"):
+                setting.apply(model, optimizer)
+            if when == "first":
+                model(x).square().sum().backward()
+                optimizer.step()
+        made.append((model(x), *(layer.lora_A, layer.lora_B), optimizer.state.values()))
+    torch.testing.assert_close(made[0][:3], made[1][:3])
+    for early, late in zip(made[0][3], made[1][3], strict=True):
+        torch.testing.assert_close((early["exp_avg"], early["exp_avg_sq"]), (late["exp_avg"], late["exp_avg_sq"]))
 
 
 def test_a_skewed_part_ends_in_the_update_that_it_trained():
