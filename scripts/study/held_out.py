@@ -7,6 +7,7 @@ from loralib.report.tables import markdown_table
 from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, chosen_strengths, held_out_scores, next_rates
 from .methods import DEFAULT, METHODS, SHOWN
 from .naming import HEAD, NAMES, OF_SWEEP, order, title, with_error
+from .shown import device_of
 from .tried import TRIED
 
 # What leads are held against: the plainest peer that gives every rank.
@@ -56,18 +57,24 @@ def tried_table(records: list[dict]) -> list[str]:
 
 def lead_table(records: list[dict]) -> list[str]:
     """What was tried beside LoRA reduced by SVD, on parts of train on which no rate was chosen."""
-    runs = {
-        (r["task"], r["seed"], r["method"]): {int(b): value for b, value in r["scores"].items()}
-        for r in reversed(records)  # as for rates, the first of several devices counts
-        if r["split"] == "held_out" and r["rate"] == TRIED_RATE and (r["task"], r["seed"]) in LEAD_RUNS
-    }
+    runs, bars = {}, {}
+    for r in reversed(records):  # as for rates, the first of several devices counts
+        if r["split"] == "held_out" and r["rate"] == TRIED_RATE and (r["task"], r["seed"]) in LEAD_RUNS:
+            cell, computed_in = (r["task"], r["seed"]), (device_of(r), r.get("precision"))
+            found = {int(b): value for b, value in r["scores"].items()}
+            runs[*cell, r["method"]] = found, computed_in
+            if r["method"] == BAR:
+                bars[*cell, computed_in] = found
     rows = []
     for method in order({m for _, _, m in runs} - set(OF_SWEEP) - {BAR}):
-        both = [cell for cell in LEAD_RUNS if (*cell, method) in runs and (*cell, BAR) in runs]
-        if len(both) < 2:
-            continue
-        apart = [[runs[(*cell, method)][b] - runs[(*cell, BAR)][b] for cell in both] for b in SHOWN]
-        rows.append([title(method), *(with_error(each, 2, "+") for each in apart), str(len(both))])
+        pairs = []
+        for cell in LEAD_RUNS:
+            found, computed_in = runs.get((*cell, method), ({}, None))
+            if bar := bars.get((*cell, computed_in)):
+                pairs.append({b: found[b] - bar[b] for b in SHOWN})
+        if len(pairs) >= 2:
+            apart = [with_error([pair[b] for pair in pairs], 2, "+") for b in SHOWN]
+            rows.append([title(method), *apart, str(len(pairs))])
     if not rows:
         return []
     tasks = ", ".join(NAMES[task].split(",")[0] for task in LEAD_TASKS)

@@ -268,6 +268,12 @@ def test_leads_are_paired_differences_from_the_reduction_by_svd():
     (row,) = [text for text in "\n".join(held_out.lead_table(lines)).splitlines() if "+" in text or "-0" in text]
     assert "0.8 at r_max, ordered, then mixed" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
     assert held_out.lead_table(lines[:1]) == []
+    # A run in another precision is beside the reduction in that precision.
+    again = {"precision": "fp32"}
+    lines += [line("cut-svd", run, 60.0, **again) for run in (0, 1)]
+    lines += [line("thirds-0.8", run, 61.0, **again) for run in (0, 1)]
+    rows = "\n".join(held_out.lead_table(lines)).splitlines()
+    assert row in rows and any("thirds of the" in text and text.count("+1.00 ± 0.00") == 4 for text in rows)
 
 
 def test_averages_are_over_methods_that_every_task_has():
