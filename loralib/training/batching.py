@@ -130,7 +130,8 @@ def lengths_of(dataset, column: str = "length") -> list[int]:
     names = getattr(dataset, "column_names", None)
     if names is not None:
         if column in names:
-            sizes = list(dataset[column])
+            # Numbers of numpy's and torch's, as a data set's format gives them, too.
+            sizes = [size.item() if hasattr(size, "item") else size for size in dataset[column]]
             wrong = [size for size in sizes if not isinstance(size, int) or size < 0]
             if not wrong:
                 return sizes

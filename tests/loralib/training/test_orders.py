@@ -1,6 +1,7 @@
 """Examples in another order than the trainer's own: samplers and loaders of a subclass, epochs that end early, columns
 that are no lengths. What is compared with is what the order says, or a sentence."""
 
+import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader, WeightedRandomSampler
@@ -8,6 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from loralib.layout import examples_in
 from loralib.trainer import DyLoRAMixin, DyLoRATrainer
+from loralib.training.batching import lengths_of
 
 from .test_trainer import data, trainer
 
@@ -136,6 +138,12 @@ def test_a_collator_that_makes_pairs_of_examples_asks_for_a_rank_per_step(robert
     t.data_collator = twice(t.data_collator)
     t.train()
     assert t.ordered
+
+
+@pytest.mark.parametrize("kind", [None, "numpy", "torch"])
+def test_lengths_are_numbers_of_any_library(kind):
+    held = datasets.Dataset.from_dict({"size": [3, 1, 2], "input_ids": [[1]] * 3}).with_format(kind)
+    assert lengths_of(held, "size") == [3, 1, 2]
 
 
 class Own(Trainer):
