@@ -38,12 +38,19 @@ def warn_of_new_tokens(model: Any, heads: list[str]) -> None:
     ``heads`` are the modules that are saved beside. The base model's own configuration is looked for in its directory
     or the hub's cache.
     """
-    embeddings, config = getattr(model, "get_input_embeddings", lambda: None)(), getattr(model, "config", None)
+    config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", None)
-    if not isinstance(getattr(embeddings, "weight", None), torch.Tensor) or not name:
+    if not name:
+        return
+    try:
+        embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+        text = getattr(config, "get_text_config", lambda: config)()
+    except (NotImplementedError, ValueError):  # a model of sounds or images, or of several texts
+        return
+    if not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
         return
     held = [key for key, module in model.named_modules() if module is embeddings and is_inside(key, heads)]
-    before, now = _vocabulary_of(name), getattr(config and config.get_text_config(), "vocab_size", None)
+    before, now = _vocabulary_of(name), getattr(text, "vocab_size", None)
     if not held and before is not None and now is not None and before != now:
         warnings.warn(
             f"The embeddings have {now} tokens, those of {name} {before}: the adapter does not hold them, and resized "

@@ -364,7 +364,7 @@ def test_a_language_model_from_its_rates_to_its_table(tmp_path, monkeypatch, as_
     assert 0 < runs["lora-8"]["scores"]["8"] < math.log(64)
     study.main(["tables", "--results", str(tmp_path / "results")])
     text = (tmp_path / "results" / "README.md").read_text()
-    assert "## A language model" in text and "rates: sweep 0.001, 0.01" in text
+    assert "## A language model" in text and "On 200 entries of validation, seed 0:" in text
 
 
 def test_the_completion_alone_is_counted_and_cut_entries_without_one_are_left_out():

@@ -406,8 +406,8 @@ def test_pairs_are_of_one_device_that_with_the_most_seeds():
 def test_each_cut_in_the_repository_is_of_the_training_whose_line_is_there():
     records = cells.read_records(ROOT / "results" / "study" / "runs.jsonl")
     place = [name for name in cells.Cell.__dataclass_fields__ if name != "method"]
-    place += ["device"]
-    records = [{"device": shown.PROCESSOR} | r for r in records]
+    place += ["device", "precision"]
+    records = [{"device": shown.PROCESSOR, "precision": None} | r for r in records]
     trained = {(r["method"], *(r[name] for name in place)): r for r in records}
     for r in records:
         if r["method"] in study_methods.CUTS:
