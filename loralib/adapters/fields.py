@@ -29,6 +29,10 @@ def _list_of(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(is_one, value))
 
 
+def _fingerprint(value: Any) -> bool:
+    return _list_of(_finite)(value) and len(value) == 16
+
+
 def _by_name(is_one: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """Values by names of layers, which PEFT takes for regular expressions."""
     return lambda value: isinstance(value, dict) and all(map(_expression, value)) and all(map(is_one, value.values()))
@@ -79,9 +83,9 @@ FACTS = {
     "lora_alpha": (_number, "a number above 0"),
     "scaling": (lambda value: value in SCALINGS or value == "several", "one of " + ", ".join(SCALINGS)),
     "projections": (_by_name(_whole), "a table of whole numbers above 0"),
-    "base_sample": (lambda value: _list_of(_finite)(value) and len(value) == 16, "16 numbers"),
+    "base_sample": (_fingerprint, "16 numbers"),
     "base_sample_of": (_text, "a layer's name"),
-    "factors": (lambda value: _list_of(_finite)(value) and len(value) == 16, "16 numbers"),
+    "factors": (_fingerprint, "16 numbers"),
     "labels": (_list_of(_text), "a list of names"),
     "columns": (_list_of(_text), "a list of names"),
     "num_labels": (_whole, "a whole number above 0"),

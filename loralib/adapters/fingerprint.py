@@ -30,4 +30,4 @@ def _last_factors(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     # A and B: the first hardly moves in a short training, the second is zero before it.
     keys = sorted(key for key in tensors if ".lora_" in key)
     last = [key for key in keys if key.rpartition(".lora_")[0] == keys[-1].rpartition(".lora_")[0]]
-    return torch.cat([whole(tensors[key]).flatten().float() for key in last])
+    return torch.cat([tensors[key].flatten().float() for key in last])

@@ -5,14 +5,14 @@ from loralib.report.tables import markdown_table
 from . import cells
 from .cells import ALL_LINEAR, LANGUAGE_RATE_RUNS
 from .held_out import BAR
-from .methods import DEFAULT, R_MAX, SWEEP, shown_up_to
+from .methods import DEFAULT, PLAIN_SWEEP, R_MAX, SWEEP, shown_up_to
 from .naming import title
 from .shown import device_of
 from .tried import TRIED
 from .wide import Kept, curve_table, curves_of, on_one_device
 
-PLAIN = {r: names[0] for r, names in SWEEP.items()}  # the sweep: at rank r a LoRA at strength 16/r
-BASE = {"lora-1-strength-2": "lora-1", "lora-2-strength-2": "lora-2", "lora-4-strength-2": "lora-4"}
+# Other strengths than 16/r, each with the method at that.
+BASE = {name: plain for plain, *others in SWEEP.values() for name in others}
 RANKS = shown_up_to(R_MAX)
 
 
@@ -39,7 +39,7 @@ def language_tables(records: list[dict]) -> list[str]:
 
 def validation_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
     kept = Kept(task, ALL_LINEAR, rates)
-    found = curves_of(on_one_device(records, kept), kept, PLAIN)
+    found = curves_of(on_one_device(records, kept), kept, PLAIN_SWEEP)
     if not found[DEFAULT]:
         return ["Nothing is compared on validation yet.", ""]
     seeds = ", ".join(map(str, sorted(found[DEFAULT])))
@@ -49,10 +49,12 @@ def validation_table(records: list[dict], task: str, rates: dict[str, float]) ->
 def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
     """The default beside its peers, and what else was tried at the default's rate."""
     kept = Kept(task, ALL_LINEAR, rates, split="held_out")
-    found = curves_of(records, kept, PLAIN)
+    found = curves_of(records, kept, PLAIN_SWEEP)
     if not found[DEFAULT]:
         return []
-    devices = sorted({device_of(r) for name in (*PLAIN.values(), DEFAULT) for r in kept.runs(records, name, R_MAX)})
+    devices = sorted(
+        {device_of(r) for name in (*PLAIN_SWEEP.values(), DEFAULT) for r in kept.runs(records, name, R_MAX)}
+    )
     variants = [
         [title(r["method"]), *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]
         for r in records
@@ -60,7 +62,7 @@ def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> l
     ]
     head = [f"variants of the default at {rates[DEFAULT]:g}", *(f"r={b}" for b in RANKS)]
     return [
-        f"On 200 entries of train that were not trained on, by which the rates are chosen, seed 0 "
+        "On 200 entries of train that were not trained on, by which the rates are chosen, seed 0 "
         f"({', '.join(devices)}):",
         "",
         *curve_table(found, RANKS, 4),
@@ -73,7 +75,7 @@ def rate_table(held_out: dict[str, dict[float, float]]) -> list[str]:
     rates = sorted({rate for by_rate in held_out.values() for rate in by_rate})
     rows = []
     for method, by_rate in held_out.items():
-        if method in {DEFAULT, BAR, *PLAIN.values(), *BASE}:
+        if method in {DEFAULT, BAR, *PLAIN_SWEEP.values(), *BASE}:
             values = [f"{-by_rate[rate]:.4f}" if rate in by_rate else "" for rate in rates]
             rows.append([title(method), *values, chosen(method, held_out)])
     head = ["loss (over several ranks: AURAC)", *(f"{rate:g}" for rate in rates), "chosen"]

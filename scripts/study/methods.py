@@ -123,6 +123,7 @@ SWEEP = {
     r: [name for name, made in METHODS.items() if made.schedule == PLAIN and made.r == r and not made.adalora]
     for r in SHOWN
 }
+PLAIN_SWEEP = {r: names[0] for r, names in SWEEP.items()}  # the sweep, each at strength 16/r
 ADALORA = {b: f"adalora-{b}" for b in SHOWN}  # the same with AdaLoRA
 
 # Together one method too, LoRA-Squeeze (arXiv 2602.10993) at our settings: the first 0.8 of the training are those of

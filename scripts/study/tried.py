@@ -8,6 +8,7 @@ ALL_POWERS = dict.fromkeys((1, 2, 4, 8), 1 / 4)
 UNIFORM = (1.0,) * R_MAX
 ENDS = (3, 1, 1, 1, 1, 1, 1, 3)
 POWERS = (1, 1, 0, 1, 0, 0, 0, 1)
+BY_COST = "by-cost", "half at 8 and half at 1, 2, 4 by what the cut costs", ((1 / 2, {8: 1.0}),)
 ROOTS = tuple(4 / k**0.5 for k in range(1, 9))
 CONSTANT = dict(scaling="alpha/r", alpha=48)  # strength 6 at every rank
 
@@ -55,7 +56,7 @@ TRIED = {
                 ((1 / 3, {1: 1.0}), (1 / 3, ALL_POWERS), (1 / 3, {8: 1.0})),
             ),
             ("halves", "halves at 1, 2, 4, 8 at once and at 8", ((1 / 2, ALL_POWERS), (1 / 2, {8: 1.0}))),
-            ("by-cost", "half at 8 and half at 1, 2, 4 by what the cut costs", ((1 / 2, {8: 1.0}),)),
+            BY_COST,
         ]
     },
     **{
@@ -85,7 +86,7 @@ TRIED = {
             **CONSTANT_2,
         )
         for name, how, tail in [
-            ("by-cost", "half at 8 and half at 1, 2, 4 by what the cut costs", ((1 / 2, {8: 1.0}),)),
+            BY_COST,
             (
                 "late",
                 "half at 8, 3/8 at 1, 1/10 at 2 and 1/40 at 4",

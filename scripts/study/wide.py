@@ -8,7 +8,7 @@ from loralib.report.tables import markdown_table
 from . import cells
 from .cells import ALL_LINEAR, TRIED_RATE, WIDE_TASKS
 from .held_out import BAR
-from .methods import DEFAULT, R_MAX, SWEEP, shown_up_to
+from .methods import DEFAULT, PLAIN_SWEEP, R_MAX, shown_up_to
 from .naming import NAMES, ROWS, title, with_error
 from .shown import device_of
 
@@ -69,7 +69,7 @@ def curve_table(found: Curves, ranks: tuple[int, ...], digits: int, r_max: int =
 
 def rank_tables(records: list[dict]) -> list[str]:
     """The default at larger r_max."""
-    sweep = {r: names[0] for r, names in SWEEP.items() if r < R_MAX}
+    sweep = {r: name for r, name in PLAIN_SWEEP.items() if r < R_MAX}
     lines = []
     for r_max in cells.WIDE_RANKS:
         for task in WIDE_TASKS:
@@ -102,7 +102,7 @@ def target_tables(records: list[dict]) -> list[str]:
     lines, seeds = [], set()
     for task in WIDE_TASKS:
         kept = Kept(task, ALL_LINEAR, {})
-        found = curves_of(on_one_device(records, kept), kept, {r: names[0] for r, names in SWEEP.items()})
+        found = curves_of(on_one_device(records, kept), kept, PLAIN_SWEEP)
         if found[DEFAULT]:
             seeds |= set(found[DEFAULT])
             lines += [f"### {NAMES[task]}", "", *curve_table(found, shown_up_to(R_MAX), 1)]

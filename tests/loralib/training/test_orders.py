@@ -59,8 +59,10 @@ class Drawn(DyLoRATrainer):
 
 class OfOne(Trainer):
     def get_train_dataloader(self):
-        one = self.train_dataset.remove_columns("row").select([0] * 22)
-        return self.accelerator.prepare(DataLoader(one, batch_size=8, collate_fn=self.data_collator))
+        examples, sampler = self.train_dataset.remove_columns("row"), Drawn._get_train_sampler(self)
+        return self.accelerator.prepare(
+            DataLoader(examples, batch_size=8, sampler=sampler, collate_fn=self.data_collator)
+        )
 
 
 class Before(DyLoRAMixin, OfOne):
