@@ -1,5 +1,6 @@
 """Shared fixtures. Nothing here needs a network or the real GLUE data."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_left_alone():
+    """The garbage collector leaves alone what is imported by now: Trainer runs it three times a training, and each time
+    it would go through all of torch's and transformers' objects, as long as a tiny training takes."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
