@@ -7,7 +7,7 @@ from loralib.report.tables import markdown_table
 from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, chosen_strengths, held_out_scores, next_rates
 from .methods import DEFAULT, METHODS, SHOWN
 from .naming import HEAD, NAMES, OF_SWEEP, order, title, with_error
-from .shown import device_of
+from .shown import computed_in
 from .tried import TRIED
 
 # What leads are held against: the plainest peer that gives every rank.
@@ -60,17 +60,16 @@ def lead_table(records: list[dict]) -> list[str]:
     runs, bars = {}, {}
     for r in reversed(records):  # as for rates, the first of several devices counts
         if r["split"] == "held_out" and r["rate"] == TRIED_RATE and (r["task"], r["seed"]) in LEAD_RUNS:
-            cell, computed_in = (r["task"], r["seed"]), (device_of(r), r.get("precision"))
-            found = {int(b): value for b, value in r["scores"].items()}
-            runs[*cell, r["method"]] = found, computed_in
+            cell, found = (r["task"], r["seed"]), {int(b): value for b, value in r["scores"].items()}
+            runs[*cell, r["method"]] = found, computed_in(r)
             if r["method"] == BAR:
-                bars[*cell, computed_in] = found
+                bars[*cell, computed_in(r)] = found
     rows = []
     for method in order({m for _, _, m in runs} - set(OF_SWEEP) - {BAR}):
         pairs = []
         for cell in LEAD_RUNS:
-            found, computed_in = runs.get((*cell, method), ({}, None))
-            if bar := bars.get((*cell, computed_in)):
+            found, where = runs.get((*cell, method), ({}, None))
+            if bar := bars.get((*cell, where)):
                 pairs.append({b: found[b] - bar[b] for b in SHOWN})
         if len(pairs) >= 2:
             apart = [with_error([pair[b] for pair in pairs], 2, "+") for b in SHOWN]

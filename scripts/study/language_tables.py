@@ -7,9 +7,9 @@ from .cells import ALL_LINEAR, LANGUAGE_RATE_RUNS
 from .held_out import BAR
 from .methods import DEFAULT, PLAIN_SWEEP, R_MAX, SWEEP, shown_up_to
 from .naming import title
-from .shown import device_of
+from .shown import computed_in, device_of
 from .tried import TRIED
-from .wide import Kept, curve_table, curves_of, on_one_device
+from .wide import Kept, curve_table, curves_of, in_one_place
 
 # Other strengths than 16/r, each with the method at that.
 BASE = {name: plain for plain, *others in SWEEP.values() for name in others}
@@ -39,7 +39,7 @@ def language_tables(records: list[dict]) -> list[str]:
 
 def validation_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
     kept = Kept(task, ALL_LINEAR, rates)
-    found = curves_of(on_one_device(records, kept), kept, PLAIN_SWEEP)
+    found = curves_of(in_one_place(records, kept, computed_in), kept, PLAIN_SWEEP)
     if not found[DEFAULT]:
         return ["Nothing is compared on validation yet.", ""]
     seeds = ", ".join(map(str, sorted(found[DEFAULT])))
@@ -55,19 +55,32 @@ def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> l
     devices = sorted(
         {device_of(r) for name in (*PLAIN_SWEEP.values(), DEFAULT) for r in kept.runs(records, name, R_MAX)}
     )
-    variants = [
-        [title(r["method"]), *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]
-        for r in records
-        if r["method"] in TRIED and r["rate"] == rates[DEFAULT] and r["split"] == "held_out"
-    ]
-    head = [f"variants of the default at {rates[DEFAULT]:g}", *(f"r={b}" for b in RANKS)]
     return [
         "On 200 entries of train that were not trained on, by which the rates are chosen, seed 0 "
         f"({', '.join(devices)}):",
         "",
         *curve_table(found, RANKS, 4),
-        *([markdown_table(head, variants, "l"), ""] if variants else []),
+        *variant_tables([r for r in records if r["split"] == "held_out" and r["rate"] == rates[DEFAULT]]),
     ]
+
+
+def variant_tables(records: list[dict]) -> list[str]:
+    """Variants of the default beside it and the plainest peer, apart by what they were computed in, which moves a loss
+    as much as a variant does."""
+    lines = []
+    for place in dict.fromkeys(map(computed_in, records)):
+        own = [r for r in records if computed_in(r) == place]
+        rows = [
+            [title(r["method"]), *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]
+            for names in ((BAR,), (DEFAULT,), TRIED)
+            for r in own
+            if r["method"] in names
+        ]
+        if any(r["method"] in TRIED for r in own):
+            where = ", ".join(filter(None, place))
+            head = [f"variants at {own[0]['rate']:g}, on: {where}", *(f"r={b}" for b in RANKS)]
+            lines += [markdown_table(head, rows, "l"), ""]
+    return lines
 
 
 def rate_table(held_out: dict[str, dict[float, float]]) -> list[str]:

@@ -19,6 +19,11 @@ def device_of(record: dict) -> str:
     return record.get("device", PROCESSOR)
 
 
+def computed_in(record: dict) -> tuple[str, str | None]:
+    """What a run's rounding depends on: the device and the precision; older lines do not say the latter."""
+    return device_of(record), record.get("precision")
+
+
 def scores_by_device(records: list[dict]) -> dict[str, Found]:
     """What was measured, apart by device, since a run's rounding there moves a score as another seed does; the sweep's
     device first. A row is a method, or one of ROWS."""

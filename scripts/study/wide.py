@@ -1,6 +1,7 @@
 """Tables beside the main ones: larger r_max, and all linear layers."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from loralib.report.tables import markdown_table
@@ -32,10 +33,10 @@ class Kept:
         return [r for r in records if r["rate"] == rate and all(r[key] == value for key, value in wanted.items())]
 
 
-def on_one_device(records: list[dict], kept: Kept) -> list[dict]:
-    """Those of the device on which the default ran."""
-    devices = Counter(map(device_of, kept.runs(records, DEFAULT, kept.r_max)))
-    return [r for r in records if devices and device_of(r) == devices.most_common(1)[0][0]]
+def in_one_place(records: list[dict], kept: Kept, place_of: Callable[[dict], object] = device_of) -> list[dict]:
+    """Those of the device (or whatever ``place_of`` tells of a run) on which most of the default's runs are."""
+    places = Counter(map(place_of, kept.runs(records, DEFAULT, kept.r_max)))
+    return [r for r in records if places and place_of(r) == places.most_common(1)[0][0]]
 
 
 def curves_of(records: list[dict], kept: Kept, sweep: dict[int, str]) -> Curves:
@@ -74,7 +75,7 @@ def rank_tables(records: list[dict]) -> list[str]:
     for r_max in cells.WIDE_RANKS:
         for task in WIDE_TASKS:
             kept = Kept(task, cells.USUAL_TARGETS, {}, r_max)
-            found = curves_of(on_one_device(records, kept), kept, sweep)
+            found = curves_of(in_one_place(records, kept), kept, sweep)
             if not found[DEFAULT]:
                 continue
             ranks = shown_up_to(r_max)
@@ -102,7 +103,7 @@ def target_tables(records: list[dict]) -> list[str]:
     lines, seeds = [], set()
     for task in WIDE_TASKS:
         kept = Kept(task, ALL_LINEAR, {})
-        found = curves_of(on_one_device(records, kept), kept, PLAIN_SWEEP)
+        found = curves_of(in_one_place(records, kept), kept, PLAIN_SWEEP)
         if found[DEFAULT]:
             seeds |= set(found[DEFAULT])
             lines += [f"### {NAMES[task]}", "", *curve_table(found, shown_up_to(R_MAX), 1)]

@@ -13,7 +13,7 @@ from transformers_dylora.tasks import TASKS
 import loralib as lora
 from loralib.model import lora_layers
 from scripts.study import __main__ as study
-from scripts.study import adalora, cells, language, loading, reducing, running
+from scripts.study import adalora, cells, language, language_tables, loading, reducing, running
 from scripts.study import methods as study_methods
 from scripts.study import trainer as study_trainer
 from scripts.study import tried as study_tried
@@ -365,6 +365,29 @@ def test_a_language_model_from_its_rates_to_its_table(tmp_path, monkeypatch, as_
     study.main(["tables", "--results", str(tmp_path / "results")])
     text = (tmp_path / "results" / "README.md").read_text()
     assert "## A language model" in text and "On 200 entries of validation, seed 0:" in text
+
+
+def test_runs_of_a_language_model_are_compared_within_a_precision():
+    """The default has more seeds in bf16: its table is of these alone, and each variant stands beside what was computed
+    as it was."""
+
+    def run(method, split, seed, precision, loss):
+        scores = {str(b): loss for b in study_methods.SHOWN}
+        place = dict(device="cpu", precision=precision, r_max=8, targets=cells.ALL_LINEAR, metric="loss")
+        return dict(task="webnlg", method=method, seed=seed, rate=1e-3, split=split, scores=scores, **place)
+
+    records = [run(study_methods.DEFAULT, "validation", seed, "bf16", 2.0) for seed in (0, 1)]
+    records += [run("cut-svd", "validation", seed, "bf16", 2.5) for seed in (0, 1)]
+    records += [run(name, "validation", 0, "fp32", 9.0) for name in ("cut-svd", study_methods.DEFAULT)]
+    records += [run(study_methods.DEFAULT, "held_out", 0, precision, 3.0) for precision in ("bf16", "fp32")]
+    records += [run("mixed-0.9", "held_out", 0, "bf16", 4.0), run("mixed-0.7", "held_out", 0, "fp32", 5.0)]
+    text = "\n".join(language_tables.language_tables(records))
+    on_validation, held_out = text.split("that were not trained on")
+    assert "On 200 entries of validation, seed 0, 1:" in on_validation and "9.0" not in on_validation
+    assert "| the default minus SVD | -0.5000 ± 0.0000 |" in on_validation
+    in_bf16, in_fp32 = held_out.split("on: cpu, bf16 |")[1].split("on: cpu, fp32 |")
+    assert "4.0000" in in_bf16 and "5.0000" not in in_bf16 and "3.0000" in in_bf16
+    assert "5.0000" in in_fp32 and "4.0000" not in in_fp32 and "3.0000" in in_fp32
 
 
 def test_the_completion_alone_is_counted_and_cut_entries_without_one_are_left_out():
