@@ -312,6 +312,8 @@ def title_of(facts: dict, r_max: int) -> str:
         return "an adapter"
     if before_ordering(facts):
         return "DyLoRA, before its components were ordered"
+    if facts.get("cut_short"):
+        return f"LoRA trained at rank {r_max}, cut short, its components ordered afterwards"
     try:
         return RankSchedule(**known).resolve(r_max, "several").title()
     except (TypeError, ValueError):

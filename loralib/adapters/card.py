@@ -86,7 +86,8 @@ def model_card(
 
 def _drew_ranks(facts: dict) -> bool:
     """Whether the adapter is known to be trained for all its ranks; PEFT's own files tell nothing of their training."""
-    return facts.get("sampling") not in (None, "fixed") and not before_ordering(facts)
+    drawn = facts.get("sampling") not in (None, "fixed")
+    return drawn and not before_ordering(facts) and not facts.get("cut_short")
 
 
 def _with_article(rule: str) -> str:

@@ -92,6 +92,7 @@ FACTS = {
     "task": (_text, "a text"),
     "regression": (_truth, "true or false"),
     "ordered": (_truth, "true or false"),
+    "cut_short": (_truth, "true or false"),
     "spread": (_truth, "true or false"),
     "scalings": (
         lambda value: isinstance(value, dict) and set(value.values()) <= set(SCALINGS),

@@ -17,7 +17,7 @@ from ..model import adapter_parameters
 from ..report.choice import aurac, choose, nothing_learnt
 from ..report.results import Choice, RankResults, RankRow
 from ..report.writing import write_run
-from ..schedule import BoundSchedule
+from ..schedule import BoundSchedule, title_of
 from .metrics import Scored, by_rank
 from .part import TrainerPart
 
@@ -97,7 +97,7 @@ class Measurements(TrainerPart):
         config = getattr(self.model, "config", None)
         return RankResults(
             task=task,
-            method=bound.title(),
+            method=title_of(facts, bound.r_max),
             metric=metric,
             splits={split: rows},
             aurac={split: aurac(self.eval_ranks, curve)},

@@ -21,6 +21,7 @@ class AdapterCheckpoints(TrainerPart):
 
     bound: BoundSchedule | None
     ordered: bool
+    cut_short: bool
     began: bool
     adapter_facts: dict
     optimizer: Any
@@ -37,8 +38,7 @@ class AdapterCheckpoints(TrainerPart):
             return super()._save(output_dir, state_dict)
         output_dir = Path(output_dir or self.args.output_dir)
         if self.args.should_save or self.is_fsdp_enabled:  # under FSDP all processes gather, and one writes
-            facts = self.training_facts() | ({"ordered": self.ordered} if self.began else {})
-            save_adapter(self.model, output_dir, extra=facts | self.adapter_facts)
+            save_adapter(self.model, output_dir, extra=self.training_facts() | self.adapter_facts)
         if not self.args.should_save:  # every process comes here, one writes
             return None
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -62,8 +62,12 @@ class AdapterCheckpoints(TrainerPart):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def training_facts(self) -> dict:
-        """How ranks are trained, as ``dylora.json`` and ``rank_results.json`` tell it; nothing without an adapter."""
-        return {} if self.bound is None else self.bound.facts()
+        """How ranks are trained, as ``dylora.json`` and ``rank_results.json`` tell it, and how far a training came that
+        began; nothing without an adapter."""
+        if self.bound is None:
+            return {}
+        come = {"ordered": self.ordered} if self.began else {}
+        return self.bound.facts() | come | ({"cut_short": True} if self.cut_short else {})
 
     def create_model_card(self, *args, **kwargs):
         """loralib's card (see ``loralib.adapters.card``) for an adapter, unless a script has written a fuller one."""
@@ -97,7 +101,7 @@ class AdapterCheckpoints(TrainerPart):
         # A checkpoint of the first part of the training has its components as they came.
         if self.bound.schedule.full_rank_share and not self.ordered:
             order_components(self.model)
-            self.ordered = True
+            self.ordered = self.cut_short = True
             warnings.warn(
                 f"The best model, {best}, is from before the ordering of its components: they are ordered now, and its "
                 "lower ranks have other scores than it was chosen by.",

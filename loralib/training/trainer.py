@@ -139,7 +139,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self._check_enough()
         self.group_by_length, self.adapter_facts = group_by_length, adapter_facts or {}
         self.place = Place()
-        self.ordered = False  # whether the components were put in order in this training, and
+        self.ordered = False  # whether the components were put in order in this training,
+        self.cut_short = False  # whether that was after its end, and
         self.began = False  # whether there was one
         self.knows_loss = False  # whether the loss was asked if it divides by num_items_in_batch, and
         self.loss_divides = True  # whether it does
@@ -179,7 +180,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
 
     def train(self, *args, **kwargs):
         """As Trainer's; afterwards the model runs at r_max."""
-        self.ordered, self.began = False, True  # a checkpoint to go on from may know better
+        self.ordered, self.cut_short, self.began = False, False, True  # a checkpoint to go on from may know better
         try:
             with contextlib.ExitStack() as self.contexts:
                 self._enter()
@@ -197,7 +198,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         if self.bound is None or not self.bound.schedule.full_rank_share or self.ordered or not self.state.global_step:
             return
         order_components(self.model, self.optimizer)
-        self.ordered = True
+        self.ordered = self.cut_short = True
         warnings.warn(
             f"The training ended at update {self.state.global_step}, before its components were to be ordered: they "
             "are ordered now, and its lower ranks were not trained.",

@@ -307,6 +307,11 @@ def test_a_run_goes_on_where_it_was_interrupted(roberta_checkpoint, glue, tmp_pa
     assert all(torch.equal(whole[k], part[k]) for k in whole)
 
 
+def test_a_training_of_no_epoch_is_called_what_it_is(roberta_checkpoint, glue, tmp_path):
+    found = run_glue().main(command(roberta_checkpoint, glue, tmp_path, "rte", "--num_train_epochs", "0"))
+    assert found.method == "DyLoRA, before its components were ordered"
+
+
 def test_an_interrupted_recipe_goes_on_although_it_overwrites(roberta_checkpoint, glue, tmp_path, capsys):
     options = ["--save_strategy", "steps", "--save_steps", "1", "--overwrite_output_dir"]
     run_glue().main(command(roberta_checkpoint, glue, tmp_path / "out", "rte", *options))

@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
 import loralib as lora
+from loralib.schedule import title_of
 from loralib.trainer import DyLoRATrainer
 
 from .test_trainer import data, log, trainer
@@ -82,6 +83,9 @@ def test_a_training_that_a_callback_ends_early_is_ordered_and_says_so(roberta_co
     torch.testing.assert_close(A @ A.T, torch.diag(torch.diagonal(A @ A.T)), rtol=1e-4, atol=1e-4)
     lengths = B.norm(dim=0)
     assert torch.equal(lengths, lengths.sort(descending=True).values) and t.training_facts() and t.ordered
+    title = "LoRA trained at rank 4, cut short, its components ordered afterwards"
+    assert t.measure_ranks(t.train_dataset).method == title
+    assert title_of(json.loads((tmp_path / "dylora.json").read_text()), 4) == title
 
 
 def test_callbacks_find_the_model_at_r_max(roberta_config, roberta_checkpoint, tmp_path):

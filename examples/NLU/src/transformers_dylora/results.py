@@ -51,7 +51,8 @@ def how_trained(model_args, training_args, trainer) -> dict:
     if training_args.do_train:
         return trainer.training_facts()
     told = read_facts(model_args.lora_path)
-    return {name: told[name] for name in (*FACTS, "p", "reduce", "gate_ranks", "ordered", "seed") if name in told}
+    names = (*FACTS, "p", "reduce", "gate_ranks", "ordered", "cut_short", "seed")
+    return {name: told[name] for name in names if name in told}
 
 
 def assemble(
