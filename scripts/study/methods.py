@@ -42,6 +42,7 @@ class Method:
     group_by_length: bool = True
     # Variants that were tried; each is a no-op at its default.
     weights: tuple[float, ...] = ()  # draw ranks 1..r with these weights, evenly: each takes its share of every update
+    rank_1_first: float = 0.0  # before ``weights``: the share of the training at rank 1 alone
     anneal: bool = False  # draw from the top rank alone at first, and reach ``weights`` (or uniform) half-way
     distil: float = 0.0  # weight of the divergence from the same batch's logits at r_max (no gradient through these)
     rate_B: float = 1.0  # learning rate of lora_B relative to all else (LoRA+)

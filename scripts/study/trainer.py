@@ -196,6 +196,8 @@ class StudyTrainer(DyLoRATrainer):
     def even_ranks(self) -> torch.Tensor:
         """The micro-batch's part of the even draw for the update."""
         weights, step = list(self.method.weights), self.state.global_step
+        if step < self.method.rank_1_first * self.state.max_steps:
+            weights = [1.0] + [0.0] * (len(weights) - 1)
         if self.method.anneal:
             share = min(1.0, 2 * step / self.state.max_steps)
             weights = [w * share for w in weights[:-1]] + [weights[-1] + (1 - share) * sum(weights[:-1])]

@@ -156,6 +156,17 @@ TRIED = {
             ("ends-sqrt", "8/sqrt(k), ranks 1 and 8 more often", ENDS, tuple(8 / k**0.5 for k in range(1, 9))),
         ]
     },
+    **{
+        f"grown-{share}": Method(
+            (f"rank 1 for {share} of the training, then " if share else "from the start ")
+            + "half of the examples at 8, a quarter at 1, the others at 2 and 4, component k at strength 8/sqrt(k)",
+            weights=(2, 1, 0, 1, 0, 0, 0, 4),
+            strengths=tuple(8 / k**0.5 for k in range(1, 9)),
+            rank_1_first=share,
+            scaling="alpha/r",
+        )
+        for share in (0, 0.3, 0.5)
+    },
     "even": Method("per example, evenly", weights=UNIFORM),
     "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
     "even-constant": Method("per example, evenly, one strength 6", weights=UNIFORM, **CONSTANT),

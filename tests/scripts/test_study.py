@@ -238,6 +238,7 @@ VARIANTS = [
         "stretched-late",
         "skewed-1/k",
         "long-1/k",
+        "grown-0.5",
         "anneal-constant",
         "plus-constant",
         "orthogonal-constant",
