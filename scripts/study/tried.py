@@ -157,15 +157,19 @@ TRIED = {
         ]
     },
     **{
-        f"grown-{share}": Method(
+        f"grown-{share}{kind}": Method(
             (f"rank 1 for {share} of the training, then " if share else "from the start ")
-            + "half of the examples at 8, a quarter at 1, the others at 2 and 4, component k at strength 8/sqrt(k)",
+            + f"half of the examples at 8, a quarter at 1, the others at 2 and 4, component k at strength {title}",
             weights=(2, 1, 0, 1, 0, 0, 0, 4),
-            strengths=tuple(8 / k**0.5 for k in range(1, 9)),
+            strengths=strengths,
             rank_1_first=share,
             scaling="alpha/r",
         )
         for share in (0, 0.3, 0.5)
+        for kind, title, strengths in [
+            ("", "8/sqrt(k)", tuple(8 / k**0.5 for k in range(1, 9))),
+            ("-1/k", "16/k", tuple(16 / k for k in range(1, 9))),
+        ]
     },
     "even": Method("per example, evenly", weights=UNIFORM),
     "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
