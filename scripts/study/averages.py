@@ -89,14 +89,15 @@ def task_by_task(found: Found, device: str, method: str = DEFAULT, peer: str = B
     return [markdown_table(head, rows, "l"), ""] if len(rows) > 1 else []
 
 
-def with_most_seeds(founds: dict[str, Found], peer: str, method: str = DEFAULT) -> str:
-    """The device on which most seeds of both are there."""
-    return max(founds, key=lambda name: len(paired(founds[name], peer, SHOWN, method)))
+def with_most_seeds(founds: dict[str, Found], peer: str, method: str = DEFAULT) -> list[str]:
+    """The devices on which most seeds of both are there."""
+    counts = {name: len(paired(found, peer, SHOWN, method)) for name, found in founds.items()}
+    return [name for name, count in counts.items() if count == max(counts.values())]
 
 
 def peer_on(founds: dict[str, Found], device: str) -> str:
     """What rows of a device are held against: the sweep where most of it is, elsewhere the plainest peer."""
-    return "sweep" if with_most_seeds(founds, "sweep") == device else BAR
+    return "sweep" if device in with_most_seeds(founds, "sweep") else BAR
 
 
 def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAULT) -> list[str]:
@@ -116,7 +117,7 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
         for (peer, device), seeds in on.items()
         if seeds > 1
     ]
-    device = with_most_seeds(founds, "sweep", method) if founds else ""
+    device = with_most_seeds(founds, "sweep", method)[0] if founds else ""
     if on.get(("sweep", device), 0) < 2:
         return []
     rows = [[name, *(_judged(apart[i]) for _, apart in columns)] for i, name in enumerate(RANKS)]

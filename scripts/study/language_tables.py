@@ -60,25 +60,24 @@ def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> l
         f"({', '.join(devices)}):",
         "",
         *curve_table(found, RANKS, 4),
-        *variant_tables([r for r in records if r["split"] == "held_out" and r["rate"] == rates[DEFAULT]]),
+        *variant_tables([r for r in records if r["split"] == "held_out"], rates[DEFAULT]),
     ]
 
 
-def variant_tables(records: list[dict]) -> list[str]:
-    """Variants of the default beside it and the plainest peer, apart by what they were computed in, which moves a loss
-    as much as a variant does."""
+def variant_tables(records: list[dict], rate: float) -> list[str]:
+    """What else was tried, at each of its rates, beside the default and the plainest peer at the default's; apart by
+    what they were computed in, which moves a loss as much as a variant does."""
     lines = []
     for place in dict.fromkeys(map(computed_in, records)):
         own = [r for r in records if computed_in(r) == place]
+        peers = [r for name in (BAR, DEFAULT) for r in own if r["method"] == name and r["rate"] == rate]
+        tried = [r for r in own if r["method"] in TRIED]
         rows = [
-            [title(r["method"]), *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]
-            for names in ((BAR,), (DEFAULT,), TRIED)
-            for r in own
-            if r["method"] in names
+            [title(r["method"]), f"{r['rate']:g}", *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]
+            for r in peers + tried
         ]
-        if any(r["method"] in TRIED for r in own):
-            where = ", ".join(filter(None, place))
-            head = [f"variants at {own[0]['rate']:g}, on: {where}", *(f"r={b}" for b in RANKS)]
+        if tried:
+            head = [f"tried, on: {', '.join(filter(None, place))}", "rate", *(f"r={b}" for b in RANKS)]
             lines += [markdown_table(head, rows, "l"), ""]
     return lines
 

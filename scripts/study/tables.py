@@ -190,9 +190,9 @@ def main_tables(founds: dict[str, Found], records: list[dict]) -> list[str]:
     lines = ["## Is one training as good as one for each rank?", "", *headline(founds, records)]
     lines += ["## Words", "", *WORDS, ""]
     for peer in ("sweep", BAR):
-        device = with_most_seeds(founds, peer)
-        if tables := average_tables(founds[device], records, peer):
-            lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
+        for device in with_most_seeds(founds, peer):
+            if tables := average_tables(founds[device], records, peer):
+                lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
     for name, found in founds.items():
         lines += task_by_task(found, name)
     lines += [*shared(records), *between(records)]

@@ -386,7 +386,7 @@ def test_runs_of_a_language_model_are_compared_within_a_precision():
     on_validation, held_out = text.split("that were not trained on")
     assert "On 200 entries of validation, seed 0, 1:" in on_validation and "9.0" not in on_validation
     assert "| the default minus SVD | -0.5000 ± 0.0000 |" in on_validation
-    in_bf16, in_fp32 = held_out.split("on: cpu, bf16 |")[1].split("on: cpu, fp32 |")
+    in_bf16, in_fp32 = held_out.split("tried, on: cpu, bf16 |")[1].split("tried, on: cpu, fp32 |")
     assert "4.0000" in in_bf16 and "5.0000" not in in_bf16 and "3.0000" in in_bf16
     assert "5.0000" in in_fp32 and "4.0000" not in in_fp32 and "3.0000" in in_fp32
 
