@@ -104,8 +104,10 @@ def at_their_rates(records: list[dict]) -> list[dict]:
     ]
 
 
-def _each(counts: Counter, sign: str = ", ") -> str:
-    return sign.join(f"{count} {name}" for name, count in sorted(counts.items()))
+def _each(counts: Counter, last: str = ", ") -> str:
+    """How many of what; ``last`` stands before the last."""
+    *first, end = [f"{count} {name}" for name, count in sorted(counts.items())] or [""]
+    return ", ".join(first) + last * bool(first) + end
 
 
 def roundings(records: list[dict], device: str, rows: dict[str, str]) -> list[str]:
