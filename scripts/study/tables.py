@@ -153,7 +153,8 @@ WORDS = [
     "all layers.",
     "- **fixed gate**: one gate for all updates, the sum or mean of several ranks' gates, at settings of ours. "
     "**MatryoshkaLoRA**: the sum over ranks 1, 2, 4 and 8 at its authors' settings (arXiv 2605.07850): no alpha, "
-    "lora_A drawn with a bound of 1/sqrt(r), and of each rank r in the sum the scale 1, 1/r or 1/sqrt(r).",
+    "lora_A drawn with a bound of 1/sqrt(r), and of each rank r in the sum the scale 1, 1/r or 1/sqrt(r). They trained "
+    "language models of 1 and 8 billion parameters; a classifier as small as this one may be far from what these suit.",
     "- **mean**: the plain mean of ranks 1, 2, 4 and 8.",
     "- **AURAC**: the area under score over rank at ranks 1, 2, 4, 8, divided by the span: rank 1 counts 7 percent, "
     "rank 8 29, rank 4 43. Of a row with one rank it is the score there.",
