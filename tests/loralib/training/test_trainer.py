@@ -746,5 +746,6 @@ def test_a_training_that_is_stopped_early_is_ordered_and_says_so(roberta_config,
     t.add_callback(Stop())
     t.train()
     t.save_model()
-    assert json.loads((tmp_path / "dylora.json").read_text())["ordered"] is True
+    facts = json.loads((tmp_path / "dylora.json").read_text())
+    assert facts["ordered"] is True and facts["cut_short"] is True
     cut_adapter(tmp_path, tmp_path / "cut", 1)
