@@ -48,6 +48,7 @@ class Method:
     rate_B: float = 1.0  # learning rate of lora_B relative to all else (LoRA+)
     orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
     strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
+    learn: tuple[float, ...] = ()  # once ranks are drawn: how much faster each component's lora_B learns
     paces: tuple[float, ...] = ()  # once the components are ordered: how much faster each one's lora_B learns
     stretch: tuple[float, ...] = ()  # once the components are ordered: how much longer each one's row of lora_A is
     skew: tuple[float, ...] = ()  # up to the ordering: how much stronger each component is
@@ -68,6 +69,7 @@ class Method:
         if r_max == R_MAX or self.r < R_MAX:
             return self
         by_component = self.weights or self.strengths or self.paces or self.stretch or self.skew or self.lengths
+        by_component = by_component or self.learn
         if by_component or self.gate_after or self.tail or self.adalora:
             raise ValueError(f"{self.title!r} is for r_max {R_MAX} alone.")
         alpha = self.alpha * r_max / R_MAX if self.scaling == "alpha/r" else self.alpha

@@ -9,6 +9,7 @@ from torch import nn
 import loralib as lora
 from loralib.model import lora_layers
 from loralib.momenta import SQUARE, kept_for
+from loralib.pacing import pace_components
 from loralib.schedule import Setting
 from loralib.trainer import DyLoRATrainer
 
@@ -119,6 +120,7 @@ class StudyTrainer(DyLoRATrainer):
             self.lengthen(self.model, torch.tensor(method.lengths))
         if method.wide_A:
             self.widen(self.model)
+        self.paced = False
         self.groups: list[tuple[float, dict[int, float]]] = []  # the tail, settled at the ordering
 
     @staticmethod
@@ -153,6 +155,9 @@ class StudyTrainer(DyLoRATrainer):
             setting = Setting(self.group_weights(), order=setting.order)
         if method.stretch and setting.order:
             return Stretched(setting.rank, order=True, factors=method.stretch)
+        if method.learn and not self.paced:
+            pace_components(self.optimizer, self.model, method.learn)
+            self.paced = True
         if method.weights:
             return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
         if method.paces:
