@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         use_rank,
     )
     from .ordering import order_components
+    from .pacing import pace_components
     from .sampling import RankSampler
     from .schedule import RankSchedule
 
@@ -51,6 +52,7 @@ _MODULES = {
         *("set_gate", "set_matryoshka_gate", "set_rank", "use_rank"),
     ),
     "ordering": ("order_components",),
+    "pacing": ("pace_components",),
     "sampling": ("RankSampler",),
     "schedule": ("RankSchedule",),
 }
@@ -83,6 +85,7 @@ __all__ = [
     "merge",
     "order_by_importance",
     "order_components",
+    "pace_components",
     "save_adapter",
     "set_gate",
     "set_matryoshka_gate",

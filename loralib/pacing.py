@@ -1,17 +1,34 @@
 """Components that learn at paces of their own, under any optimizer."""
 
 from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .layers import Embedding, LoRALayer
-from .model import lora_layers
+from .model import lora_layers, max_rank
 from .momenta import VALUE, kept_for, unwrapped_optimizer
-from .sharding import put, whole
+from .parts import part
+from .sharding import is_sharded, put, whole
+
+FASTEST = 8.0  # times as fast, the first component of an adapter of rank 8 or more
+# The paces that an optimizer goes by, and what ends that.
+_paced: WeakKeyDictionary[Any, tuple[tuple[float, ...], list]] = WeakKeyDictionary()
 
 
-def pace_components(optimizer: torch.optim.Optimizer, model: nn.Module, paces: Sequence[float]) -> None:
+def usual_paces(r_max: int, r_min: int = 1) -> tuple[float, ...]:
+    """Paces of components 1..r_max: min(r_max, 8)/k for component k, but 1 at least.
+
+    At one strength for all ranks, "alpha/r" with alpha = 2 r, component k then learns as a LoRA's of rank k does with
+    alpha = 16 (Adam): as fast as its own rank would have it. Components up to r_min, which no lower rank uses, share
+    the pace of the last of them.
+    """
+    return tuple(max(1.0, min(r_max, FASTEST) / max(k, r_min)) for k in range(1, r_max + 1))
+
+
+def pace_components(optimizer: torch.optim.Optimizer, model: nn.Module, paces: Sequence[float] | None) -> None:
     """Make each ``optimizer.step()`` change component k of the factor that starts at zero ``paces[k - 1]`` times as
     much.
 
@@ -26,17 +43,22 @@ def pace_components(optimizer: torch.optim.Optimizer, model: nn.Module, paces: S
         model = lora.inject(...); optimizer = torch.optim.AdamW(...)
         lora.pace_components(optimizer, model, [8 / k for k in range(1, 9)])
 
-    Raises ValueError unless there is a number above 0 for each component of every layer, if the optimizer holds none of
-    the adapter's factors, and at the step if it keeps a second set of values (schedule-free optimizers), which a change
-    behind its back would contradict.
+    ``paces`` are those of the components that the ranks 1..r_max of the model add. Another call replaces them; with
+    None every component learns as usual again. Raises ValueError unless they are r_max numbers above 0, if the
+    optimizer holds none of the adapter's factors, and at the step if it keeps a second set of values (schedule-free
+    optimizers), which a change behind its back would contradict.
     """
     optimizer = unwrapped_optimizer(optimizer)
+    for handle in _paced.pop(optimizer, ((), []))[1]:
+        handle.remove()
+    if paces is None:
+        return
     layers = [layer for _, layer in lora_layers(model)]
-    for r in {layer.r for layer in layers}:
-        if len(paces) != r or not all(0 < pace < float("inf") for pace in paces):
-            raise ValueError(f"paces are {list(paces)}; give a number above 0 for each of the {r} components.")
+    r_max = max_rank(model)
+    if len(paces) != r_max or not all(0 < pace < float("inf") for pace in paces):
+        raise ValueError(f"paces are {list(paces)}; give a number above 0 for each of the {r_max} components.")
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    paced = [layer for layer in layers if id(_from_zero(layer)) in held]
+    paced = [(layer, _of_layer(layer, paces)) for layer in layers if id(_from_zero(layer)) in held]
     if not paced:
         raise ValueError(
             f"{type(optimizer).__name__} holds no parameter of the adapter: make it after inject, of what trains."
@@ -45,28 +67,68 @@ def pace_components(optimizer: torch.optim.Optimizer, model: nn.Module, paces: S
 
     @torch.no_grad()
     def remember(*_):
-        before[:] = [whole(_from_zero(layer)).clone() for layer in paced]
+        before[:] = [_read(layer).clone() for layer, _ in paced]
 
     @torch.no_grad()
     def scale_change(*_):
-        for layer, old in zip(paced, before, strict=True):
-            factor = _from_zero(layer)
-            if any(kept.follows == VALUE for kept in kept_for(optimizer, factor)):
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps a second set of values, so that components cannot learn at "
-                    "paces of their own; take another optimizer."
-                )
-            new = whole(factor)
-            pace = torch.tensor(paces, dtype=torch.float32, device=new.device)
-            pace = pace[:, None] if factor is layer.lora_B else pace[:, None, None]
-            see = layer.split_B if factor is layer.lora_B else layer.split_A
-            put(factor, (see(old) + pace * (see(new) - see(old))).view_as(new))
+        if any(kept.follows == VALUE for kept in kept_for(optimizer, _from_zero(paced[0][0]))):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps a second set of values, so that components cannot learn at paces of "
+                "their own; take another optimizer, or RankSchedule(paced=False)."
+            )
+        for (layer, pace), old in zip(paced, before, strict=True):
+            new = _read(layer)
+            see = layer.split_A if isinstance(layer, Embedding) else layer.split_B
+            _write(layer, torch.lerp(see(old), see(new), pace.to(new)).view_as(new))
         before.clear()
 
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(scale_change)
+    hooks = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale_change)]
+    _paced[optimizer] = tuple(paces), hooks
+
+
+def paces_of(optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:
+    """The paces that its components learn at; None: as usual."""
+    return _paced.get(unwrapped_optimizer(optimizer), (None, []))[0]
+
+
+def set_paces(optimizer: torch.optim.Optimizer, model: nn.Module, paces: tuple[float, ...] | None) -> None:
+    """``pace_components`` where that changes anything: for every step of a training."""
+    if paces_of(optimizer) != paces:
+        pace_components(optimizer, model, paces)
+
+
+def _of_layer(layer: LoRALayer, paces: Sequence[float]) -> torch.Tensor:
+    """The paces of the layer's own components, shaped to go with ``split_A`` and ``split_B``: each one's is that of the
+    lowest rank of the model that uses it."""
+    counts = [part(layer, b) for b in range(1, len(paces) + 1)]
+    own = [paces[next((i for i, n in enumerate(counts) if n >= k), -1)] for k in range(1, layer.r + 1)]
+    return torch.tensor(own).view(-1, *([1] * (2 if isinstance(layer, Embedding) else 1)))
 
 
 def _from_zero(layer: LoRALayer) -> nn.Parameter:
     """The factor that starts at zero."""
     return layer.lora_A if isinstance(layer, Embedding) else layer.lora_B
+
+
+def _has_all_components(layer: LoRALayer) -> bool:
+    """Whether a sharded factor's part in this process does: FSDP2 cuts the first dimension, which is lora_B's outputs
+    and lora_A's components."""
+    factor: Any = _from_zero(layer)
+    return not isinstance(layer, Embedding) and all(not p.is_shard() or p.is_shard(0) for p in factor.placements)
+
+
+def _read(layer: LoRALayer) -> torch.Tensor:
+    """The factor, or of a sharded one this process's part where that has all components."""
+    factor: Any = _from_zero(layer).detach()
+    if is_sharded(factor) and _has_all_components(layer):
+        return factor.to_local()
+    return whole(factor)
+
+
+def _write(layer: LoRALayer, value: torch.Tensor) -> None:
+    """Write what ``_read`` read."""
+    factor: Any = _from_zero(layer).detach()
+    if is_sharded(factor) and _has_all_components(layer):
+        factor.to_local().copy_(value)
+    else:
+        put(factor, value)

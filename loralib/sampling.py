@@ -1,5 +1,7 @@
 """How training draws its ranks (the paper's p_B), as a pure function of the step."""
 
+import bisect
+import itertools
 import math
 import random
 
@@ -7,7 +9,7 @@ import torch
 
 from .checks import check_int
 
-DISTRIBUTIONS = ("uniform", "geometric", "mixed")
+DISTRIBUTIONS = ("uniform", "geometric", "mixed", "halving")
 LOWEST_SHARE = 1 / 3
 
 
@@ -17,9 +19,11 @@ class RankSampler:
     Args:
         r_max: highest rank, 1 or more.
         r_min: lowest rank, 1..r_max.
-        distribution: "uniform"; "geometric" with p(b) ~ (1 - p)^(b - r_min), renormalised over the ranks; or "mixed": a
-            third of the examples, chosen at random, at r_min, and each of the others at the ranks r_min, 2 r_min, 4
-            r_min, .. r_max at once, in equal parts. What comes back is then a float tensor of weights (see
+        distribution: "uniform"; "geometric" with p(b) ~ (1 - p)^(b - r_min), renormalised over the ranks; "halving":
+            half at r_max, a quarter at r_min, an eighth at 2 r_min, and so on, the last of r_min, 2 r_min, 4 r_min, ..
+            below r_max with what is left, and of the examples of one draw each rank's share as nearly as can be; or
+            "mixed": a third of the examples, chosen at random, at r_min, and each of the others at the ranks r_min,
+            2 r_min, 4 r_min, .. r_max at once, in equal parts. What comes back is then a float tensor of weights (see
             ``set_rank``).
         p: parameter of the geometric distribution, between 0 and 1 (the paper: 0.15).
         per: "example" draws one rank for each example, "step" one for a whole update: every micro-batch of it and
@@ -62,6 +66,11 @@ class RankSampler:
         """p(b) for b = r_min..r_max; they sum to 1. For "mixed": each rank's part in training."""
         if self.distribution == "uniform":
             weights = [1.0] * len(self.ranks)
+        elif self.distribution == "halving":
+            *lower, top = self.ladder()
+            shares = {b: 2.0**-k for k, b in enumerate(lower, 2)}
+            shares |= {lower[-1]: 2.0 ** -len(lower)} if lower else {}
+            weights = [(shares | {top: 1 / 2}).get(b, 0.0) for b in self.ranks]
         elif self.distribution == "mixed":
             ladder = self.ladder()
             weights = [(1 - LOWEST_SHARE) * (b in ladder) / len(ladder) for b in self.ranks]
@@ -83,8 +92,18 @@ class RankSampler:
         source = random.Random(":".join(map(str, key)))
         if self.distribution == "mixed":
             return self._mixed(batch_size, source)
+        if self.distribution == "halving" and self.per == "example":
+            return self._even(batch_size, source)
         draw = source.choices(self.ranks, self.probabilities(), k=1 if self.per == "step" else batch_size)
         return draw[0] if self.per == "step" else torch.tensor(draw)
+
+    def _even(self, batch_size: int, source: random.Random) -> torch.Tensor:
+        """Each rank batch_size * p(b) times, to less than one more or less, in random order."""
+        edges = list(itertools.accumulate(self.probabilities()))
+        first = source.random()
+        places = [bisect.bisect_right(edges, (i + first) / batch_size, hi=len(edges) - 1) for i in range(batch_size)]
+        source.shuffle(places)
+        return torch.tensor([self.ranks[place] for place in places])
 
     def _mixed(self, batch_size: int, source: random.Random) -> torch.Tensor:
         ladder = self.ladder()

@@ -14,15 +14,23 @@ from .checks import check_int
 from .gate import SCALINGS, check_rank
 from .layout import examples_in
 from .model import lora_layers, max_rank, scaling_of, set_rank
+from .pacing import set_paces, usual_paces
 from .sampling import RankSampler
 from .setting import Setting
 
 T = TypeVar("T")
 Sampling = Literal["example", "step", "matryoshka", "fixed"]
-Distribution = Literal["uniform", "geometric", "mixed"]
+Distribution = Literal["uniform", "geometric", "mixed", "halving"]
 Reduce = Literal["sum", "mean"]
-FULL_RANK_SHARE = 0.8
-FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen")  # what files always tell of a schedule
+FULL_RANK_SHARE = 0.3
+FACTS = (
+    "sampling",
+    "distribution",
+    "r_min",
+    "full_rank_share",
+    "frozen",
+    "paced",
+)  # what files always tell of a schedule
 
 
 @dataclass(frozen=True)
@@ -30,20 +38,24 @@ class RankSchedule:
     """What training does with ranks. A schedule checks itself; ``resolve`` binds it to an adapter and a number of
     steps.
 
-    The default, without any argument, is what measured best (results/study): the first 0.8 of the updates train all
-    components together, as plain LoRA does; then ``order_components`` sorts them by importance, and from there on a
-    third of the examples run at rank 1 and the others through the mean of the gates of ranks 1, 2, 4, .. r_max.
+    The default, without any argument, is what measured best (results/study): the first 0.3 of the updates train all
+    components together, as plain LoRA does; then ``order_components`` sorts them by importance, and from there on half
+    of the examples run at r_max, a quarter at rank 1, an eighth at 2, and so on, and the first components learn faster.
 
     Args:
         sampling: "example" (each example of an update its own rank or mixture of ranks), "step" (one rank for an
             update, as in the paper), "matryoshka" (one fixed gate, the sum or mean of several ranks'), "fixed" (r_max:
             plain LoRA).
-        distribution: how ranks are drawn: "uniform", "geometric" or "mixed", see ``RankSampler``. None: "mixed" where
-            each example has its own rank, components were ordered before and nothing is frozen; else "uniform".
+        distribution: how ranks are drawn: "uniform", "geometric", "halving" or "mixed", see ``RankSampler``. None:
+            "halving" where each example has its own rank, components were ordered before and nothing is frozen; else
+            "uniform".
+        paced: component k learns min(r_max, 8)/k times as fast (but as fast at least) once ranks are drawn, see
+            ``pace_components`` and ``usual_paces``: at one strength for all ranks, as a LoRA of rank k would have it.
+            None: where the distribution is "halving" and the scaling "alpha/r".
         p: parameter of the geometric distribution, between 0 and 1.
         r_min: the lowest rank that is trained, 1 or more.
         full_rank_share: the share of the updates, 0 to below 1, that trains all components together before they are
-            ordered and ranks are drawn. None: 0.8 where ranks are drawn and the scaling is "alpha/r", else 0, the
+            ordered and ranks are drawn. None: 0.3 where ranks are drawn and the scaling is "alpha/r", else 0, the
             paper's way: components are ordered at one strength, and under another rule low ranks would run at another.
         frozen: update component b alone (paper, eq. 10).
         reduce: "sum" (MatryoshkaLoRA) or "mean" of the gates; "matryoshka" only.
@@ -62,6 +74,7 @@ class RankSchedule:
     reduce: Reduce | None = None
     gate_ranks: tuple[int, ...] | None = None
     seed: int | None = None
+    paced: bool | None = None
 
     def __post_init__(self):
         for name, kinds in (("sampling", Sampling), ("distribution", Distribution), ("reduce", Reduce)):
@@ -74,6 +87,7 @@ class RankSchedule:
         if self.frozen and not self.draws:
             raise ValueError(f"frozen training needs drawn ranks; sampling={self.sampling!r} draws none.")
         idle = {
+            "paced": bool(self.paced) and not self.draws,
             "distribution": self.distribution is not None and not self.draws,
             "r_min": self.r_min != 1 and self.sampling == "fixed",
             "reduce": self.reduce is not None and self.sampling != "matryoshka",
@@ -121,13 +135,15 @@ class RankSchedule:
             share = FULL_RANK_SHARE if self.draws and scaling == "alpha/r" else 0.0
         distribution = self.distribution
         if distribution is None and self.draws:
-            mixed = self.sampling == "example" and share and not self.frozen
-            distribution = "mixed" if mixed else "uniform"
+            halving = self.sampling == "example" and share and not self.frozen
+            distribution = "halving" if halving else "uniform"
+        paced = self.paced if self.paced is not None else distribution == "halving" and scaling == "alpha/r"
         settled = replace(
             self,
             full_rank_share=share,
             distribution=distribution,
             reduce=(self.reduce or "sum") if self.sampling == "matryoshka" else None,
+            paced=paced,
         )
         return BoundSchedule(settled, r_max, steps, scaling)
 
@@ -197,7 +213,10 @@ class BoundSchedule:
             rank = self.sampler()(step, size, *((micro_step, process) if places is None else ()))
         if places is not None and isinstance(rank, torch.Tensor):
             rank = rank[list(places) or [0]]
-        return Setting(rank, kind.frozen and not first_part, order=bool(kind.full_rank_share) and due)
+        paces = usual_paces(self.r_max, kind.r_min) if kind.paced else None
+        if paces and first_part:
+            paces = (1.0,) * self.r_max  # as usual; an optimizer that knows no paces is refused from the start
+        return Setting(rank, kind.frozen and not first_part, order=bool(kind.full_rank_share) and due, paces=paces)
 
     def over(
         self,
@@ -217,12 +236,13 @@ class BoundSchedule:
         Under torch.distributed each process draws for itself.
 
         Args:
-            optimizer: its momenta are turned along when the components are ordered.
+            optimizer: its momenta are turned along when the components are ordered, and its steps are where components
+                learn at paces of their own.
             accumulate: batches to an update.
 
         Raises ValueError if the schedule was resolved for another r_max or scaling than the model's or for another
-        number of updates than these, if neither it nor ``batches`` tells that number, and if ``optimizer`` holds
-        nothing of the adapter.
+        number of updates than these, if neither it nor ``batches`` tells that number, if ``optimizer`` holds
+        nothing of the adapter, and if it is not given and the schedule is paced.
         """
         found = max_rank(model), scaling_of(model)
         if found != (self.r_max, self.scaling):
@@ -253,6 +273,8 @@ class BoundSchedule:
                     yield batch
         finally:
             set_rank(model, self.r_max)
+            if optimizer is not None:
+                set_paces(optimizer, model, None)
         bound._check_updates(math.ceil(number / accumulate))
 
     def _check_updates(self, updates: int) -> None:
@@ -270,13 +292,18 @@ class BoundSchedule:
         if kind.sampling == "matryoshka":
             ranks = "all ranks" if kind.gate_ranks is None else f"ranks {_listed(kind.gate_ranks)}"
             return f"one fixed gate, the {kind.reduce} over {ranks}"
-        if kind.distribution == "mixed":
+        if kind.distribution == "halving" and kind.sampling == "example":
+            *lower, top = self.sampler().ladder()
+            how = f"half of the examples at rank {top}" + (f", the others at {_listed(lower)}" if lower else "")
+        elif kind.distribution == "mixed":
             ladder = [b for b in self.sampler().ladder() if b != kind.r_min]
             how = f"rank {kind.r_min} or ranks {_listed([kind.r_min, *ladder])} together"
         else:
-            often = ", low ones more often" if kind.distribution == "geometric" else ""
-            how = f"a rank for each {'example' if kind.sampling == 'example' else 'update'}{often}"
+            often = {"geometric": ", low ones more often", "halving": ", the highest half of the time"}
+            how = f"a rank for each {'example' if kind.sampling == 'example' else 'update'}"
+            how += often.get(kind.distribution or "", "")
         how += ", one component updated (frozen)" if kind.frozen else ""
+        how += ", first components faster" if kind.paced else ""
         share = kind.full_rank_share
         if not share:
             return f"DyLoRA, {how}"

@@ -9,13 +9,14 @@ from torch import nn
 
 from .model import set_matryoshka_gate, set_rank
 from .ordering import order_components
+from .pacing import set_paces
 
 
 @dataclass(frozen=True)
 class Setting:
     """What one micro-batch runs at: a rank (as ``set_rank`` takes it), or the fixed gate of ``gate_ranks``.
 
-    ``order``: the components are to be ordered first.
+    ``order``: the components are to be ordered first. ``paces``: at which they learn, see ``pace_components``.
     """
 
     rank: int | torch.Tensor | None = None
@@ -23,11 +24,23 @@ class Setting:
     gate_ranks: tuple[int, ...] | None = None
     reduce: str = "sum"
     order: bool = False
+    paces: tuple[float, ...] | None = None
 
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Order the components if it is time, the momenta of ``optimizer`` along with them, and set the model."""
+        """Order the components if it is time, the momenta of ``optimizer`` along with them, have them learn at their
+        paces, and set the model.
+
+        Raises ValueError for paces without an optimizer.
+        """
         if self.order:
             order_components(model, optimizer)
+        if optimizer is not None:
+            set_paces(optimizer, model, self.paces)
+        elif self.paces is not None:
+            raise ValueError(
+                "Components learn at paces of their own, which is a matter of the optimizer's step: give the optimizer "
+                "too, or RankSchedule(paced=False)."
+            )
         if self.gate_ranks is not None:
             set_matryoshka_gate(model, self.gate_ranks, self.reduce)
         else:

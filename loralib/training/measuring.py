@@ -17,7 +17,7 @@ from ..model import adapter_parameters
 from ..report.choice import aurac, choose, nothing_learnt
 from ..report.results import Choice, RankResults, RankRow
 from ..report.writing import write_run
-from ..schedule import BoundSchedule, title_of
+from ..schedule import FACTS, BoundSchedule, title_of
 from .metrics import Scored, by_rank
 from .part import TrainerPart
 
@@ -104,7 +104,7 @@ class Measurements(TrainerPart):
             metrics=(metric,),
             model_name_or_path=getattr(config, "_name_or_path", None) or None,
             seed=self.args.seed,
-            **{name: facts[name] for name in ("sampling", "distribution", "full_rank_share", "frozen", "r_min")},
+            **{name: facts[name] for name in FACTS},
             max_rank=bound.r_max,
             versions=versions,
             directory=str(self.args.output_dir),

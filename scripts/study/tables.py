@@ -177,12 +177,12 @@ COMMANDS = [
     "    python -m transformers_dylora.minilm encoder",
     "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
     "    python -m scripts.study leads --encoder encoder --data glue",
-    f"{RUNS} lora-8 lora-4 lora-2 lora-1 mixed-0.8",
-    f"{RUNS} lora-8 mixed-0.8 --seeds 3 4",
+    f"{RUNS} lora-8 lora-4 lora-2 lora-1 halving",
+    f"{RUNS} lora-8 halving --seeds 3 4",
     "    python -m scripts.study wide --encoder encoder --data glue",
     "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",
     "    python -m scripts.study tables",
-    "    python -m scripts.study cell cola mixed-0.8 0 --rate 1e-3 --encoder encoder --data glue      # one again",
+    "    python -m scripts.study cell cola halving 0 --rate 1e-3 --encoder encoder --data glue      # one again",
 ]
 
 

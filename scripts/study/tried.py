@@ -71,7 +71,7 @@ TRIED = {
             ("sqrt", "4/sqrt(k)", ROOTS),
         ]
         for after, begun, share in [
-            ("", "our default", 0.8),
+            ("", "ordered after 0.8 of the training, then mixed", 0.8),
             ("-0.7", "ordered after 0.7 of the training, then mixed", 0.7),
             ("-0.5", "half at r_max, ordered, then mixed", 0.5),
         ]
@@ -100,7 +100,7 @@ TRIED = {
     },
     **{
         f"skewed-{name}": Method(
-            f"our default, component k at strength {title} up to the ordering",
+            f"ordered after 0.8 of the training, then mixed, component k at strength {title} before",
             replace(MIXED, full_rank_share=0.8),
             skew=skew,
             **CONSTANT_2,
@@ -113,7 +113,7 @@ TRIED = {
     },
     **{
         f"long-{name}": Method(
-            f"our default, component k's row of lora_A {title} times as long at the start",
+            f"ordered after 0.8 of the training, then mixed, component k's row of lora_A {title} times as long at first",
             replace(MIXED, full_rank_share=0.8),
             lengths=lengths,
             **CONSTANT_2,
@@ -180,7 +180,7 @@ TRIED = {
             learn=learn,
             **CONSTANT_2,
         )
-        for share in (0.0, 0.3, 0.5, 0.8)
+        for share in (0.0, 0.15, 0.3, 0.5, 0.8)
         for kind, title, learn in [
             ("-1/k", "8/k", tuple(8 / k for k in range(1, 9))),
             ("-sqrt", "4/sqrt(k)", ROOTS),

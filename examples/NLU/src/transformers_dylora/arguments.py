@@ -45,6 +45,7 @@ SCHEDULE_FLAGS = {
     "r_min": "lora_r_min",
     "full_rank_share": "full_rank_share",
     "frozen": "lora_frozen",
+    "paced": "lora_paced",
     "reduce": "matryoshka_reduce",
 }
 
@@ -200,7 +201,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "The share of training, 0 to below 1, that trains all components together; then they are put in "
-            "the order of their importance and ranks are drawn. Default: 0.8 where ranks are drawn at one strength, "
+            "the order of their importance and ranks are drawn. Default: 0.3 where ranks are drawn at one strength, "
             "alpha/r; 0 is the paper's way."
         },
     )
@@ -211,12 +212,12 @@ class ModelArguments:
             "--lora_scaling alpha/b."
         },
     )
-    rank_distribution: Literal["uniform", "geometric", "mixed"] | None = field(
+    rank_distribution: Literal["uniform", "geometric", "halving", "mixed"] | None = field(
         default=None,
         metadata={
-            "help": "p_B of the paper, or mixed: a third of the examples at r_min, the others at r_min, 2 r_min, 4 "
-            "r_min, .. r_max at once. Default: mixed with --rank_sampling example after --full_rank_share, else "
-            "uniform."
+            "help": "p_B of the paper; halving: half of the examples at r_max, a quarter at r_min, an eighth at 2 "
+            "r_min, and so on; or mixed: a third at r_min, the others at r_min, 2 r_min, 4 r_min, .. r_max at once. "
+            "Default: halving with --rank_sampling example after --full_rank_share, else uniform."
         },
     )
     matryoshka_reduce: Literal["sum", "mean"] | None = field(
@@ -224,6 +225,13 @@ class ModelArguments:
     )
     lora_r_min: int = field(default=1, metadata={"help": "The lowest rank that training draws."})
     lora_frozen: bool = field(default=False, metadata={"help": "Update component b alone (paper, eq. 10)."})
+    lora_paced: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Once ranks are drawn, component k learns min(r_max, 8)/k times as fast, and as fast at least. "
+            "Default: with --rank_distribution halving at one strength, alpha/r."
+        },
+    )
     eval_ranks: str | None = field(default=None, metadata={"help": "Ranks to measure, as in 1,2,4,8. Default: all."})
 
     def __post_init__(self):
