@@ -292,16 +292,16 @@ class BoundSchedule:
         if kind.sampling == "matryoshka":
             ranks = "all ranks" if kind.gate_ranks is None else f"ranks {_listed(kind.gate_ranks)}"
             return f"one fixed gate, the {kind.reduce} over {ranks}"
-        if kind.distribution == "halving" and kind.sampling == "example":
-            *lower, top = self.sampler().ladder()
-            how = f"half of the examples at rank {top}" + (f", the others at {_listed(lower)}" if lower else "")
-        elif kind.distribution == "mixed":
+        if kind.distribution == "mixed":
             ladder = [b for b in self.sampler().ladder() if b != kind.r_min]
             how = f"rank {kind.r_min} or ranks {_listed([kind.r_min, *ladder])} together"
+        elif kind.distribution == "halving":
+            *lower, top = self.sampler().ladder()
+            how = "" if kind.sampling == "example" else "a rank for each update, "
+            how += f"rank {top} half of the time, else {_listed(lower, 'or')}" if lower else f"rank {top}"
         else:
-            often = {"geometric": ", low ones more often", "halving": ", the highest half of the time"}
-            how = f"a rank for each {'example' if kind.sampling == 'example' else 'update'}"
-            how += often.get(kind.distribution or "", "")
+            often = ", low ones more often" if kind.distribution == "geometric" else ""
+            how = f"a rank for each {'example' if kind.sampling == 'example' else 'update'}{often}"
         how += ", one component updated (frozen)" if kind.frozen else ""
         how += ", first components faster" if kind.paced else ""
         share = kind.full_rank_share
@@ -352,7 +352,7 @@ def before_ordering(facts: dict) -> bool:
     return facts.get("ordered") is False and bool(facts.get("full_rank_share")) and not facts.get("squeezed")
 
 
-def _listed(ranks: Sequence[int]) -> str:
+def _listed(ranks: Sequence[int], word: str = "and") -> str:
     """1, 2, 4 and 8."""
     *first, last = map(str, ranks)
-    return f"{', '.join(first)} and {last}" if first else last
+    return f"{', '.join(first)} {word} {last}" if first else last

@@ -42,7 +42,10 @@ class Arguments:
         default=None, metadata={"help": "The ranks to measure, as in 1,2,4. Default: 1, 2, 4, .. and r_max."}
     )
     full_rank_share: float | None = field(
-        default=None, metadata={"help": "The share of the updates before components are ordered. Default: 0.8."}
+        default=None, metadata={"help": "The share of the updates before components are ordered. Default: 0.3."}
+    )
+    rank_distribution: Literal["uniform", "geometric", "halving", "mixed"] | None = field(
+        default=None, metadata={"help": "How ranks are drawn afterwards, see RankSchedule. Default: halving."}
     )
     targets: str = field(
         default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "The layers to adapt, or all-linear."}
@@ -96,7 +99,7 @@ def main(argv: list[str] | None = None):
         train_dataset=rows(args.train, args.max_train_samples),
         eval_dataset=rows(args.validation, args.max_val_samples),
         eval_ranks=[int(b) for b in ranks],
-        schedule=lora.RankSchedule(full_rank_share=args.full_rank_share),
+        schedule=lora.RankSchedule(distribution=args.rank_distribution, full_rank_share=args.full_rank_share),
     )
     trainer.train()
     results = trainer.measure_ranks()

@@ -61,6 +61,35 @@ def test_mixed_gives_a_third_the_lowest_rank_and_the_others_equal_parts_of_the_l
     assert len(ladder) == 1 or abs(lowest - n / 3) < 1
 
 
+@given(st.integers(1, 70), st.data(), st.integers(1, 64), st.integers(0, 1000))
+def test_halving_gives_half_to_the_highest_and_half_of_the_rest_to_each_rank_up(r_max, data, n, step):
+    r_min = data.draw(st.integers(1, r_max))
+    sampler = RankSampler(r_max, r_min, "halving", seed=4)
+    left, wanted = 1.0, {r_max: 1.0}
+    lower = [r_min * 2**k for k in range(7) if r_min * 2**k < r_max]
+    for b in [r_max, *lower] if lower else []:
+        wanted[b] = left = left / 2
+    if lower:
+        wanted[lower[-1]] += left  # shares sum to 1
+    assert dict(zip(sampler.ranks, sampler.probabilities(), strict=True)) == {
+        b: wanted.get(b, 0) for b in sampler.ranks
+    }
+    ranks = sampler(step, n).tolist()
+    assert ranks == sampler(step, n).tolist() and len(ranks) == n
+    assert all(abs(ranks.count(b) - n * wanted.get(b, 0)) < 1 for b in sampler.ranks)
+
+
+def test_halving_puts_ranks_at_random_places_and_draws_one_for_an_update():
+    sampler = RankSampler(8, distribution="halving")
+    draws = torch.stack([sampler(step, 8) for step in range(400)])
+    assert ((draws == 8).float().mean(0) - 1 / 2).abs().max() < 0.1
+    assert ((draws == 1).float().mean(0) - 1 / 4).abs().max() < 0.1
+    of_updates = [RankSampler(8, distribution="halving", per="step")(step, 8) for step in range(2000)]
+    assert {b: of_updates.count(b) / 2000 for b in set(of_updates)} == pytest.approx(
+        {8: 1 / 2, 1: 1 / 4, 2: 1 / 8, 4: 1 / 8}, abs=0.05
+    )
+
+
 def test_mixed_parts_in_training_are_its_probabilities():
     sampler = RankSampler(8, distribution="mixed")
     parts = torch.cat([sampler(step, 30) for step in range(20)]).mean(0).tolist()

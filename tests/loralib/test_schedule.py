@@ -10,27 +10,33 @@ from hypothesis import strategies as st
 from torch import nn
 
 import loralib as lora
+from loralib.pacing import paces_of, usual_paces
 from loralib.report.results import RankResults
 from loralib.schedule import RankSchedule, title_of
 
 
 @pytest.mark.parametrize(
-    ("options", "scaling", "share", "distribution"),
+    ("options", "scaling", "share", "distribution", "paced"),
     [
-        ({}, "alpha/r", 0.8, "mixed"),
-        ({}, "alpha/b", 0.0, "uniform"),  # ordered at one strength, its lower ranks would run at another
-        ({}, "several", 0.0, "uniform"),
-        ({"sampling": "step"}, "alpha/r", 0.8, "uniform"),
-        ({"frozen": True}, "alpha/r", 0.8, "uniform"),
-        ({"full_rank_share": 0.0}, "alpha/r", 0.0, "uniform"),
-        ({"full_rank_share": 0.5}, "alpha/b", 0.5, "mixed"),
-        ({"sampling": "fixed"}, "alpha/r", 0.0, None),
-        ({"sampling": "matryoshka"}, "alpha/r", 0.0, None),
+        ({}, "alpha/r", 0.3, "halving", True),
+        ({}, "alpha/b", 0.0, "uniform", False),  # ordered at one strength, its lower ranks would run at another
+        ({}, "several", 0.0, "uniform", False),
+        ({"sampling": "step"}, "alpha/r", 0.3, "uniform", False),
+        ({"frozen": True}, "alpha/r", 0.3, "uniform", False),
+        ({"full_rank_share": 0.0}, "alpha/r", 0.0, "uniform", False),
+        ({"full_rank_share": 0.0, "distribution": "halving"}, "alpha/r", 0.0, "halving", True),
+        ({"full_rank_share": 0.5}, "alpha/b", 0.5, "halving", False),  # low ranks are stronger there as it is
+        ({"full_rank_share": 0.5}, "several", 0.5, "halving", False),
+        ({"paced": False}, "alpha/r", 0.3, "halving", False),
+        ({"distribution": "mixed"}, "alpha/r", 0.3, "mixed", False),
+        ({"distribution": "mixed", "paced": True}, "alpha/b", 0.0, "mixed", True),
+        ({"sampling": "fixed"}, "alpha/r", 0.0, None, False),
+        ({"sampling": "matryoshka"}, "alpha/r", 0.0, None, False),
     ],
 )
-def test_defaults_are_settled_once(options, scaling, share, distribution):
+def test_defaults_are_settled_once(options, scaling, share, distribution, paced):
     settled = RankSchedule(**options).resolve(8, scaling).schedule
-    assert (settled.full_rank_share, settled.distribution) == (share, distribution)
+    assert (settled.full_rank_share, settled.distribution, settled.paced) == (share, distribution, paced)
     assert settled.resolve(8, "alpha/sqrt(b)").schedule == settled  # nothing is left to decide
 
 
@@ -38,6 +44,7 @@ def test_the_papers_way_is_one_word():
     paper = RankSchedule.paper().resolve(8, "alpha/b", 10)
     assert paper.facts() == {
         "sampling": "step", "distribution": "uniform", "r_min": 1, "full_rank_share": 0.0, "frozen": True,
+        "paced": False,
     }  # fmt: skip
     sampler = lora.RankSampler(8, per="step")
     for step in range(10):
@@ -99,9 +106,12 @@ def test_apply_orders_with_the_optimizer_and_sets_the_model():
         before = model(torch.eye(6))
     optimizer = torch.optim.AdamW(model.parameters())
     bound = RankSchedule(full_rank_share=0.5).resolve(3, "alpha/r", 4)
+    bound.setting(1, 6).apply(model, optimizer)
+    assert paces_of(optimizer) == (1, 1, 1)
     bound.setting(2, 6).apply(model, optimizer)
     A = model[0].lora_A.detach()
-    assert torch.allclose(A @ A.T, (A @ A.T).diagonal().diag(), atol=1e-5) and lora.get_rank(model) is None  # mixed
+    assert torch.allclose(A @ A.T, (A @ A.T).diagonal().diag(), atol=1e-5)
+    assert sorted(lora.get_rank(model).tolist())[3:] == [3, 3, 3] and paces_of(optimizer) == (3, 1.5, 1)
     with lora.use_rank(model, 3):
         assert torch.allclose(model(torch.eye(6)), before, atol=1e-5)
 
@@ -119,6 +129,7 @@ def test_apply_orders_with_the_optimizer_and_sets_the_model():
         ({"sampling": "fixed", "distribution": "uniform"}, "distribution has no effect"),
         ({"sampling": "fixed", "r_min": 2}, "r_min has no effect"),
         ({"reduce": "mean"}, "reduce has no effect"),
+        ({"sampling": "fixed", "paced": True}, "paced has no effect"),
         ({"gate_ranks": (1,)}, "gate_ranks has no effect"),
         ({"gate_ranks": (), "sampling": "matryoshka"}, "gate_ranks is empty"),
         ({"full_rank_share": "0.5"}, "full_rank_share is '0.5'"),
@@ -162,7 +173,13 @@ def test_ranks_beyond_r_max_and_unknown_steps():
 @pytest.mark.parametrize(
     ("schedule", "title"),
     [
-        (RankSchedule(), "DyLoRA, components ordered after 80 % of the steps, then rank 1 or ranks 1, 2, 4 and 8 together"),
+        (RankSchedule(),
+         "DyLoRA, components ordered after 30 % of the steps, then rank 8 half of the time, else 1, 2 or 4, "
+         "first components faster"),
+        (RankSchedule(distribution="mixed", full_rank_share=0.8),
+         "DyLoRA, components ordered after 80 % of the steps, then rank 1 or ranks 1, 2, 4 and 8 together"),
+        (RankSchedule("step", "halving", paced=False, full_rank_share=0),
+         "DyLoRA, a rank for each update, rank 8 half of the time, else 1, 2 or 4"),
         (RankSchedule.paper(), "DyLoRA, a rank for each update, one component updated (frozen)"),
         (RankSchedule("fixed"), "LoRA trained at rank 8"),
         (RankSchedule("matryoshka", reduce="mean"), "one fixed gate, the mean over all ranks"),
@@ -300,8 +317,27 @@ def test_a_loader_without_a_length_needs_the_number_of_updates():
 
     model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
     batches = torch.utils.data.DataLoader(Stream(), batch_size=2)
-    ranks = [lora.get_rank(model) for _ in RankSchedule().resolve(r_max=4, steps=6).over(batches, model)]
+    schedule = RankSchedule(paced=False).resolve(r_max=4, steps=6)
+    ranks = [lora.get_rank(model) for _ in schedule.over(batches, model)]
     assert len(ranks) == 6
+
+
+def test_paces_are_those_of_the_loop_alone_and_need_its_optimizer():
+    model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
+    schedule = RankSchedule(full_rank_share=0.5).resolve(r_max=4)
+    optimizer = torch.optim.AdamW([model[0].lora_A, model[0].lora_B])
+    found = [paces_of(optimizer) for _ in schedule.over([torch.randn(6, 6)] * 4, model, optimizer)]
+    assert found == [(1, 1, 1, 1)] * 2 + [(4, 2, 4 / 3, 1)] * 2
+    assert paces_of(optimizer) is None
+    with pytest.raises(ValueError, match="give the optimizer too, or RankSchedule"):
+        next(schedule.over([torch.randn(6, 6)] * 4, model))
+
+
+@given(st.integers(1, 20), st.data())
+def test_components_that_no_lower_rank_uses_alone_learn_alike(r_max, data):
+    r_min = data.draw(st.integers(1, r_max))
+    bound = RankSchedule(r_min=r_min).resolve(r_max, "alpha/r", 10)
+    assert bound.setting(5, 4).paces == usual_paces(r_max, r_min)
 
 
 def test_an_optimizer_of_another_model_is_refused():
