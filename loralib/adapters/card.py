@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..report.results import LOWER, RankResults
 from ..report.tables import columns, markdown_table, table_rows
-from ..schedule import before_ordering
+from ..titles import before_ordering
 from .labels import told
 
 AUTO = {

@@ -20,7 +20,7 @@ import torch
 from ..checks import check_int
 from ..files import text_writer, write_together
 from ..gate import scale
-from ..schedule import before_ordering
+from ..titles import before_ordering
 from . import fields, peft_format
 from .fingerprint import of_factors
 from .kinds import head_outputs

@@ -17,7 +17,8 @@ from ..model import adapter_parameters
 from ..report.choice import aurac, choose, nothing_learnt
 from ..report.results import Choice, RankResults, RankRow
 from ..report.writing import write_run
-from ..schedule import FACTS, BoundSchedule, title_of
+from ..schedule import FACTS, BoundSchedule
+from ..titles import title_of
 from .metrics import Scored, by_rank
 from .part import TrainerPart
 

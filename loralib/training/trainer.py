@@ -165,12 +165,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             raise ValueError("FSDP1 keeps no factors, only flat parts of them: use FSDP2 (fsdp_version: 2).")
         if is_deepspeed_zero3_enabled():
             raise ValueError("DeepSpeed's ZeRO stage 3 keeps no whole factors: use stage 1 or 2, or FSDP2.")
-        schedule = self.bound.schedule
-        if self.is_deepspeed_enabled and (schedule.full_rank_share or schedule.paced):
-            raise ValueError(
-                "DeepSpeed keeps its own copy of what would be ordered, and of what would learn faster; give "
-                "full_rank_share=0 there, and paced=False with distribution='halving'."
-            )
+        if self.is_deepspeed_enabled and (self.bound.schedule.full_rank_share or self.bound.schedule.paced):
+            raise ValueError("DeepSpeed keeps its own copy of what would be ordered or paced; give full_rank_share=0.")
 
     def _bind(self) -> None:
         """Settle the schedule and the ranks to measure for the model's adapter."""

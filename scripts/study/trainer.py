@@ -9,7 +9,6 @@ from torch import nn
 import loralib as lora
 from loralib.model import lora_layers
 from loralib.momenta import SQUARE, kept_for, unwrapped_optimizer
-from loralib.pacing import pace_components
 from loralib.schedule import Setting
 from loralib.trainer import DyLoRATrainer
 
@@ -45,15 +44,15 @@ class AtStrengths(Setting):
 
 @dataclass(frozen=True)
 class AtPaces(Setting):
-    """Ranks whose components learn at paces of their own: component k has ``paces[k]`` times the strength and at the
+    """Ranks whose components learn at paces of their own: component k has ``faster[k]`` times the strength and at the
     ordering a lora_B that is smaller by as much, so that the update is the same and a step of Adam moves it more."""
 
-    paces: tuple[float, ...] = ()
+    faster: tuple[float, ...] = ()
     strength: float = 1.0
 
     def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
         super().apply(model, optimizer)
-        paces = torch.tensor(self.paces)
+        paces = torch.tensor(self.faster)
         if self.order:
             fold(model, optimizer, 1 / paces)
         ranks = self.rank
@@ -148,7 +147,6 @@ class StudyTrainer(DyLoRATrainer):
             self.lengthen(self.model, torch.tensor(method.lengths))
         if method.wide_A:
             self.widen(self.model)
-        self.paced = False
         self.groups: list[tuple[float, dict[int, float]]] = []  # the tail, settled at the ordering
 
     @staticmethod
@@ -185,16 +183,15 @@ class StudyTrainer(DyLoRATrainer):
             return Stretched(setting.rank, order=True, factors=method.stretch)
         if method.after and setting.order:
             setting = Then(setting.rank, order=True, paces=setting.paces, after=method.after)
-        if method.learn and not self.paced:
-            pace_components(self.optimizer, self.model, method.learn)
-            self.paced = True
         if method.after and setting.order:
             setting.apply(self.model, self.optimizer)
             setting = replace(setting, order=False)
         if method.weights:
-            return AtStrengths(self.even_ranks(), order=setting.order, strengths=method.strengths)
+            return AtStrengths(
+                self.even_ranks(), order=setting.order, strengths=method.strengths, paces=method.learn or None
+            )
         if method.paces:
-            return AtPaces(setting.rank, order=setting.order, paces=method.paces, strength=method.strength)
+            return AtPaces(setting.rank, order=setting.order, faster=method.paces, strength=method.strength)
         return setting
 
     def groups_by_cost(self, order: bool) -> list[tuple[float, dict[int, float]]]:

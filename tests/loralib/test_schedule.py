@@ -12,7 +12,8 @@ from torch import nn
 import loralib as lora
 from loralib.pacing import paces_of, usual_paces
 from loralib.report.results import RankResults
-from loralib.schedule import RankSchedule, title_of
+from loralib.schedule import RankSchedule
+from loralib.titles import title_of
 
 
 @pytest.mark.parametrize(

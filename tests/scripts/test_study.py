@@ -239,6 +239,8 @@ VARIANTS = [
         "skewed-1/k",
         "long-1/k",
         "grown-0.5",
+        "nested-0.3-1/k",
+        "bounded-0.3",
         "anneal-constant",
         "plus-constant",
         "orthogonal-constant",
@@ -257,7 +259,7 @@ def test_a_pace_leaves_the_update_as_it_is_and_moves_it_faster():
     model = torch.nn.Sequential(layer)
     optimizer = torch.optim.Adam([layer.lora_B], lr=1e-3)
     paces = torch.tensor([8.0, 0.5])
-    setting = study_trainer.AtPaces(torch.tensor([1, 2]), order=True, paces=(8.0, 0.5), strength=2.0)
+    setting = study_trainer.AtPaces(torch.tensor([1, 2]), order=True, faster=(8.0, 0.5), strength=2.0)
     lora.order_components(model)
     x = torch.randn(2, 6)
     lora.set_rank(model, torch.tensor([1, 2]))

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
 import loralib as lora
-from loralib.schedule import title_of
+from loralib.titles import title_of
 from loralib.trainer import DyLoRATrainer
 
 from .test_trainer import data, log, trainer

@@ -17,7 +17,8 @@ from loralib.report.choice import aurac, bootstrap, nothing_learnt, select_rank
 from loralib.report.results import RankResults, RankRow
 from loralib.report.scores import decide, score
 from loralib.report.writing import write_run
-from loralib.schedule import FACTS, title_of
+from loralib.schedule import FACTS
+from loralib.titles import title_of
 from loralib.training.metrics import by_rank
 
 from .settings import without_tokens

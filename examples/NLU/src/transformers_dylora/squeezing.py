@@ -18,7 +18,8 @@ from loralib.adapters.kinds import head_outputs
 from loralib.adapters.labels import told
 from loralib.report.results import RankResults
 from loralib.sampling import RankSampler
-from loralib.schedule import FACTS, title_of
+from loralib.schedule import FACTS
+from loralib.titles import title_of
 from loralib.trainer import DyLoRATrainer
 
 from .data import content_name, csv_as_text, load_files, tokenize
