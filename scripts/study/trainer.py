@@ -183,9 +183,6 @@ class StudyTrainer(DyLoRATrainer):
             return Stretched(setting.rank, order=True, factors=method.stretch)
         if method.after and setting.order:
             setting = Then(setting.rank, order=True, paces=setting.paces, after=method.after)
-        if method.after and setting.order:
-            setting.apply(self.model, self.optimizer)
-            setting = replace(setting, order=False)
         if method.weights:
             return AtStrengths(
                 self.even_ranks(), order=setting.order, strengths=method.strengths, paces=method.learn or None

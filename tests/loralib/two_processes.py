@@ -110,6 +110,11 @@ def own_loop(door: str, directory: Path) -> dict:
     train(model, IDS, 5, optimizers[0], steps=1)
     train(parts, IDS[me::count], 5, optimizers[1], steps=1)
     found["trained on"] = of_factors(model, parts)
+    for each, optimizer, rows in ((model, optimizers[0], slice(None)), (parts, optimizers[1], slice(me, None, count))):
+        lora.pace_components(optimizer, each, [4, 3, 2, 1.5, 1])
+        train(each, IDS[rows], RANKS[rows], optimizer, steps=2)
+        lora.pace_components(optimizer, each, None)
+    found["trained at paces"] = of_factors(model, parts)
     lora.save_adapter(parts, directory / f"{door}-{me}", rank=3)
     if me == 0:
         lora.save_adapter(model, directory / f"{door}-whole", rank=3)
