@@ -10,11 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import loralib as lora
+from loralib.pacing import usual_paces
 from loralib.peft import DyLoraConfig
 
 from .peers import ALPHA, R_MAX
 from .rows import Options, Row, timed
-from .steps import BUILDS, PEFT_LIMIT, drawn, training_step
+from .steps import BUILDS, DEFAULT, PEFT_LIMIT, PER, drawn, training_step
 from .timing import alternate
 
 # SmolLM2-135M's width. The vocabulary is small: it would only add the same time to every contender.
@@ -50,10 +51,12 @@ def contenders(layers: int, bits: int, dtype: str, inputs: dict, device: str) ->
     rows = len(inputs["input_ids"])
     common = dict(r=R_MAX, lora_alpha=ALPHA, target_modules="all-linear")
     found = {}
-    for per in ("example", "step"):
+    for per in PER:
         model = lora.inject(stock(layers, bits, device), "all-linear", R_MAX, ALPHA)
         lora.mark_only_lora_as_trainable(model)
-        found[f"DyLoRA, rank per {per}"] = training_step(model, inputs, device, dtype, drawn(model, R_MAX, rows, per))
+        paces = usual_paces(R_MAX) if per == DEFAULT else None
+        own = training_step(model, inputs, device, dtype, drawn(model, R_MAX, rows, per), paces)
+        found[f"DyLoRA, rank per {per}"] = own
     inside = get_peft_model(stock(layers, bits, device), DyLoraConfig(**common))
     draws = drawn(inside, R_MAX, rows, "example")
     found["DyLoRA inside PEFT, rank per example"] = training_step(inside, inputs, device, dtype, draws)

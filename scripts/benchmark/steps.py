@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import loralib as lora
 from loralib.gate import rank_gate
+from loralib.pacing import usual_paces
 from loralib.training.precision import frozen_weights_in
 
 from . import peers as peers
@@ -36,10 +37,14 @@ def run_glues_savings(model, dtype: str):
         yield
 
 
-def training_step(model, inputs: dict, device: str, dtype: str, before=lambda step: None) -> Callable[[], None]:
-    """One update: ranks set, forward, backward, AdamW."""
+def training_step(
+    model, inputs: dict, device: str, dtype: str, before=lambda step: None, paces=None
+) -> Callable[[], None]:
+    """One update: ranks set, forward, backward, AdamW, at ``paces`` if there are any."""
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    if paces:
+        lora.pace_components(optimizer, model, paces)
     steps = iter(range(10**9))
 
     def run():
@@ -53,8 +58,12 @@ def training_step(model, inputs: dict, device: str, dtype: str, before=lambda st
     return run
 
 
+DEFAULT = "example, halving, paced"  # what RankSchedule() does once components are ordered
+PER = ("example", "step", DEFAULT)
+
+
 def drawn(model, r: int, rows: int, per: str) -> Callable[[int], None]:
-    sampler = lora.RankSampler(r, per=per)
+    sampler = lora.RankSampler(r, distribution="halving") if per == DEFAULT else lora.RankSampler(r, per=per)
     return lambda step: lora.set_rank(model, sampler(step, rows))
 
 
@@ -69,9 +78,11 @@ def step_contenders(shape: Shape, r: int, inputs: dict, device: str, dtype: str,
             "frozen encoder, head alone": peers.stock(shape, device),
         }
     found = {}
-    for per in ("example", "step"):
+    for per in PER:
         model = peers.ours(shape, r, device)
-        found[f"DyLoRA, rank per {per}"] = training_step(model, inputs, device, dtype, drawn(model, r, rows, per))
+        paces = usual_paces(r) if per == DEFAULT else None
+        own = training_step(model, inputs, device, dtype, drawn(model, r, rows, per), paces)
+        found[f"DyLoRA, rank per {per}"] = own
     for name, model in models.items():
         if model is not None:
             found[name] = training_step(model, inputs, device, dtype)
@@ -90,7 +101,7 @@ def overhead(options: Options) -> Iterator[Row]:
     for step in contenders.values():
         step()
     times = alternate(contenders, 150, options.device)
-    for per in ("example", "step"):
+    for per in PER:
         yield from timed(
             "overhead of a step", f"{NARROW.name}, batch {rows} x {length}", times, f"DyLoRA, rank per {per}",
             {"PEFT LoRA": 1.1},
@@ -110,7 +121,7 @@ def steps(options: Options) -> Iterator[Row]:
                 contenders = step_contenders(shape, R_MAX, inputs, options.device, dtype, everyone=not options.quick)
                 for name, seconds in alternate(contenders, 4, options.device).items():
                     times.setdefault(name, []).extend(seconds)
-            for per in ("example", "step"):
+            for per in PER:
                 yield from timed("training step", setting, times, f"DyLoRA, rank per {per}", PEFT_LIMIT)
 
 
