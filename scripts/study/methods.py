@@ -50,7 +50,6 @@ class Method:
     orthogonal: bool = False  # start lora_A with orthogonal rows of the same length
     strengths: tuple[float, ...] = ()  # one strength for each component, whatever the rank
     learn: tuple[float, ...] = ()  # once ranks are drawn: how much faster each component's lora_B learns
-    after: str = ""  # what becomes of the optimizer's state at the ordering, beside being turned
     paces: tuple[float, ...] = ()  # once the components are ordered: how much faster each one's lora_B learns
     stretch: tuple[float, ...] = ()  # once the components are ordered: how much longer each one's row of lora_A is
     skew: tuple[float, ...] = ()  # up to the ordering: how much stronger each component is

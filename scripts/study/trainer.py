@@ -8,7 +8,7 @@ from torch import nn
 
 import loralib as lora
 from loralib.model import lora_layers
-from loralib.momenta import SQUARE, kept_for, unwrapped_optimizer
+from loralib.momenta import SQUARE, kept_for
 from loralib.schedule import Setting
 from loralib.trainer import DyLoRATrainer
 
@@ -91,34 +91,6 @@ class Stretched(Setting):
         fold(model, optimizer, factors[:, None], "lora_A")
 
 
-@dataclass(frozen=True)
-class Then(Setting):
-    """The ordering, after which the optimizer's state is forgotten ("fresh") or its squares are no less than those of
-    the means ("bounded")."""
-
-    after: str = ""
-
-    def apply(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        super().apply(model, optimizer)
-        if not self.order:
-            return
-        inner = unwrapped_optimizer(optimizer)
-        for group in inner.param_groups:
-            b1, b2 = group["betas"]
-            for _, layer in lora_layers(model):
-                for factor in (layer.lora_A, layer.lora_B):
-                    if not any(factor is p for p in group["params"]):
-                        continue
-                    state = inner.state[factor]
-                    if self.after == "fresh":
-                        for value in state.values():
-                            value.zero_()
-                    else:
-                        t = float(state["step"])
-                        least = state["exp_avg"].square() * (1 - b2**t) / (1 - b1**t) ** 2
-                        state["exp_avg_sq"].copy_(torch.maximum(state["exp_avg_sq"], least))
-
-
 @torch.no_grad()
 def fold(
     model: nn.Module, optimizer: torch.optim.Optimizer | None, factors: torch.Tensor, name: str = "lora_B"
@@ -181,8 +153,6 @@ class StudyTrainer(DyLoRATrainer):
             setting = Setting(self.group_weights(), order=setting.order)
         if method.stretch and setting.order:
             return Stretched(setting.rank, order=True, factors=method.stretch)
-        if method.after and setting.order:
-            setting = Then(setting.rank, order=True, paces=setting.paces, after=method.after)
         if method.weights:
             return AtStrengths(
                 self.even_ranks(), order=setting.order, strengths=method.strengths, paces=method.learn or None

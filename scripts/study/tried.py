@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .methods import CONSTANT_2, GATE, HALVING, METHODS, MIXED, ORDERED, POWERS_SUMMED, R_MAX, SQUEEZE, Method
+from .methods import CONSTANT_2, GATE, METHODS, MIXED, ORDERED, POWERS_SUMMED, R_MAX, SQUEEZE, Method
 
 ALL_POWERS = dict.fromkeys((1, 2, 4, 8), 1 / 4)
 UNIFORM = (1.0,) * R_MAX
@@ -186,16 +186,6 @@ TRIED = {
             ("-sqrt", "4/sqrt(k)", ROOTS),
             ("-1", "1", (1.0,) * 8),
         ]
-    },
-    **{
-        f"{after}-{share}": Method(
-            f"our default, ordered at {share}, optimizer's state {after}",
-            replace(HALVING, full_rank_share=share),
-            after=after,
-            **CONSTANT_2,
-        )
-        for after in ("fresh", "bounded")
-        for share in (0.15, 0.3)
     },
     "even": Method("per example, evenly", weights=UNIFORM),
     "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),

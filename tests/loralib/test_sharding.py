@@ -29,7 +29,9 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("door", ["inject", "peft"])
-@pytest.mark.parametrize("what", ["trained", "ordered", "moments", "trained on", "trained at paces", "runs", "merged", "loaded"])
+@pytest.mark.parametrize(
+    "what", ["trained", "ordered", "moments", "trained on", "trained at paces", "runs", "merged", "loaded"]
+)
 def test_two_parts_are_the_whole(door, what, answers):
     # AdamW's first steps divide by what may be tiny.
     assert all(found[door][what] < (1e-5 if "trained" in what or what == "ordered" else 2e-6) for found in answers)

@@ -240,7 +240,6 @@ VARIANTS = [
         "long-1/k",
         "grown-0.5",
         "nested-0.3-1/k",
-        "bounded-0.3",
         "anneal-constant",
         "plus-constant",
         "orthogonal-constant",
