@@ -21,9 +21,9 @@ _paced: WeakKeyDictionary[Any, tuple[tuple[float, ...], list]] = WeakKeyDictiona
 def usual_paces(r_max: int, r_min: int = 1) -> tuple[float, ...]:
     """Paces of components 1..r_max: min(r_max, 8)/k for component k, but 1 at least.
 
-    At one strength for all ranks, "alpha/r" with alpha = 2 r, component k then learns as a LoRA's of rank k does with
-    alpha = 16 (Adam): as fast as its own rank would have it. Components up to r_min, which no lower rank uses, share
-    the pace of the last of them.
+    From r_max 8 on and at one strength for all ranks, "alpha/r" with alpha = 2 r, the components up to the eighth then
+    learn (under Adam) as if component k were at strength 16/k, that of a LoRA of rank k with alpha 16. Components up to
+    r_min, which no lower rank uses, share the pace of the last of them.
     """
     return tuple(max(1.0, min(r_max, FASTEST) / max(k, r_min)) for k in range(1, r_max + 1))
 

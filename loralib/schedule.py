@@ -23,14 +23,8 @@ Sampling = Literal["example", "step", "matryoshka", "fixed"]
 Distribution = Literal["uniform", "geometric", "mixed", "halving"]
 Reduce = Literal["sum", "mean"]
 FULL_RANK_SHARE = 0.3
-FACTS = (
-    "sampling",
-    "distribution",
-    "r_min",
-    "full_rank_share",
-    "frozen",
-    "paced",
-)  # what files always tell of a schedule
+# What files always tell of a schedule.
+FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen", "paced")
 
 
 @dataclass(frozen=True)
@@ -49,9 +43,8 @@ class RankSchedule:
         distribution: how ranks are drawn: "uniform", "geometric", "halving" or "mixed", see ``RankSampler``. None:
             "halving" where each example has its own rank, components were ordered before and nothing is frozen; else
             "uniform".
-        paced: component k learns min(r_max, 8)/k times as fast (but as fast at least) once ranks are drawn, see
-            ``pace_components`` and ``usual_paces``: at one strength for all ranks, as a LoRA of rank k would have it.
-            None: where the distribution is "halving" and the scaling "alpha/r".
+        paced: once ranks are drawn, component k learns min(r_max, 8)/k times as fast, and never slower than usual, see
+            ``pace_components``. None: where the distribution is "halving" and the scaling "alpha/r".
         p: parameter of the geometric distribution, between 0 and 1.
         r_min: the lowest rank that is trained, 1 or more.
         full_rank_share: the share of the updates, 0 to below 1, that trains all components together before they are

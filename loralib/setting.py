@@ -32,15 +32,15 @@ class Setting:
 
         Raises ValueError for paces without an optimizer.
         """
-        if self.order:
-            order_components(model, optimizer)
-        if optimizer is not None:
-            set_paces(optimizer, model, self.paces)
-        elif self.paces is not None:
+        if self.paces is not None and optimizer is None:
             raise ValueError(
                 "Components learn at paces of their own, which is a matter of the optimizer's step: give the optimizer "
                 "too, or RankSchedule(paced=False)."
             )
+        if self.order:
+            order_components(model, optimizer)
+        if optimizer is not None:
+            set_paces(optimizer, model, self.paces)
         if self.gate_ranks is not None:
             set_matryoshka_gate(model, self.gate_ranks, self.reduce)
         else:

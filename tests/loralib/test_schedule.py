@@ -12,7 +12,7 @@ from torch import nn
 import loralib as lora
 from loralib.pacing import paces_of, usual_paces
 from loralib.report.results import RankResults
-from loralib.schedule import RankSchedule
+from loralib.schedule import FACTS, RankSchedule
 from loralib.titles import title_of
 
 
@@ -196,13 +196,14 @@ def test_titles_also_from_the_facts_alone(schedule, title):
 def test_legends_call_the_default_by_the_name_alone():
     def legend(schedule):
         bound = schedule.resolve(8)
-        facts = {
-            k: v for k, v in bound.facts().items() if k in ("sampling", "distribution", "full_rank_share", "frozen")
-        }
+        facts = {name: value for name, value in bound.facts().items() if name in FACTS}
         return RankResults("task", bound.title(), "accuracy", {}, {}, max_rank=8, **facts).short_name()
 
     assert legend(RankSchedule()) == "DyLoRA"
     assert legend(RankSchedule(full_rank_share=0.5)) == "DyLoRA, ordered at 50 %"
+    assert legend(RankSchedule(paced=False)) == "DyLoRA, one pace"
+    assert legend(RankSchedule(distribution="mixed", paced=True)) == "DyLoRA, mixed, paced"
+    assert legend(RankSchedule(frozen=True)) == "DyLoRA, frozen"
 
 
 def test_facts_that_tell_no_training():

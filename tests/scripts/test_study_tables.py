@@ -432,5 +432,5 @@ def test_the_page_says_what_the_default_shares_and_what_lies_between(tmp_path):
     lines[0]["from"] = "lora-8"
     study_tables.write_tables(tmp_path, lines, cells.BUDGETS)
     text = " ".join((tmp_path / "README.md").read_text().split())
-    assert "shares 0.8 of the training with it: 1 of 5 on cpu." in text
+    assert "shares 0.3 of the training with it: 1 of 5 on cpu." in text
     assert "5 runs of the default on validation were measured at all of 1 to 8, in the mean 50.0, 51.0, 52.0" in text

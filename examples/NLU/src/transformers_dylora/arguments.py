@@ -228,7 +228,7 @@ class ModelArguments:
     lora_paced: bool | None = field(
         default=None,
         metadata={
-            "help": "Once ranks are drawn, component k learns min(r_max, 8)/k times as fast, and as fast at least. "
+            "help": "Once ranks are drawn, component k learns min(r_max, 8)/k times as fast, never slower than usual. "
             "Default: with --rank_distribution halving at one strength, alpha/r."
         },
     )
