@@ -8,7 +8,6 @@ from .held_out import BAR
 from .methods import DEFAULT, PLAIN_SWEEP, R_MAX, SWEEP, shown_up_to
 from .naming import title
 from .shown import computed_in, device_of
-from .tried import TRIED
 from .wide import Kept, curve_table, curves_of, in_one_place
 
 # Other strengths than 16/r, each with the method at that.
@@ -60,18 +59,19 @@ def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> l
         f"({', '.join(devices)}):",
         "",
         *curve_table(found, RANKS, 4),
-        *variant_tables([r for r in records if r["split"] == "held_out"], rates[DEFAULT]),
+        *variant_tables([r for r in records if r["split"] == "held_out"], rates),
     ]
 
 
-def variant_tables(records: list[dict], rate: float) -> list[str]:
-    """What else was tried, at each of its rates, beside the default and the plainest peer at the default's; apart by
-    what they were computed in, which moves a loss as much as a variant does."""
+def variant_tables(records: list[dict], rates: dict[str, float]) -> list[str]:
+    """What else was tried, at each of its rates, beside the default and the plainest peer at theirs; apart by what they
+    were computed in, which moves a loss as much as a variant does."""
+    of_sweep = {name for names in SWEEP.values() for name in names}
     lines = []
     for place in dict.fromkeys(map(computed_in, records)):
         own = [r for r in records if computed_in(r) == place]
-        peers = [r for name in (BAR, DEFAULT) for r in own if r["method"] == name and r["rate"] == rate]
-        tried = [r for r in own if r["method"] in TRIED]
+        peers = [r for name in (BAR, DEFAULT) for r in own if r["method"] == name and r["rate"] == rates[name]]
+        tried = [r for r in own if r["method"] not in {BAR, DEFAULT, *of_sweep}]
         rows = [
             [title(r["method"]), f"{r['rate']:g}", *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]
             for r in peers + tried
