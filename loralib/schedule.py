@@ -22,7 +22,7 @@ T = TypeVar("T")
 Sampling = Literal["example", "step", "matryoshka", "fixed"]
 Distribution = Literal["uniform", "geometric", "mixed", "halving"]
 Reduce = Literal["sum", "mean"]
-FULL_RANK_SHARE = 0.3
+FULL_RANK_SHARE = 0.8
 # What files always tell of a schedule.
 FACTS = ("sampling", "distribution", "r_min", "full_rank_share", "frozen", "paced")
 
@@ -32,23 +32,23 @@ class RankSchedule:
     """What training does with ranks. A schedule checks itself; ``resolve`` binds it to an adapter and a number of
     steps.
 
-    The default, without any argument, is what measured best (results/study): the first 0.3 of the updates train all
-    components together, as plain LoRA does; then ``order_components`` sorts them by importance, and from there on half
-    of the examples run at r_max, a quarter at rank 1, an eighth at 2, and so on, and the first components learn faster.
+    The default, without any argument, is what measured best (results/study): the first 0.8 of the updates train all
+    components together, as plain LoRA does; then ``order_components`` sorts them by importance, and from there on a
+    third of the examples run at rank 1 and the others through the mean of the gates of ranks 1, 2, 4, .. r_max.
 
     Args:
         sampling: "example" (each example of an update its own rank or mixture of ranks), "step" (one rank for an
             update, as in the paper), "matryoshka" (one fixed gate, the sum or mean of several ranks'), "fixed" (r_max:
             plain LoRA).
         distribution: how ranks are drawn: "uniform", "geometric", "halving" or "mixed", see ``RankSampler``. None:
-            "halving" where each example has its own rank, components were ordered before and nothing is frozen; else
+            "mixed" where each example has its own rank, components were ordered before and nothing is frozen; else
             "uniform".
         paced: once ranks are drawn, component k learns min(r_max, 8)/k times as fast, and never slower than usual, see
             ``pace_components``. None: where the distribution is "halving" and the scaling "alpha/r".
         p: parameter of the geometric distribution, between 0 and 1.
         r_min: the lowest rank that is trained, 1 or more.
         full_rank_share: the share of the updates, 0 to below 1, that trains all components together before they are
-            ordered and ranks are drawn. None: 0.3 where ranks are drawn and the scaling is "alpha/r", else 0, the
+            ordered and ranks are drawn. None: 0.8 where ranks are drawn and the scaling is "alpha/r", else 0, the
             paper's way: components are ordered at one strength, and under another rule low ranks would run at another.
         frozen: update component b alone (paper, eq. 10).
         reduce: "sum" (MatryoshkaLoRA) or "mean" of the gates; "matryoshka" only.
@@ -128,8 +128,8 @@ class RankSchedule:
             share = FULL_RANK_SHARE if self.draws and scaling == "alpha/r" else 0.0
         distribution = self.distribution
         if distribution is None and self.draws:
-            halving = self.sampling == "example" and share and not self.frozen
-            distribution = "halving" if halving else "uniform"
+            mixed = self.sampling == "example" and share and not self.frozen
+            distribution = "mixed" if mixed else "uniform"
         paced = self.paced if self.paced is not None else distribution == "halving" and scaling == "alpha/r"
         settled = replace(
             self,

@@ -58,22 +58,23 @@ def _two(off: str, on: str):
 
 
 def schedule() -> None:
-    """A training of thirteen updates of eight examples: what each example runs at."""
+    """A training of fifteen updates of nine examples: what each example runs at."""
     figure = Figure(figsize=(7.2, 2.9), layout="constrained")
     panel = figure.subplots()
-    updates, together, size = 13, 4, 8
-    draw = RankSampler(8, distribution="halving", seed=3)
+    updates, together, size = 15, 12, 9
+    draw = RankSampler(8, distribution="mixed", seed=3)
     for step in range(updates):
-        first = step < together
-        for row, rank in enumerate([8] * size if first else draw(step, size).tolist()):
-            colour = {8: BLUE, 1: RED}.get(rank, GREEN)
+        weights = draw(step, size)
+        for row in range(size):
+            first, low = step < together, bool(weights[row, 0] == 1)
+            colour = BLUE if first else RED if low else GREEN
             panel.add_patch(_square(step + 0.06 + (0.3 if not first else 0), row + 0.06, colour))
     middle = together + 0.12
     panel.plot([middle, middle], [-0.3, size + 0.2], color="0.25", linewidth=1.5, linestyle="--")
     panel.text(middle, size + 0.4, "2. ordered", ha="center", fontsize="small")
-    panel.text(together / 2, -1.15, "1. together", ha="center", color="0.2")
+    panel.text(together / 2, -1.15, "1. together (r_max)", ha="center", color=BLUE)
     panel.text((together + updates) / 2 + 0.3, -1.15, "3. nested", ha="center", color="0.2")
-    for x, colour, words in ((0.4, BLUE, "r_max"), (0.6, RED, "rank 1"), (0.8, GREEN, "ranks 2, 4")):
+    for x, colour, words in ((0.6, RED, "rank 1"), (0.78, GREEN, "1, 2, 4, 8 at once")):
         panel.add_patch(_square(updates * x, -2.4, colour, 0.5))
         panel.text(updates * x + 0.7, -2.15, words, va="center", fontsize="small")
     panel.set_xlim(-0.9, updates + 0.6)

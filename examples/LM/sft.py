@@ -42,10 +42,10 @@ class Arguments:
         default=None, metadata={"help": "The ranks to measure, as in 1,2,4. Default: 1, 2, 4, .. and r_max."}
     )
     full_rank_share: float | None = field(
-        default=None, metadata={"help": "The share of the updates before components are ordered. Default: 0.3."}
+        default=None, metadata={"help": "The share of the updates before components are ordered. Default: 0.8."}
     )
     rank_distribution: Literal["uniform", "geometric", "halving", "mixed"] | None = field(
-        default=None, metadata={"help": "How ranks are drawn afterwards, see RankSchedule. Default: halving."}
+        default=None, metadata={"help": "How ranks are drawn afterwards, see RankSchedule. Default: mixed."}
     )
     targets: str = field(
         default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "The layers to adapt, or all-linear."}

@@ -17,7 +17,7 @@ from ..checks import check_int
 FILE = "rank_results.json"
 LAST = ("loss", "samples", "adapter_parameters")  # what a row holds beside the scores
 LOWER = ("loss", "perplexity")  # the less the better
-USUAL_SHARE = 0.3  # RankSchedule's default, here without torch
+USUAL_SHARE = 0.8  # RankSchedule's default, here without torch
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,12 @@ class RankResults:
         if self.sampling == "step" and self.frozen and not self.full_rank_share:
             return "DyLoRA as released"
         parts = ["per step"] if self.sampling == "step" else []
-        usual = "halving" if self.sampling == "example" and self.full_rank_share and not self.frozen else "uniform"
+        usual = "mixed" if self.sampling == "example" and self.full_rank_share and not self.frozen else "uniform"
         parts += [self.distribution] if self.distribution not in (None, usual) else []
         share = self.full_rank_share
         parts += ["not ordered"] if not share else [f"ordered at {100 * share:g} %"] if share != USUAL_SHARE else []
         parts += ["frozen"] if self.frozen else []
-        parts += ["one pace"] if usual == "halving" == self.distribution and self.paced is False else []
-        parts += ["paced"] if self.distribution != "halving" and self.paced else []
+        parts += ["paced"] if self.paced else []
         return ", ".join(["DyLoRA", *parts])
 
     @property

@@ -15,7 +15,7 @@ from loralib.peft import DyLoraConfig
 
 from .peers import ALPHA, R_MAX
 from .rows import Options, Row, timed
-from .steps import BUILDS, DEFAULT, PEFT_LIMIT, PER, drawn, training_step
+from .steps import BUILDS, HALVING, PEFT_LIMIT, PER, drawn, training_step
 from .timing import alternate
 
 # SmolLM2-135M's width. The vocabulary is small: it would only add the same time to every contender.
@@ -54,7 +54,7 @@ def contenders(layers: int, bits: int, dtype: str, inputs: dict, device: str) ->
     for per in PER:
         model = lora.inject(stock(layers, bits, device), "all-linear", R_MAX, ALPHA)
         lora.mark_only_lora_as_trainable(model)
-        paces = usual_paces(R_MAX) if per == DEFAULT else None
+        paces = usual_paces(R_MAX) if per == HALVING else None
         own = training_step(model, inputs, device, dtype, drawn(model, R_MAX, rows, per), paces)
         found[f"DyLoRA, rank per {per}"] = own
     inside = get_peft_model(stock(layers, bits, device), DyLoraConfig(**common))

@@ -58,12 +58,12 @@ def training_step(
     return run
 
 
-DEFAULT = "example, halving, paced"  # what RankSchedule() does once components are ordered
-PER = ("example", "step", DEFAULT)
+HALVING = "example, halving, paced"
+PER = ("example", "step", HALVING)
 
 
 def drawn(model, r: int, rows: int, per: str) -> Callable[[int], None]:
-    sampler = lora.RankSampler(r, distribution="halving") if per == DEFAULT else lora.RankSampler(r, per=per)
+    sampler = lora.RankSampler(r, distribution="halving") if per == HALVING else lora.RankSampler(r, per=per)
     return lambda step: lora.set_rank(model, sampler(step, rows))
 
 
@@ -80,7 +80,7 @@ def step_contenders(shape: Shape, r: int, inputs: dict, device: str, dtype: str,
     found = {}
     for per in PER:
         model = peers.ours(shape, r, device)
-        paces = usual_paces(r) if per == DEFAULT else None
+        paces = usual_paces(r) if per == HALVING else None
         own = training_step(model, inputs, device, dtype, drawn(model, r, rows, per), paces)
         found[f"DyLoRA, rank per {per}"] = own
     for name, model in models.items():

@@ -3,11 +3,11 @@
     python -m scripts.study rates    --encoder DIR --data DIR     # choose each method's rate, on a tenth of train
     python -m scripts.study leads    --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of train
     python -m scripts.study runs     --encoder DIR --data DIR     # every task, method and seed, on validation
-    python -m scripts.study runs     --encoder DIR --data DIR --methods halving --rate 1e-3     # at one's own rate
+    python -m scripts.study runs     --encoder DIR --data DIR --methods mixed-0.8 --rate 1e-3     # at one's own rate
     python -m scripts.study wide     --encoder DIR --data DIR     # r_max 16 and 64, and all linear layers
     python -m scripts.study language --model DIR --data DIR       # a language model on WebNLG: its rates, then its runs
     python -m scripts.study tables                                # results/study: tables, curves, cost
-    python -m scripts.study cell rte halving 0 --encoder DIR --data DIR       # one run again; prints what it found
+    python -m scripts.study cell rte mixed-0.8 0 --encoder DIR --data DIR       # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
 run_glue.py's --dataset_dir (without --data: from the hub), and WebNLG as language.py says; that of --model a checkpoint

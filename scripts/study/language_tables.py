@@ -42,7 +42,12 @@ def validation_table(records: list[dict], task: str, rates: dict[str, float]) ->
     if not found[DEFAULT]:
         return ["Nothing is compared on validation yet.", ""]
     seeds = ", ".join(map(str, sorted(found[DEFAULT])))
-    return [f"On 200 entries of validation, seed {seeds}:", "", *curve_table(found, RANKS, 4)]
+    return [
+        f"On 200 entries of validation, seed {seeds}:",
+        "",
+        *curve_table(found, RANKS, 4),
+        *variant_tables([r for r in records if r["split"] == "validation"], rates),
+    ]
 
 
 def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
@@ -70,7 +75,7 @@ def variant_tables(records: list[dict], rates: dict[str, float]) -> list[str]:
     lines = []
     for place in dict.fromkeys(map(computed_in, records)):
         own = [r for r in records if computed_in(r) == place]
-        peers = [r for name in (BAR, DEFAULT) for r in own if r["method"] == name and r["rate"] == rates[name]]
+        peers = [r for name in (BAR, DEFAULT) for r in own if r["method"] == name and r["rate"] == rates.get(name)]
         tried = [r for r in own if r["method"] not in {BAR, DEFAULT, *of_sweep}]
         rows = [
             [title(r["method"]), f"{r['rate']:g}", *(f"{r['scores'][str(b)]:.4f}" for b in RANKS)]

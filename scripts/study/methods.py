@@ -123,14 +123,16 @@ METHODS = {
     },
     "ordered": Method("DyLoRA, half at r_max, ordered, then per example", ORDERED, **CONSTANT_2),
     "mixed": Method("DyLoRA, half at r_max, ordered, then mixed", MIXED, **CONSTANT_2),
-    "mixed-0.8": Method("DyLoRA, 0.8 at r_max, ordered, then mixed", replace(MIXED, full_rank_share=0.8), **CONSTANT_2),
+    "mixed-0.8": Method(
+        "DyLoRA, 0.8 at r_max, ordered, then mixed (our default)", replace(MIXED, full_rank_share=0.8), **CONSTANT_2
+    ),
     "halving": Method(
-        "DyLoRA, 0.3 at r_max, ordered, then half of the examples there, first components faster (our default)",
+        "DyLoRA, 0.3 at r_max, ordered, then half of the examples there, first components faster",
         HALVING,
         **CONSTANT_2,
     ),
 }
-DEFAULT = "halving"  # what run_glue.py does without flags
+DEFAULT = "mixed-0.8"  # what run_glue.py does without flags
 # Together one method: at each of these ranks a LoRA that was trained for it, at one of these strengths.
 SWEEP = {
     r: [name for name, made in METHODS.items() if made.schedule == PLAIN and made.r == r and not made.adalora]
@@ -166,7 +168,7 @@ CUTS = {
     "cut-energy": Cut("LoRA trained at rank 8, one share of energy (convert_to_lora, threshold)", by="energy"),
     "cut-fisher": Cut("LoRA trained at rank 8, components kept by Fisher information over all layers", by="importance"),
     "mixed-0.8-fisher": Cut(
-        "DyLoRA, 0.8 at r_max, then mixed, components kept by Fisher information over all layers",
+        "our default, components kept by Fisher information over all layers",
         "mixed-0.8",
         "importance",
     ),

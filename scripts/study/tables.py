@@ -11,7 +11,7 @@ from loralib.report.plots import plot_curves
 from loralib.report.tables import markdown_table
 
 from ..pages import page
-from .averages import average_tables, averaged, beside, headline, peer_on, task_by_task, with_most_seeds
+from .averages import average_tables, averaged, beside, headline, peer_on, task_by_task, with_most_of
 from .cells import RATE_RUNS, TRIED_RATE, area, usual_records
 from .held_out import BAR, lead_table, rate_table, tried_table
 from .language_tables import language_tables
@@ -179,12 +179,12 @@ COMMANDS = [
     "    python -m transformers_dylora.minilm encoder",
     "    python -m scripts.study rates --encoder encoder --data glue      # glue: a directory of the tasks",
     "    python -m scripts.study leads --encoder encoder --data glue",
-    f"{RUNS} lora-8 lora-4 lora-2 lora-1 halving",
-    f"{RUNS} lora-8 halving --seeds 3 4",
+    f"{RUNS} lora-8 lora-4 lora-2 lora-1 mixed-0.8",
+    f"{RUNS} lora-8 mixed-0.8 --seeds 3 4",
     "    python -m scripts.study wide --encoder encoder --data glue",
     "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",
     "    python -m scripts.study tables",
-    "    python -m scripts.study cell cola halving 0 --rate 1e-3 --encoder encoder --data glue      # one again",
+    "    python -m scripts.study cell cola mixed-0.8 0 --rate 1e-3 --encoder encoder --data glue      # one again",
 ]
 
 
@@ -193,7 +193,7 @@ def main_tables(founds: dict[str, Found], records: list[dict]) -> list[str]:
     lines = ["## Is one training as good as one for each rank?", "", *headline(founds, records)]
     lines += ["## Words", "", *WORDS, ""]
     for peer in ("sweep", BAR):
-        for device in with_most_seeds(founds, peer):
+        for device in with_most_of(founds, peer):
             if tables := average_tables(founds[device], records, peer):
                 lines += [f"## Average of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}", "", *tables]
     for name, found in founds.items():

@@ -19,17 +19,18 @@ from loralib.titles import title_of
 @pytest.mark.parametrize(
     ("options", "scaling", "share", "distribution", "paced"),
     [
-        ({}, "alpha/r", 0.3, "halving", True),
+        ({}, "alpha/r", 0.8, "mixed", False),
         ({}, "alpha/b", 0.0, "uniform", False),  # ordered at one strength, its lower ranks would run at another
         ({}, "several", 0.0, "uniform", False),
-        ({"sampling": "step"}, "alpha/r", 0.3, "uniform", False),
-        ({"frozen": True}, "alpha/r", 0.3, "uniform", False),
+        ({"sampling": "step"}, "alpha/r", 0.8, "uniform", False),
+        ({"frozen": True}, "alpha/r", 0.8, "uniform", False),
         ({"full_rank_share": 0.0}, "alpha/r", 0.0, "uniform", False),
         ({"full_rank_share": 0.0, "distribution": "halving"}, "alpha/r", 0.0, "halving", True),
-        ({"full_rank_share": 0.5}, "alpha/b", 0.5, "halving", False),  # low ranks are stronger there as it is
-        ({"full_rank_share": 0.5}, "several", 0.5, "halving", False),
-        ({"paced": False}, "alpha/r", 0.3, "halving", False),
-        ({"distribution": "mixed"}, "alpha/r", 0.3, "mixed", False),
+        ({"full_rank_share": 0.5}, "alpha/b", 0.5, "mixed", False),
+        ({"distribution": "halving"}, "alpha/b", 0.0, "halving", False),  # low ranks are stronger there as it is
+        ({"distribution": "halving"}, "several", 0.0, "halving", False),
+        ({"paced": False, "distribution": "halving"}, "alpha/r", 0.8, "halving", False),
+        ({"distribution": "halving"}, "alpha/r", 0.8, "halving", True),
         ({"distribution": "mixed", "paced": True}, "alpha/b", 0.0, "mixed", True),
         ({"sampling": "fixed"}, "alpha/r", 0.0, None, False),
         ({"sampling": "matryoshka"}, "alpha/r", 0.0, None, False),
@@ -106,7 +107,7 @@ def test_apply_orders_with_the_optimizer_and_sets_the_model():
     with lora.use_rank(model, 3):
         before = model(torch.eye(6))
     optimizer = torch.optim.AdamW(model.parameters())
-    bound = RankSchedule(full_rank_share=0.5).resolve(3, "alpha/r", 4)
+    bound = RankSchedule(distribution="halving", full_rank_share=0.5).resolve(3, "alpha/r", 4)
     bound.setting(1, 6).apply(model, optimizer)
     assert paces_of(optimizer) == (1, 1, 1)
     bound.setting(2, 6).apply(model, optimizer)
@@ -174,10 +175,10 @@ def test_ranks_beyond_r_max_and_unknown_steps():
 @pytest.mark.parametrize(
     ("schedule", "title"),
     [
-        (RankSchedule(),
+        (RankSchedule(distribution="halving", full_rank_share=0.3),
          "DyLoRA, components ordered after 30 % of the steps, then rank 8 half of the time, else 1, 2 or 4, "
          "first components faster"),
-        (RankSchedule(distribution="mixed", full_rank_share=0.8),
+        (RankSchedule(),
          "DyLoRA, components ordered after 80 % of the steps, then rank 1 or ranks 1, 2, 4 and 8 together"),
         (RankSchedule("step", "halving", paced=False, full_rank_share=0),
          "DyLoRA, a rank for each update, rank 8 half of the time, else 1, 2 or 4"),
@@ -201,8 +202,8 @@ def test_legends_call_the_default_by_the_name_alone():
 
     assert legend(RankSchedule()) == "DyLoRA"
     assert legend(RankSchedule(full_rank_share=0.5)) == "DyLoRA, ordered at 50 %"
-    assert legend(RankSchedule(paced=False)) == "DyLoRA, one pace"
-    assert legend(RankSchedule(distribution="mixed", paced=True)) == "DyLoRA, mixed, paced"
+    assert legend(RankSchedule(distribution="halving")) == "DyLoRA, halving, paced"
+    assert legend(RankSchedule(distribution="halving", paced=False)) == "DyLoRA, halving"
     assert legend(RankSchedule(frozen=True)) == "DyLoRA, frozen"
 
 
@@ -319,14 +320,14 @@ def test_a_loader_without_a_length_needs_the_number_of_updates():
 
     model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
     batches = torch.utils.data.DataLoader(Stream(), batch_size=2)
-    schedule = RankSchedule(paced=False).resolve(r_max=4, steps=6)
+    schedule = RankSchedule().resolve(r_max=4, steps=6)
     ranks = [lora.get_rank(model) for _ in schedule.over(batches, model)]
     assert len(ranks) == 6
 
 
 def test_paces_are_those_of_the_loop_alone_and_need_its_optimizer():
     model = lora.inject(nn.Sequential(nn.Linear(6, 6)), ["0"], r=4)
-    schedule = RankSchedule(full_rank_share=0.5).resolve(r_max=4)
+    schedule = RankSchedule(distribution="halving", full_rank_share=0.5).resolve(r_max=4)
     optimizer = torch.optim.AdamW([model[0].lora_A, model[0].lora_B])
     found = [paces_of(optimizer) for _ in schedule.over([torch.randn(6, 6)] * 4, model, optimizer)]
     assert found == [(1, 1, 1, 1)] * 2 + [(4, 2, 4 / 3, 1)] * 2
@@ -338,8 +339,8 @@ def test_paces_are_those_of_the_loop_alone_and_need_its_optimizer():
 @given(st.integers(1, 20), st.data())
 def test_components_that_no_lower_rank_uses_alone_learn_alike(r_max, data):
     r_min = data.draw(st.integers(1, r_max))
-    bound = RankSchedule(r_min=r_min).resolve(r_max, "alpha/r", 10)
-    assert bound.setting(5, 4).paces == usual_paces(r_max, r_min)
+    bound = RankSchedule(distribution="halving", r_min=r_min).resolve(r_max, "alpha/r", 10)
+    assert bound.setting(8, 4).paces == usual_paces(r_max, r_min)
 
 
 def test_an_optimizer_of_another_model_is_refused():

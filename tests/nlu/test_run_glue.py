@@ -344,7 +344,7 @@ def test_as_released_is_four_flags(roberta_checkpoint, glue, tmp_path):
     }
     told = ("sampling", "distribution", "frozen", "full_rank_share", "scaling")
     assert [getattr(found["one"], key) for key in told] == ["step", "uniform", True, 0.0, "alpha/b"]
-    assert [getattr(found["default"], key) for key in told] == ["example", "halving", False, 0.3, "alpha/r"]
+    assert [getattr(found["default"], key) for key in told] == ["example", "mixed", False, 0.8, "alpha/r"]
     one, four, default = (load_file(tmp_path / name / "adapter_model.safetensors") for name in found)
     assert all(torch.equal(one[key], four[key]) for key in one)
     assert not all(torch.equal(one[key], default[key]) for key in one)

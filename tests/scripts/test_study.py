@@ -182,7 +182,7 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     (again,) = [json.loads(text) for text in capfd.readouterr().out.splitlines() if text.startswith('{"')]
     assert again["scores"] == runs["cola", "cut-svd"]["scores"]
     monkeypatch.setattr(cells, "LEAD_RUNS", (("rte", 0),))
-    tried = ["ordered-gate", "ordered-distil", "by-cost-0.8", "mixed-0.8", study_methods.DEFAULT]
+    tried = ["ordered-gate", "ordered-distil", "by-cost-0.8", study_methods.DEFAULT]
     study.main(["leads", *tiny, *keep, "--methods", "lora-8", *tried])
     lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
     origin = {line["method"]: line.get("from") for line in lines if line["split"] == "held_out"}

@@ -359,6 +359,9 @@ def test_a_language_models_best_rate_has_the_lowest_loss():
     lines += [run(study_methods.DEFAULT, 1e-3, 1.6, "validation"), run("lora-1", 2e-3, 1.5, "validation")]
     text = "\n".join(language_tables(lines))
     assert "200 entries of validation, seed 0" in text and "| the default minus the sweep | +0.1000 |  |  |  |" in text
+    assert "1.7777" not in text
+    text = "\n".join(language_tables([*lines, run("halving", 2e-3, 1.7777, "validation")]))  # and what else was
+    assert "first components faster | 0.002 | 1.7777 |" in text.split("that were not trained on")[0]
 
 
 def test_a_grid_is_closed_once_the_best_has_both_neighbours():
@@ -432,5 +435,5 @@ def test_the_page_says_what_the_default_shares_and_what_lies_between(tmp_path):
     lines[0]["from"] = "lora-8"
     study_tables.write_tables(tmp_path, lines, cells.BUDGETS)
     text = " ".join((tmp_path / "README.md").read_text().split())
-    assert "shares 0.3 of the training with it: 1 of 5 on cpu." in text
+    assert "shares 0.8 of the training with it: 1 of 5 on cpu." in text
     assert "5 runs of the default on validation were measured at all of 1 to 8, in the mean 50.0, 51.0, 52.0" in text

@@ -52,16 +52,15 @@ def test_all_numbers_are_there_whole_at_any_width(width, count, names):
 
 def test_a_report_over_runs_fits(tmp_path, capsys, monkeypatch):
     from loralib.report.writing import write_run
-    from loralib.schedule import RankSchedule
 
     monkeypatch.setenv("COLUMNS", "80")
     for task in ("cola", "mnli"):
         for seed in (0, 1):
             rows = [RankRow(b, {"accuracy": 0.6 + 0.01 * b + 0.001 * seed}, 0.5, 10, b) for b in range(1, 9)]
             results = RankResults(
-                task, RankSchedule().resolve(8).title(), "accuracy",
+                task, "DyLoRA, components ordered after 80 % of the steps, then rank 1 or ranks 1, 2, 4 and 8 together", "accuracy",
                 {"validation_matched": rows}, {"validation_matched": 0.6}, seed=seed, sampling="example",
-                distribution="halving", full_rank_share=0.3, paced=True, max_rank=8,
+                distribution="mixed", full_rank_share=0.8, max_rank=8,
             )  # fmt: skip
             write_run(results, tmp_path / f"{task}{seed}")
     assert main(["report", *map(str, sorted(tmp_path.iterdir())), "--to", str(tmp_path / "report")]) == 0

@@ -282,13 +282,11 @@ def test_full_rank_first_then_ordered_once_then_drawn(
 
 
 @pytest.mark.parametrize("split", [(8, 1), (2, 4)])
-def test_the_default_orders_early_and_then_halves_the_examples(
-    split, roberta_config, roberta_checkpoint, tmp_path, monkeypatch
-):
+def test_halving_after_an_early_ordering(split, roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
     """10 updates of 8: after the third, four examples of an update at rank 4, two at 1 and two at 2."""
     t = trainer(
-        roberta_config, roberta_checkpoint, tmp_path, n=40, num_train_epochs=2,
-        per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
+        roberta_config, roberta_checkpoint, tmp_path, n=40, num_train_epochs=2, distribution="halving",
+        full_rank_share=0.3, per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
     )  # fmt: skip
     rows, paces = {}, {}
     own_setting = t.training_setting
@@ -307,14 +305,14 @@ def test_the_default_orders_early_and_then_halves_the_examples(
 
 
 @pytest.mark.parametrize("split", [(8, 1), (2, 4)])
-def test_mixed_gives_the_lowest_rank_a_third_and_the_ladder_the_rest(
+def test_the_default_mixes_the_lowest_rank_and_the_ladder_evenly(
     split, roberta_config, roberta_checkpoint, tmp_path, monkeypatch
 ):
     """10 updates of 8: after the eighth, two or three examples of an update at rank 1, the others at 1, 2 and 4 at
     once."""
     t = trainer(
-        roberta_config, roberta_checkpoint, tmp_path, n=40, num_train_epochs=2, distribution="mixed",
-        full_rank_share=0.8, per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
+        roberta_config, roberta_checkpoint, tmp_path, n=40, num_train_epochs=2,
+        per_device_train_batch_size=split[0], gradient_accumulation_steps=split[1],
     )  # fmt: skip
     rows = {}
     for step, own in drawn_ranks(t, monkeypatch):
@@ -329,12 +327,12 @@ def test_mixed_gives_the_lowest_rank_a_third_and_the_ladder_the_rest(
 @pytest.mark.parametrize(
     ("scaling", "options", "share", "distribution"),
     [
-        ("alpha/r", {}, 0.3, "halving"),
-        ("alpha/r", {"sampling": "step"}, 0.3, "uniform"),
-        ("alpha/r", {"frozen": True}, 0.3, "uniform"),
+        ("alpha/r", {}, 0.8, "mixed"),
+        ("alpha/r", {"sampling": "step"}, 0.8, "uniform"),
+        ("alpha/r", {"frozen": True}, 0.8, "uniform"),
         ("alpha/r", {"sampling": "fixed"}, 0.0, None),
         ("alpha/b", {}, 0.0, "uniform"),  # ordered at one strength, its lower ranks would run at another
-        ("alpha/b", {"full_rank_share": 0.5}, 0.5, "halving"),
+        ("alpha/b", {"full_rank_share": 0.5}, 0.5, "mixed"),
     ],
 )
 def test_what_is_left_to_the_default(
@@ -432,26 +430,22 @@ def test_resuming_ends_where_the_uninterrupted_run_ends(stop, roberta_config, ro
         assert torch.equal(value, again.model.state_dict()[name]), name
 
 
-# A schedule-free one keeps values of its own, beside which components cannot be paced.
-OTHER_OPTIMIZERS = [
-    ("schedule_free_adamw", False),
-    *((name, None) for name in ("adamw_bnb_8bit", "adafactor", "ademamix")),
-]
+OTHER_OPTIMIZERS = ["schedule_free_adamw", "adamw_bnb_8bit", "adafactor", "ademamix"]
 
 
 def test_an_optimizer_that_knows_no_paces_is_refused_at_the_first_update(roberta_config, roberta_checkpoint, tmp_path):
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path, optim="schedule_free_adamw")
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, optim="schedule_free_adamw", distribution="halving")
     with pytest.raises(ValueError, match=r"take another optimizer, or RankSchedule\(paced=False\)"):
         t.train()
     assert t.state.global_step == 0
 
 
-@pytest.mark.parametrize(("optimizer", "paced"), OTHER_OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", OTHER_OPTIMIZERS)
 def test_what_is_saved_is_what_is_measured_whatever_the_optimizer(
-    optimizer, paced, roberta_config, roberta_checkpoint, tmp_path
+    optimizer, roberta_config, roberta_checkpoint, tmp_path
 ):
     """A schedule-free optimizer trains other values than it is measured at."""
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path, optim=optimizer, paced=paced, full_rank_share=0.5)
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path, optim=optimizer, full_rank_share=0.5)
     t.train()
     with torch.no_grad(), lora.use_rank(t.model, 2):
         logits = t.model(**t.data_collator([{"input_ids": [1, 5, 2]}])).logits
@@ -466,11 +460,10 @@ def test_what_is_saved_is_what_is_measured_whatever_the_optimizer(
         assert found[f"eval_r{b}_loss"] == pytest.approx(measured[f"eval_r{b}_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize(("optimizer", "paced"), OTHER_OPTIMIZERS)
-def test_other_optimizers_resume_where_they_were(optimizer, paced, roberta_config, roberta_checkpoint, tmp_path):
+@pytest.mark.parametrize("optimizer", OTHER_OPTIMIZERS)
+def test_other_optimizers_resume_where_they_were(optimizer, roberta_config, roberta_checkpoint, tmp_path):
     options = dict(
         optim=optimizer,
-        paced=paced,
         num_train_epochs=2,
         save_strategy="steps",
         save_steps=4,
@@ -488,7 +481,7 @@ def test_other_optimizers_resume_where_they_were(optimizer, paced, roberta_confi
 def test_the_best_model_of_a_schedule_free_training_stays_the_best(roberta_config, roberta_checkpoint, tmp_path):
     """Steps follow the last evaluation; the optimizer's second values are of these steps."""
     t = trainer(
-        roberta_config, roberta_checkpoint, tmp_path, optim="schedule_free_adamw", paced=False, full_rank_share=0.2, max_steps=5,
+        roberta_config, roberta_checkpoint, tmp_path, optim="schedule_free_adamw", full_rank_share=0.2, max_steps=5,
         eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
     )  # fmt: skip
     t.train()

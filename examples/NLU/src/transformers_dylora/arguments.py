@@ -201,7 +201,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "The share of training, 0 to below 1, that trains all components together; then they are put in "
-            "the order of their importance and ranks are drawn. Default: 0.3 where ranks are drawn at one strength, "
+            "the order of their importance and ranks are drawn. Default: 0.8 where ranks are drawn at one strength, "
             "alpha/r; 0 is the paper's way."
         },
     )
@@ -217,7 +217,7 @@ class ModelArguments:
         metadata={
             "help": "p_B of the paper; halving: half of the examples at r_max, a quarter at r_min, an eighth at 2 "
             "r_min, and so on; or mixed: a third at r_min, the others at r_min, 2 r_min, 4 r_min, .. r_max at once. "
-            "Default: halving with --rank_sampling example after --full_rank_share, else uniform."
+            "Default: mixed with --rank_sampling example after --full_rank_share, else uniform."
         },
     )
     matryoshka_reduce: Literal["sum", "mean"] | None = field(
