@@ -95,12 +95,6 @@ def with_most_seeds(founds: dict[str, Found], peer: str, method: str = DEFAULT) 
     return [name for name, count in counts.items() if count == max(counts.values())]
 
 
-def with_most_of(founds: dict[str, Found], peer: str) -> list[str]:
-    """The devices on which most seeds of the peer are there, the default's or not."""
-    counts = {name: len(averaged(found, peer)) for name, found in founds.items()}
-    return [name for name, count in counts.items() if count == max(counts.values())]
-
-
 def peer_on(founds: dict[str, Found], device: str) -> str:
     """What rows of a device are held against: the sweep where most of it is, elsewhere the plainest peer."""
     return "sweep" if device in with_most_seeds(founds, "sweep") else BAR

@@ -69,8 +69,8 @@ class Method:
         """
         if r_max == R_MAX or self.r < R_MAX:
             return self
-        by_component = self.weights or self.strengths or self.paces or self.stretch or self.skew or self.lengths
-        by_component = by_component or self.learn
+        faster = self.learn or self.paces or self.stretch
+        by_component = self.weights or self.strengths or faster or self.skew or self.lengths
         if by_component or self.gate_after or self.tail or self.adalora:
             raise ValueError(f"{self.title!r} is for r_max {R_MAX} alone.")
         alpha = self.alpha * r_max / R_MAX if self.scaling == "alpha/r" else self.alpha
@@ -87,13 +87,8 @@ class Method:
         return [self.r] if self.schedule.sampling == "fixed" else list(shown_up_to(self.r))
 
 
-PARTS = (
-    HALVING.full_rank_share,
-    ORDERED.full_rank_share,
-    0.7,
-    0.8,
-    0.9,
-)  # where lora-8 leaves checkpoints for what goes on from them
+# Where lora-8 leaves checkpoints for what goes on from them.
+PARTS = HALVING.full_rank_share, ORDERED.full_rank_share, 0.7, 0.8, 0.9
 CONSTANT_2 = dict(scaling="alpha/r", alpha=16)  # the strength of a LoRA of rank 8 with alpha 16
 
 METHODS = {
@@ -168,8 +163,6 @@ CUTS = {
     "cut-energy": Cut("LoRA trained at rank 8, one share of energy (convert_to_lora, threshold)", by="energy"),
     "cut-fisher": Cut("LoRA trained at rank 8, components kept by Fisher information over all layers", by="importance"),
     "mixed-0.8-fisher": Cut(
-        "our default, components kept by Fisher information over all layers",
-        "mixed-0.8",
-        "importance",
+        "our default, components kept by Fisher information over all layers", "mixed-0.8", "importance"
     ),
 }
