@@ -139,7 +139,9 @@ def test_how_a_run_was_started_is_no_setting_of_it():
     ("name", "text", "sentence"),
     [
         ("a.csv", ",text,label\n0,w1,yes\n", "has a column without a name"),
-        ("a.csv", 'text,label\n"' + "w" * 200_000 + '",yes\n', "cannot be read as csv"),
+        ("a.csv", 'text,label\nw1,"yes\nw2,no\n', "cannot be read as csv"),
+        ("a.csv", 'text,label\n"w1,yes\nw2,no\n', "^[^ ]*a.csv, line 3: 2 columns, but cells: 1; .*close each quote"),
+        ("a.csv", "text,label\nw1, w2,yes\n", "^[^ ]*a.csv, line 2: 2 columns, but cells: 3; quote a cell"),
         ("a.tsv", "text\tlabel\n", "ends in '.tsv'; give one that ends in"),
         (
             "a.json",
@@ -152,6 +154,13 @@ def test_files_that_cannot_be_read_are_one_sentence(name, text, sentence, tmp_pa
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=sentence):
         load_files({"train": str(tmp_path / name)}, str(tmp_path / "cache"))
+
+
+def test_a_csvs_texts_may_be_as_long_as_they_like(tmp_path):
+    long = "w " * 200_000
+    (tmp_path / "a.csv").write_text(f"text,label\n{long},yes\nw1,no\n")
+    _, splits = load_files({"train": str(tmp_path / "a.csv")}, str(tmp_path / "cache"))
+    assert splits["train"]["text"] == [long, "w1"]
 
 
 def test_a_file_with_other_contents_is_read_anew_whatever_its_time(tmp_path):

@@ -147,7 +147,7 @@ CASES = [
     Case("a line that is no table", raw(b"5\n"), "cannot be read|no column"),
     Case("bytes that are no text", raw(bytes(range(128, 256)) * 4), "cannot be read"),
     Case("a CSV of a header alone", raw(b"sentence1,sentence2,label\n", "validation.csv"), "is empty"),
-    Case("a CSV with more cells than columns", raw(b"sentence1,sentence2,label\nw1,w2,0,9,9\n", "validation.csv"), "has 5 cells in line 2, and 3 columns"),
+    Case("a CSV with more cells than columns", raw(b"sentence1,sentence2,label\nw1,w2,0,9,9\n", "validation.csv"), "line 2: 3 columns, but cells: 5"),
     Case("a Parquet file that is none", raw(b"PAR1 no", "validation.parquet"), "validation.parquet cannot be read as parquet"),
     Case("no files", lambda folder: evaluate(folder, folder / "out", data=folder / "base"), "holds none of train, validation"),
     Case("a directory that is a file", lambda folder: evaluate(folder, folder / "out", data=folder / "rte" / "train.jsonl"), "is no directory"),

@@ -14,6 +14,7 @@ from .tasks import Task, glue_task
 
 HUB_NAME = "nyu-mll/glue"
 ENDINGS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+csv.field_size_limit(2**31 - 1)  # for the whole process: a document is often longer than Python's limit, 131,072
 
 
 def load_glue(task: Task, dataset_dir: str | None, cache_dir: str | None = None) -> datasets.DatasetDict:
@@ -71,6 +72,8 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
         files = _saved_files(file) if kind == "arrow" else [str(file)]
         options |= {"name": content_name(files)}
         return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **options)
+    except UsageError:
+        raise
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError, csv.Error) as error:
         reason = str(error.__cause__ or error).strip().splitlines()
         raise UsageError(
@@ -113,8 +116,8 @@ def csv_as_text(file: Path) -> dict:
                 raise UsageError(f"{file} has a blank cell in line {rows.line_num}, its only one; fill or remove it.")
             if row and len(row) != len(columns):
                 raise UsageError(
-                    f"{file} has {len(row)} cells in line {rows.line_num}, and {len(columns)} columns; quote cells "
-                    "with commas."
+                    f"{file}, line {rows.line_num}: {len(columns)} columns, but cells: {len(row)}; quote a cell that "
+                    "holds a comma, and close each quote."
                 )
     if empty:
         raise UsageError(f"{file} is empty; it needs at least one example.")
