@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .methods import CONSTANT_2, GATE, METHODS, MIXED, ORDERED, POWERS_SUMMED, R_MAX, SQUEEZE, Method
+from .methods import CONSTANT_2, GATE, HALVING, METHODS, MIXED, ORDERED, POWERS_SUMMED, R_MAX, SQUEEZE, Method
 
 ALL_POWERS = dict.fromkeys((1, 2, 4, 8), 1 / 4)
 UNIFORM = (1.0,) * R_MAX
@@ -187,6 +187,11 @@ TRIED = {
             ("-1", "1", (1.0,) * 8),
         ]
     },
+    "halving-0.1": replace(
+        METHODS["halving"],
+        title="ordered after 0.1 of the training, then half of the examples at r_max, first components faster",
+        schedule=replace(HALVING, full_rank_share=0.1),
+    ),
     "even": Method("per example, evenly", weights=UNIFORM),
     "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
     "even-constant": Method("per example, evenly, one strength 6", weights=UNIFORM, **CONSTANT),
