@@ -74,6 +74,12 @@ class Cell:
         return self.r_max == R_MAX and self.targets == USUAL_TARGETS and self.task in BUDGETS
 
     @property
+    def is_lead(self) -> bool:
+        """Whether variants are tried on it."""
+        place = self.usual and self.split == "held_out" and self.rate == TRIED_RATE
+        return place and (self.task, self.seed) in LEAD_RUNS
+
+    @property
     def budget(self) -> Budget:
         return {**BUDGETS, **LANGUAGE}[self.task]
 

@@ -147,12 +147,14 @@ class Cut:
 
     ``by``: "rank" (the same in every layer), or what chooses as many components as at rank b over all layers:
     "importance", "values" (one threshold on singular values: PARA, arXiv 2604.27796) or "energy" (one share of each
-    layer's squared singular values: PEFT's ``convert_to_lora`` with a threshold).
+    layer's squared singular values: PEFT's ``convert_to_lora`` with a threshold). Or what a rank gets for itself on top
+    of "rank": "heads" or "strengths" (private.py). ``tried``: measured with the leads alone.
     """
 
     title: str
     of: str = "lora-8"
     by: str = "rank"
+    tried: bool = False
 
 
 CUTS = {
@@ -165,4 +167,15 @@ CUTS = {
     "mixed-0.8-fisher": Cut(
         "our default, components kept by Fisher information over all layers", "mixed-0.8", "importance"
     ),
+    **{
+        f"{short}-{by}": Cut(f"{title}, {what}", of, by, tried=True)
+        for short, title, of in [
+            ("cut", "LoRA trained at rank 8, reduced by SVD", "lora-8"),
+            ("mixed-0.8", "our default", "mixed-0.8"),
+        ]
+        for by, what in [
+            ("heads", "the head's last layer refitted at each rank"),
+            ("strengths", "at each rank a learnt strength of every layer"),
+        ]
+    },
 }

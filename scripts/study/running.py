@@ -18,6 +18,7 @@ from .adalora import Allocate
 from .cells import BUDGETS, Cell, area, read_records
 from .loading import Loaded, load, updates
 from .methods import CUTS, MIXED, PARTS, R_MAX, SHOWN, shown_up_to
+from .private import with_heads, with_strengths
 from .reducing import LOOKED_AT, cut, to_keep, with_components
 from .trainer import StudyTrainer
 
@@ -69,7 +70,7 @@ def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -
         facts = train(cell, trainer, trunk)
         records = [record(cell, trainer, loaded) | facts]
         for name, made in CUTS.items():
-            if made.of != cell.method or not (cell.usual or name in CUT_EVERYWHERE):
+            if made.of != cell.method or not measured(cell, name):
                 continue
             own = replace(cell, method=name)
             if cell.is_trunk:
@@ -78,9 +79,15 @@ def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -
                 trainer.eval_ranks = list(shown_up_to(cell.r_max))
                 records.append(record(own, trainer, loaded) | facts)
             else:
-                trainer.eval_ranks = [R_MAX]
                 records.append(reduced(own, made.by, trainer, loaded) | facts)
     return records
+
+
+def measured(cell: Cell, name: str) -> bool:
+    """Whether this way to cut is measured for the cell."""
+    if CUTS[name].tried:
+        return cell.is_lead
+    return cell.usual or name in CUT_EVERYWHERE
 
 
 def trunk_of(cell: Cell, keep: str | None) -> Path | None:
@@ -165,12 +172,20 @@ def record(cell: Cell, trainer, loaded: Loaded) -> dict:
 
 
 def reduced(cell: Cell, by: str, trainer, loaded: Loaded) -> dict:
-    """The record of the model with as many components as at ranks 1, 2, 4 and 8, chosen over all layers."""
-    looked_at = trainer.train_dataset.shuffle(seed=0)
-    looked_at = looked_at.select(range(min(LOOKED_AT, len(looked_at))))
-    kept = to_keep(trainer.model, by, SHOWN, trainer.get_eval_dataloader(looked_at))
-    found = {b: record(cell, trainer, loaded) for b in with_components(trainer.model, kept)}
-    scores = {str(b): each["scores"][str(R_MAX)] for b, each in found.items()}
+    """The record of the model with as many components as at ranks 1, 2, 4 and 8, chosen over all layers, or at these
+    ranks with what each gets for itself."""
+    found, private = {}, {"heads": with_heads, "strengths": with_strengths}.get(by)
+    examples = trainer.train_dataset.shuffle(seed=0)
+    if private:
+        levels = private(trainer.model, trainer.get_eval_dataloader(examples), trainer.accelerator.autocast)
+    else:
+        looked_at = examples.select(range(min(LOOKED_AT, len(examples))))
+        kept = to_keep(trainer.model, by, SHOWN, trainer.get_eval_dataloader(looked_at))
+        levels = with_components(trainer.model, kept)
+    for b in levels:
+        trainer.eval_ranks = [b if private else R_MAX]
+        found[b] = record(cell, trainer, loaded)
+    scores = {str(b): each["scores"][str(b if private else R_MAX)] for b, each in found.items()}
     seconds = sum(each["evaluation_seconds"] for each in found.values())
     return found[R_MAX] | {"scores": scores, "evaluation_seconds": round(seconds, 1)}
 

@@ -1,0 +1,102 @@
+"""What a rank may have for itself once the training is over: a head refitted to its features, or strengths of its own.
+
+Both leave the adapter's components to all ranks, and add a few numbers for each rank, learnt on the training data.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import chain, islice, repeat
+
+import torch
+from torch import nn
+
+import loralib as lora
+from loralib.model import lora_layers
+
+from .methods import SHOWN
+
+STRENGTHS = [0.001, 0.01, 0.1, 1.0]  # of the head's regularisation, as scikit-learn counts: the inverse
+UPDATES, RATE = 200, 0.01  # what a rank's strengths are learnt in, by Adam
+Autocast = Callable[[], AbstractContextManager]
+
+
+def with_heads(model: nn.Module, batches: Iterable[dict], autocast: Autocast) -> Iterator[int]:
+    """Yield each rank with the last layer of the classifier refitted to that rank's features; afterwards it is whole.
+
+    Logistic regression on what goes into that layer, how regularised chosen by three folds of the training data.
+    """
+    last = model.classifier.out_proj
+    whole = {name: parameter.detach().clone() for name, parameter in last.named_parameters()}
+    features, labels = features_of(model, last, batches, autocast)
+    for b in SHOWN:
+        weight, bias = refitted(features[b], labels)
+        with torch.no_grad():
+            last.weight.copy_(weight)
+            last.bias.copy_(bias)
+        yield b
+    last.load_state_dict(whole)
+
+
+@torch.no_grad()
+def features_of(
+    model: nn.Module, last: nn.Module, batches: Iterable[dict], autocast: Autocast
+) -> tuple[dict, torch.Tensor]:
+    """What goes into ``last`` at each rank, {rank: (examples, in)}, and the examples' labels."""
+    seen, labels = {b: [] for b in SHOWN}, []
+    taken: list[torch.Tensor] = []
+    hook = last.register_forward_pre_hook(lambda module, args: taken.append(args[0].float().cpu()))
+    model.eval()
+    for batch in batches:
+        labels.append(batch["labels"].cpu())
+        for b in SHOWN:
+            with lora.use_rank(model, b), autocast():
+                model(**batch)
+            seen[b].append(taken.pop())
+    hook.remove()
+    return {b: torch.cat(parts) for b, parts in seen.items()}, torch.cat(labels)
+
+
+def refitted(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight (labels, in) and bias (labels,) of a linear layer whose softmax is the logistic regression."""
+    from sklearn.linear_model import LogisticRegressionCV
+
+    fitted = LogisticRegressionCV(
+        Cs=STRENGTHS, cv=3, max_iter=500, scoring="neg_log_loss", l1_ratios=(0,), use_legacy_attributes=False
+    )
+    fitted.fit(features.numpy(), labels.numpy())
+    weight, bias = torch.tensor(fitted.coef_), torch.tensor(fitted.intercept_)
+    if len(weight) == 1:  # of two labels: the second's, beside nothing
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    return weight, bias
+
+
+def with_strengths(model: nn.Module, batches: Iterable[dict], autocast: Autocast) -> Iterator[int]:
+    """Yield each rank with the update of every layer as strong as suits that rank's loss; afterwards all is whole."""
+    layers = [layer for _, layer in lora_layers(model)]
+    whole = [layer.lora_B.detach().clone() for layer in layers]
+    for b in SHOWN:
+        found = learnt_strengths(model, b, batches, autocast)
+        for layer, value, own in zip(layers, whole, found, strict=True):
+            layer.lora_B.data.copy_(value * own.to(value.device))
+        yield b
+        for layer, value in zip(layers, whole, strict=True):
+            layer.lora_B.data.copy_(value)
+
+
+def learnt_strengths(model: nn.Module, b: int, batches: Iterable[dict], autocast: Autocast) -> torch.Tensor:
+    """A factor of the update at rank b for each layer, which starts at 1."""
+    layers = [layer for _, layer in lora_layers(model)]
+    lora.set_rank(model, b)
+    gates = [(torch.arange(layer.r) < b) * layer.strength() for layer in layers]
+    own = torch.ones(len(layers), requires_grad=True)
+    optimizer = torch.optim.Adam([own], lr=RATE)
+    model.eval()
+    for batch in islice(chain.from_iterable(repeat(batches)), UPDATES):
+        for layer, gate, factor in zip(layers, gates, own, strict=True):
+            layer.set_gate(gate * factor)
+        with autocast():
+            loss = model(**batch).loss
+        (own.grad,) = torch.autograd.grad(loss, [own])
+        optimizer.step()
+    lora.set_rank(model, b)
+    return own.detach()
