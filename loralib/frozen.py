@@ -39,7 +39,10 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
                         value = kept.read()
                         yield i, factor, kept, value, by_component(value)
 
+    # A subclass whose step calls its parent's has these called for both, one within the other; done twice they do the
+    # same, so what was noted stays until the next step.
     def before(_, args, kwargs):
+        before_step.clear()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)  # args begin with the optimizer
         if closure is None:
             return note()
@@ -68,7 +71,6 @@ def freeze_undrawn(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             began = own if kept.follows == VALUE else torch.zeros_like(own, dtype=view.dtype)
             view[:, undrawn[i]] = before_step.get((i, factor, kept.name), began)
             kept.write(value)
-        before_step.clear()
 
     optimizer.register_step_pre_hook(before)
     optimizer.register_step_post_hook(after)

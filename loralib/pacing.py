@@ -11,7 +11,7 @@ from .layers import Embedding, LoRALayer
 from .model import lora_layers, max_rank
 from .momenta import VALUE, kept_for, unwrapped_optimizer
 from .parts import part
-from .sharding import is_sharded, put, whole
+from .sharding import at_rest, is_sharded, put, whole
 
 FASTEST = 8.0  # times as fast, the first component of an adapter of rank 8 or more
 # The paces that an optimizer goes by, and what ends that.
@@ -44,46 +44,72 @@ def pace_components(optimizer: torch.optim.Optimizer, model: nn.Module, paces: S
         lora.pace_components(optimizer, model, [8 / k for k in range(1, 9)])
 
     ``paces`` are those of the components that the ranks 1..r_max of the model add. Another call replaces them; with
-    None every component learns as usual again. Raises ValueError unless they are r_max numbers above 0, if the
-    optimizer holds none of the adapter's factors, and at the step if it keeps a second set of values (schedule-free
-    optimizers), which a change behind its back would contradict.
+    None every component learns as usual again. A step that a subclass of an optimizer makes of another's counts whole.
+
+    Raises ValueError, and leaves the optimizer as it was, unless paces are r_max numbers above 0, if the optimizer
+    holds none of these factors, and if it cannot stand a change behind its back: one that keeps a second set of values
+    (schedule-free ones; others that do are refused at their first step) or learns from differences (LBFGS).
     """
     optimizer = unwrapped_optimizer(optimizer)
-    for handle in _paced.pop(optimizer, ((), []))[1]:
-        handle.remove()
     if paces is None:
+        _unpace(optimizer)
         return
-    layers = [layer for _, layer in lora_layers(model)]
     r_max = max_rank(model)
     if len(paces) != r_max or not all(0 < pace < float("inf") for pace in paces):
         raise ValueError(f"paces are {list(paces)}; give a number above 0 for each of the {r_max} components.")
+    at_rest(model)  # parameters that a pass left whole are none that the optimizer knows
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    paced = [(layer, _of_layer(layer, paces)) for layer in layers if id(_from_zero(layer)) in held]
+    paced = [(layer, _of_layer(layer, paces)) for _, layer in lora_layers(model) if id(_from_zero(layer)) in held]
     if not paced:
         raise ValueError(
-            f"{type(optimizer).__name__} holds no parameter of the adapter: make it after inject, of what trains."
+            f"{type(optimizer).__name__} holds no lora_B (of an Embedding: lora_A) of the model: make it after inject, "
+            "of what trains."
         )
+    if _keeps_its_own(optimizer):
+        _refuse(optimizer)
+    _unpace(optimizer)
     before: list[torch.Tensor] = []
 
+    # torch calls the hooks of a subclass whose step calls its parent's for both, one within the other: what is
+    # remembered is then renewed, and what the outer step adds is paced as well.
     @torch.no_grad()
     def remember(*_):
         before[:] = [_read(layer).clone() for layer, _ in paced]
 
     @torch.no_grad()
     def scale_change(*_):
-        if any(kept.follows == VALUE for kept in kept_for(optimizer, _from_zero(paced[0][0]))):
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps a second set of values, so that components cannot learn at paces of "
-                "their own; take another optimizer, or RankSchedule(paced=False)."
-            )
+        if any(kept.follows == VALUE for layer, _ in paced for kept in kept_for(optimizer, _from_zero(layer))):
+            _refuse(optimizer)
+        changed = []
         for (layer, pace), old in zip(paced, before, strict=True):
             new = _read(layer)
             see = layer.split_A if isinstance(layer, Embedding) else layer.split_B
-            _write(layer, torch.lerp(see(old), see(new), pace.to(new)).view_as(new))
-        before.clear()
+            changed.append(torch.lerp(see(old), see(new), pace.to(new)).view_as(new))
+        for (layer, _), value in zip(paced, changed, strict=True):  # after all are read: layers may share a factor
+            _write(layer, value)
+        before[:] = changed
 
     hooks = [optimizer.register_step_pre_hook(remember), optimizer.register_step_post_hook(scale_change)]
     _paced[optimizer] = tuple(paces), hooks
+
+
+def _unpace(optimizer: torch.optim.Optimizer) -> None:
+    for handle in _paced.pop(optimizer, ((), []))[1]:
+        handle.remove()
+
+
+def _keeps_its_own(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is known before its first step that it would not notice a change: schedule-free optimizers have the
+    modes of a module."""
+    modes = callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None))
+    return modes or isinstance(optimizer, torch.optim.LBFGS)
+
+
+def _refuse(optimizer: torch.optim.Optimizer) -> None:
+    raise ValueError(
+        f"{type(optimizer).__name__} keeps a second set of values or learns from differences, so that components "
+        "cannot learn at paces of their own; take another optimizer, or RankSchedule(paced=False)."
+    )
 
 
 def paces_of(optimizer: torch.optim.Optimizer) -> tuple[float, ...] | None:

@@ -17,6 +17,7 @@ from .model import lora_layers, max_rank, scaling_of, set_rank
 from .pacing import set_paces, usual_paces
 from .sampling import RankSampler
 from .setting import Setting
+from .sharding import at_rest
 
 T = TypeVar("T")
 Sampling = Literal["example", "step", "matryoshka", "fixed"]
@@ -75,6 +76,9 @@ class RankSchedule:
             if value not in allowed and (value is not None or name == "sampling"):
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
         check_int("r_min", self.r_min, 1, float("inf"), "the lowest rank is an int of 1 or more.")
+        for name, value in (("frozen", self.frozen), ("paced", bool(self.paced) if self.paced is None else self.paced)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {value!r}; give True or False.")
         if not 0 < self.p < 1:
             raise ValueError(f"p is {self.p}; the geometric distribution needs a number between 0 and 1.")
         if self.frozen and not self.draws:
@@ -118,9 +122,11 @@ class RankSchedule:
         """The schedule of an adapter of rank ``r_max``, every default settled, for a training of ``steps`` updates.
 
         Without ``steps`` (it is not known yet) the result can tell its title and facts and no settings. Raises
-        ValueError for ranks beyond r_max.
+        ValueError for ranks beyond r_max, and for no number of updates.
         """
         check_int("r_max", r_max, 1, float("inf"), "the highest rank is an int of 1 or more.")
+        if steps is not None:
+            check_int("steps", steps, 1, float("inf"), "a training has an int of 1 update or more.")
         if scaling not in (*SCALINGS, "several"):  # what ``scaling_of`` tells of a model
             raise ValueError(f"scaling is {scaling!r}; choose one of {', '.join(map(repr, SCALINGS))}.")
         share = self.full_rank_share
@@ -243,6 +249,7 @@ class BoundSchedule:
                 f"The schedule was resolved for r_max {self.r_max} and scaling {self.scaling!r}, and the model has "
                 f"{found[0]} and {found[1]!r}; give these to resolve."
             )
+        at_rest(model)
         own = {id(factor) for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)}
         groups = [] if optimizer is None else optimizer.param_groups
         if groups and not any(id(parameter) in own for group in groups for parameter in group["params"]):
@@ -266,7 +273,7 @@ class BoundSchedule:
                     yield batch
         finally:
             set_rank(model, self.r_max)
-            if optimizer is not None:
+            if optimizer is not None and self.schedule.paced:
                 set_paces(optimizer, model, None)
         bound._check_updates(math.ceil(number / accumulate))
 

@@ -16,7 +16,8 @@ from .pacing import set_paces
 class Setting:
     """What one micro-batch runs at: a rank (as ``set_rank`` takes it), or the fixed gate of ``gate_ranks``.
 
-    ``order``: the components are to be ordered first. ``paces``: at which they learn, see ``pace_components``.
+    ``order``: the components are to be ordered first. ``paces``: at which they learn from now on, see
+    ``pace_components``; None: as they do.
     """
 
     rank: int | torch.Tensor | None = None
@@ -39,7 +40,7 @@ class Setting:
             )
         if self.order:
             order_components(model, optimizer)
-        if optimizer is not None:
+        if self.paces is not None and optimizer is not None:
             set_paces(optimizer, model, self.paces)
         if self.gate_ranks is not None:
             set_matryoshka_gate(model, self.gate_ranks, self.reduce)

@@ -9,8 +9,10 @@ else
   . scripts/env.sh docs
 fi
 # The pages of results are those of the repository.
-sed 's/(tries\.md)/(tries-of-the-study.md)/' results/study/README.md > docs/results/study.md
-sed 's/(README\.md)/(study.md)/' results/study/tries.md > docs/results/tries-of-the-study.md
+for name in README tables choosing; do
+  sed -E 's/\]\((tables|choosing)\.md/](study-\1.md/g; s/\]\(README\.md/](study.md/g' "results/study/$name.md" > "docs/results/study-$name.md"
+done
+mv docs/results/study-README.md docs/results/study.md
 cp results/study/curves.png docs/results/
 cp results/lm/README.md docs/results/language-model.md
 cp results/lm/*.png docs/results/

@@ -13,8 +13,8 @@ from loralib.report.plots import COLOURS, plot_curves
 from loralib.sampling import RankSampler
 
 from .study.cells import read_records, usual_records
+from .study.curves import averages_to_curves
 from .study.shown import scores_by_device
-from .study.tables import averages_to_curves
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "docs" / "assets"

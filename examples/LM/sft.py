@@ -47,6 +47,14 @@ class Arguments:
     rank_distribution: Literal["uniform", "geometric", "halving", "mixed"] | None = field(
         default=None, metadata={"help": "How ranks are drawn afterwards, see RankSchedule. Default: mixed."}
     )
+    lora_paced: bool | None = field(
+        default=None,
+        metadata={
+            "nargs": "?",
+            "const": True,
+            "help": "Whether first components learn faster once ranks are drawn. Default: with halving.",
+        },
+    )
     targets: str = field(
         default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "The layers to adapt, or all-linear."}
     )
@@ -99,9 +107,12 @@ def main(argv: list[str] | None = None):
         train_dataset=rows(args.train, args.max_train_samples),
         eval_dataset=rows(args.validation, args.max_val_samples),
         eval_ranks=[int(b) for b in ranks],
-        schedule=lora.RankSchedule(distribution=args.rank_distribution, full_rank_share=args.full_rank_share),
+        schedule=lora.RankSchedule(
+            distribution=args.rank_distribution, full_rank_share=args.full_rank_share, paced=args.lora_paced
+        ),
     )
-    trainer.train()
+    checkpoint = config.resume_from_checkpoint  # a directory, or "true": the last one of the output directory
+    trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
     results = trainer.measure_ranks()
     print_table(results)
     return trainer, results

@@ -17,6 +17,11 @@ from .tables import csv_text
 
 STORED = "run_settings.json"  # of examples/NLU
 SETTINGS = ("model_name_or_path", "lora_alpha", "distribution", "r_min", "max_rank")
+# Stored settings that a run's method tells.
+IN_METHOD = (
+    *("rank_sampling", "rank_distribution", "lora_r_min", "full_rank_share", "lora_frozen", "lora_paced"),
+    "matryoshka_reduce",
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ def settings_of_run(results: RankResults) -> dict[str, Any]:
     except (OSError, ValueError):
         stored = {}
     stored = stored if isinstance(stored, dict) else {}
-    return found | {n: v for n, v in stored.items() if n not in (*found, "seed", "data_seed")}
+    told = {*found, *IN_METHOD, "seed", "data_seed"}
+    return found | {n: v for n, v in stored.items() if n not in told}
 
 
 def measured_elsewhere(results: RankResults) -> bool:

@@ -133,7 +133,8 @@ class RankResults:
             return f"LoRA r={self.max_rank}"
         if self.sampling == "matryoshka":
             return "fixed gate"
-        if self.sampling == "step" and self.frozen and not self.full_rank_share:
+        as_released = self.sampling == "step" and self.frozen and self.distribution in (None, "uniform")
+        if as_released and not (self.full_rank_share or self.paced or (self.r_min or 1) > 1):
             return "DyLoRA as released"
         parts = ["per step"] if self.sampling == "step" else []
         usual = "mixed" if self.sampling == "example" and self.full_rank_share and not self.frozen else "uniform"
@@ -142,6 +143,7 @@ class RankResults:
         parts += ["not ordered"] if not share else [f"ordered at {100 * share:g} %"] if share != USUAL_SHARE else []
         parts += ["frozen"] if self.frozen else []
         parts += ["paced"] if self.paced else []
+        parts += [f"from rank {self.r_min}"] if (self.r_min or 1) > 1 else []
         return ", ".join(["DyLoRA", *parts])
 
     @property

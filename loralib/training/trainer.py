@@ -19,6 +19,7 @@ from ..layout import examples_in
 from ..model import get_rank, has_lora, max_rank, refuse_trained_biases, scaling_of, set_rank
 from ..momenta import unwrapped_optimizer
 from ..ordering import order_components
+from ..pacing import set_paces
 from ..schedule import BoundSchedule, RankSchedule, Setting
 from .around import AroundTraining, AtFullRank
 from .batching import Place
@@ -166,7 +167,16 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         if is_deepspeed_zero3_enabled():
             raise ValueError("DeepSpeed's ZeRO stage 3 keeps no whole factors: use stage 1 or 2, or FSDP2.")
         if self.is_deepspeed_enabled and (self.bound.schedule.full_rank_share or self.bound.schedule.paced):
-            raise ValueError("DeepSpeed keeps its own copy of what would be ordered or paced; give full_rank_share=0.")
+            raise ValueError(
+                "DeepSpeed keeps its own copy of what would be ordered or paced; give full_rank_share=0 and "
+                "paced=False."
+            )
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if self.bound.schedule.paced and optim.startswith("schedule_free"):
+            raise ValueError(
+                f"--optim {optim} keeps a second set of values, so that components cannot learn at paces "
+                "of their own; take another, or paced=False (--lora_paced False)."
+            )
 
     def _bind(self) -> None:
         """Settle the schedule and the ranks to measure for the model's adapter."""
@@ -192,6 +202,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             self.put_in_what_counts()
             if self.bound is not None:
                 set_rank(self.model, self.bound.r_max)
+                if self.bound.schedule.paced and self.optimizer is not None:
+                    set_paces(self.optimizer, self.model, None)
 
     def _order_what_ended_early(self) -> None:
         """A callback may end a training before its ordering: then its components are ordered now."""

@@ -6,7 +6,7 @@
     python -m scripts.study runs     --encoder DIR --data DIR --methods mixed-0.8 --rate 1e-3     # at one's own rate
     python -m scripts.study wide     --encoder DIR --data DIR     # r_max 16 and 64, and all linear layers
     python -m scripts.study language --model DIR --data DIR       # a language model on WebNLG: its rates, then its runs
-    python -m scripts.study tables                                # results/study: tables, curves, cost
+    python -m scripts.study tables                                # results/study: the pages and curves
     python -m scripts.study cell rte mixed-0.8 0 --encoder DIR --data DIR       # one run again; prints what it found
 
 ``DIR`` of --encoder is what `python -m transformers_dylora.minilm DIR` writes, that of --data holds GLUE tasks as
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "tables":
         from .tables import write_tables
 
-        return write_tables(Path(options.results), read_records(file), BUDGETS)
+        return write_tables(Path(options.results), read_records(file))
     if options.command == "rates":
         return search_rates(options, file, options.methods or [*METHODS])
     if options.command == "leads":

@@ -9,17 +9,16 @@ from loralib.report.choice import mean_and_error
 from loralib.report.tables import markdown_table
 
 from .held_out import BAR
-from .methods import ALPHA, DEFAULT, R_MAX, SHOWN
+from .methods import DEFAULT, SHOWN
 from .naming import HEAD, NAMES, called, order, strength_of
-from .shown import AVERAGED, Found, by_row, not_yet_run, roundings, sweep_methods
+from .shown import AVERAGED, Found, by_row, sweep_methods
 
 RANKS = {**{f"rank {b}": (b,) for b in SHOWN}, "mean of the ranks": SHOWN}
-EXCLUDED = "✓"
 
 
-def averaged(found: Found, method: str) -> dict[int, dict[int, float]]:
-    """{seed: {rank: the mean over AVERAGED}} for seeds that every task has."""
-    runs = [found.get((task, method), {}) for task in AVERAGED]
+def averaged(found: Found, method: str, tasks: tuple[str, ...] = AVERAGED) -> dict[int, dict[int, float]]:
+    """{seed: {rank: the mean over the tasks}} for seeds that every task has."""
+    runs = [found.get((task, method), {}) for task in tasks]
     seeds = set.intersection(*(set(by_seed) for by_seed in runs))
     return {seed: {b: float(np.mean([run[seed][b] for run in runs])) for b in SHOWN} for seed in sorted(seeds)}
 
@@ -31,17 +30,17 @@ def beside(found: Found, peer: str, method: str, task: str | None = None) -> dic
     return {seed: own[seed] for seed in own if seed in theirs} or own
 
 
-def interval(values: list[float]) -> str:
+def interval(values: list[float], digits: int = 1) -> str:
     """Mean and half width of the 95 percent t-interval over seeds."""
     mean, error = mean_and_error(values)
     if error is None:
-        return f"{mean:+.1f}"
-    return f"{mean:+.1f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.1f}"
+        return f"{mean:+.{digits}f}"
+    return f"{mean:+.{digits}f} ± {stats.t.ppf(0.975, len(values) - 1) * error:.{digits}f}"
 
 
-def paired(found: Found, peer: str, ranks, method: str = DEFAULT) -> list[float]:
-    """Seed by seed, ``method`` minus the peer: the mean over AVERAGED and over the ranks."""
-    ours, theirs = averaged(found, method), averaged(found, peer)
+def paired(found: Found, peer: str, ranks, method: str = DEFAULT, tasks: tuple[str, ...] = AVERAGED) -> list[float]:
+    """Seed by seed, ``method`` minus the peer: the mean over the tasks and over the ranks."""
+    ours, theirs = averaged(found, method, tasks), averaged(found, peer, tasks)
     both = sorted(set(ours) & set(theirs))
     return [float(np.mean([ours[s][b] - theirs[s][b] for b in ranks])) for s in both]
 
@@ -49,9 +48,9 @@ def paired(found: Found, peer: str, ranks, method: str = DEFAULT) -> list[float]
 def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
     """On one device: the mean over tasks, of the seeds that the peer has, and below it the paired differences from the
     peer with their intervals. Nothing where the peer has no seed of all tasks."""
-    chosen, rates = sweep_methods(records), defaultdict(set)
-    for record, row, _ in by_row(records):
-        rates[row].add(record["rate"])
+    chosen, rates = sweep_methods(records), defaultdict(dict)
+    for record, row, ranks in by_row(records):
+        rates[row] |= dict.fromkeys(ranks, f"{record['rate']:g}")
     of_peer, means, apart = averaged(found, peer), [], []
     if not of_peer:
         return []
@@ -64,7 +63,8 @@ def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
             curves = [[own[seed][b] for b in SHOWN] for seed in of_peer]
             # Of squeeze the first 0.8 of the steps are shared.
             trainings = {"sweep": "4", "plain-sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(method, "1")
-            own_rates = ", ".join(f"{rate:g}" for rate in sorted(rates[method]))
+            by_rank = [rates[method][b] for b in SHOWN]
+            own_rates = by_rank[0] if len(set(by_rank)) == 1 else ", ".join(by_rank)
             cells = [f"{value:.1f}" for value in (*np.mean(curves, axis=0), np.mean(curves))]
             means.append([called(method), trainings, strength_of(method, chosen), own_rates, *cells])
     seeds = len(of_peer)
@@ -76,16 +76,14 @@ def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
     ]
 
 
-def task_by_task(found: Found, device: str, method: str = DEFAULT, peer: str = BAR) -> list[str]:
-    """Where the difference from the plainest peer comes from: one row a task, and the mean of all but the first."""
+def task_by_task(found: Found, device: str, peer: str, method: str = DEFAULT) -> list[str]:
+    """Where the difference from a peer comes from: one row a task, and the mean of all but the first."""
     rows = []
-    for name, tasks in [*((NAMES[task], [task]) for task in AVERAGED), ("all but the first", AVERAGED[1:])]:
-        runs = [(found.get((task, method), {}), found.get((task, peer), {})) for task in tasks]
-        seeds = sorted(set.intersection(*(set(ours) & set(theirs) for ours, theirs in runs)))
-        if seeds:
-            apart = [[np.mean([o[s][b] - t[s][b] for o, t in runs]) for s in seeds] for b in SHOWN]
+    for name, tasks in [*((NAMES[task], (task,)) for task in AVERAGED), ("without CoLA", AVERAGED[1:])]:
+        if seeds := paired(found, peer, SHOWN, method, tasks):
+            apart = [paired(found, peer, ranks, method, tasks) for ranks in RANKS.values()]
             rows.append([name, *map(interval, apart), str(len(seeds))])
-    head = [f"our default minus {called(peer)}, on {device}", *HEAD[1:], "seeds"]
+    head = [f"{called(method)} minus {called(peer)}, on {device}", *HEAD[1:], "mean", "seeds"]
     return [markdown_table(head, rows, "l"), ""] if len(rows) > 1 else []
 
 
@@ -100,59 +98,15 @@ def peer_on(founds: dict[str, Found], device: str) -> str:
     return "sweep" if device in with_most_seeds(founds, "sweep") else BAR
 
 
-def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAULT) -> list[str]:
-    """The question of the page, and what came of it: the paired differences of ``method`` from the sweep, and from the
-    plainest peer that gives every rank, device by device. Nothing before there are two seeds."""
-    peers = {
-        "sweep": "a LoRA for each rank, chosen rate and strength",
-        "plain-sweep": f"a LoRA for each rank, DyLoRA's rate, alpha {ALPHA}",
-        BAR: f"a LoRA of rank {R_MAX}, reduced by SVD",
-    }
-    on = {(peer, device): len(paired(found, peer, SHOWN, method)) for peer in peers for device, found in founds.items()}
-    columns = [
-        (
-            f"minus {peers[peer]} ({seeds} seeds, {device})",
-            [paired(founds[device], peer, ranks, method) for ranks in RANKS.values()],
-        )
-        for (peer, device), seeds in on.items()
-        if seeds > 1
-    ]
-    device = with_most_seeds(founds, "sweep", method)[0] if founds else ""
-    if on.get(("sweep", device), 0) < 2:
-        return []
-    rows = [[name, *(_judged(apart[i]) for _, apart in columns)] for i, name in enumerate(RANKS)]
-    both = averaged(founds[device], "sweep").keys() & averaged(founds[device], method).keys()
-    compared = [record for record in records if record["seed"] in both or record["split"] != "validation"]
-    return [
-        "<!-- --8<-- [start:headline] -->",
-        f"Points of the mean over {len(AVERAGED)} tasks: the paired difference of each seed, then its mean over seeds "
-        f"with a 95 percent t-interval. {EXCLUDED}: a loss of 1 point is excluded, the interval's lower end is above "
-        "-1. Pairs share the seed, the data and the kind of device. Intervals are over seeds alone: each task has one "
-        "validation set. Rates and strengths were chosen on held-out parts of the training sets of CoLA and SST-2.",
-        "",
-        markdown_table(["one DyLoRA training at", *(head for head, _ in columns)], rows, "l"),
-        "",
-        *failed(founds[device]),
-        *roundings(compared, device, {"sweep": "the sweep's", method: "DyLoRA's"}),
-        *not_yet_run(records),
-        "<!-- --8<-- [end:headline] -->",
-        "",
-    ]
-
-
-def failed(found: Found) -> list[str]:
-    """A sentence that names runs of the sweep with less than half of the plain sweep's score."""
-    told = [
-        f"{NAMES[task].split(' ')[0].rstrip(',')}, rank {b}, seed {seed} ({score:.1f}, at DyLoRA's rate {plain:.1f})"
-        for task in AVERAGED
-        for seed, curve in sorted(found.get((task, "sweep"), {}).items())
-        for b, score in curve.items()
-        if score < (plain := found.get((task, "plain-sweep"), {}).get(seed, {}).get(b, 0)) / 2
-    ]
-    return [f"At the rate chosen on held-out data a LoRA failed on validation in: {'; '.join(told)}.", ""] * bool(told)
-
-
-def _judged(apart: list[float]) -> str:
-    mean, error = mean_and_error(apart)
-    low = mean - stats.t.ppf(0.975, len(apart) - 1) * error
-    return interval(apart) + (f" {EXCLUDED}" if low > -1 else "")
+def beside_each(founds: dict[str, Found], method: str = DEFAULT) -> list[str]:
+    """``method`` minus every other row, on the device with the most pairs."""
+    rows = []
+    for peer in order({name for found in founds.values() for _, name in found} - {method}):
+        device = with_most_seeds(founds, peer, method)[0]
+        found = founds[device]
+        if pairs := paired(found, peer, SHOWN, method):
+            apart = [paired(found, peer, ranks, method) for ranks in RANKS.values()]
+            apart.append(paired(found, peer, SHOWN, method, AVERAGED[1:]))
+            rows.append([called(peer), *(interval(each) for each in apart), str(len(pairs)), device])
+    head = [f"{called(method)} minus", *HEAD[1:], "mean", "mean without CoLA", "seeds", "on"]
+    return [markdown_table(head, rows, "l"), ""] if rows else []

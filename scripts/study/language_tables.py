@@ -15,56 +15,63 @@ BASE = {name: plain for plain, *others in SWEEP.values() for name in others}
 RANKS = shown_up_to(R_MAX)
 
 
-def language_tables(records: list[dict]) -> list[str]:
-    """What is known of the language model: on validation, on the entries that rates are chosen on, and the rates."""
+ABOUT = (
+    "SmolLM2-135M-Instruct on WebNLG, all linear layers, 1,500 training entries, once, batch 8; the loss of the "
+    "completions' tokens, lower is better. The sweep is at strength 16/r, all else at 2; each method at its own "
+    "rate, chosen on 200 entries of train that were held out, seed 0 ([the rates](choosing.md#the-language-model))."
+)
+
+
+def of_language(records: list[dict]) -> tuple[str, list[dict], dict[str, dict[float, float]]]:
+    """The task, its runs, and what was found at which rate on what was held out."""
     (task,) = cells.LANGUAGE
     own = [r for r in records if r["task"] == task]
-    if not own:
+    return task, own, cells.held_out_scores(own, LANGUAGE_RATE_RUNS)
+
+
+def rates_of(held_out: dict[str, dict[float, float]]) -> dict[str, float]:
+    return {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in held_out.items()}
+
+
+def validation_tables(records: list[dict]) -> list[str]:
+    """The language model on validation."""
+    task, own, held_out = of_language(records)
+    rates = rates_of(held_out)
+    kept = Kept(task, ALL_LINEAR, rates)
+    found = curves_of(in_one_place(own, kept, computed_in), kept, PLAIN_SWEEP)
+    if not found[DEFAULT]:
         return []
-    held_out = cells.held_out_scores(own, LANGUAGE_RATE_RUNS)
-    rates = {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in held_out.items()}
+    seeds = sorted(found[DEFAULT])
+    of_seeds = f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     return [
         "## A language model",
         "",
-        "SmolLM2-135M-Instruct on WebNLG, all linear layers, 1,500 training entries, once, batch 8; the loss of the "
-        "completions' tokens, lower is better. The sweep is at strength 16/r, all else at 2; each method at its own "
-        "rate, which the last table tells.",
+        ABOUT,
         "",
-        *validation_table(own, task, rates),
-        *held_out_table(own, task, rates),
-        *rate_table(held_out),
-    ]
-
-
-def validation_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
-    kept = Kept(task, ALL_LINEAR, rates)
-    found = curves_of(in_one_place(records, kept, computed_in), kept, PLAIN_SWEEP)
-    if not found[DEFAULT]:
-        return ["Nothing is compared on validation yet.", ""]
-    seeds = ", ".join(map(str, sorted(found[DEFAULT])))
-    return [
-        f"On 200 entries of validation, seed {seeds}:",
+        f"On 200 entries of validation, {of_seeds}, mean ± one standard error:",
         "",
         *curve_table(found, RANKS, 4),
-        *variant_tables([r for r in records if r["split"] == "validation"], rates),
     ]
 
 
-def held_out_table(records: list[dict], task: str, rates: dict[str, float]) -> list[str]:
-    """The default beside its peers, and what else was tried at the default's rate."""
-    kept = Kept(task, ALL_LINEAR, rates, split="held_out")
-    found = curves_of(records, kept, PLAIN_SWEEP)
-    if not found[DEFAULT]:
+def held_out_tables(records: list[dict]) -> list[str]:
+    """What was held out: the default beside its peers, what else was tried, and the rates."""
+    task, own, held_out = of_language(records)
+    if not own:
         return []
-    devices = sorted(
-        {device_of(r) for name in (*PLAIN_SWEEP.values(), DEFAULT) for r in kept.runs(records, name, R_MAX)}
-    )
+    rates = rates_of(held_out)
+    kept = Kept(task, ALL_LINEAR, rates, split="held_out")
+    found = curves_of(own, kept, PLAIN_SWEEP)
+    devices = sorted({device_of(r) for name in (*PLAIN_SWEEP.values(), DEFAULT) for r in kept.runs(own, name, R_MAX)})
     return [
-        "On 200 entries of train that were not trained on, by which the rates are chosen, seed 0 "
-        f"({', '.join(devices)}):",
+        "## The language model",
         "",
-        *curve_table(found, RANKS, 4),
-        *variant_tables([r for r in records if r["split"] == "held_out"], rates),
+        "The loss on 200 training entries that were not trained on, seed 0; lower is better.",
+        "",
+        *rate_table(held_out),
+        *([f"Each at its best rate ({', '.join(devices)}):", ""] if found[DEFAULT] else []),
+        *(curve_table(found, RANKS, 4, others=False) if found[DEFAULT] else []),
+        *variant_tables([r for r in own if r["split"] == "held_out"], rates),
     ]
 
 
@@ -96,7 +103,7 @@ def rate_table(held_out: dict[str, dict[float, float]]) -> list[str]:
             values = [f"{-by_rate[rate]:.4f}" if rate in by_rate else "" for rate in rates]
             rows.append([title(method), *values, chosen(method, held_out)])
     head = ["loss (over several ranks: AURAC)", *(f"{rate:g}" for rate in rates), "chosen"]
-    return ["The rates, on these entries:", "", markdown_table(head, rows, "l"), ""]
+    return [markdown_table(head, rows, "l"), ""]
 
 
 def chosen(method: str, held_out: dict[str, dict[float, float]]) -> str:

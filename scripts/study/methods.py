@@ -93,7 +93,7 @@ CONSTANT_2 = dict(scaling="alpha/r", alpha=16)  # the strength of a LoRA of rank
 
 METHODS = {
     **{
-        name: Method(f"LoRA trained at rank {r}, strength {alpha / r:g}", PLAIN, r=r, alpha=alpha, scaling="alpha/r")
+        name: Method(f"LoRA r={r}, strength {alpha / r:g}", PLAIN, r=r, alpha=alpha, scaling="alpha/r")
         for name, r, alpha in [
             *((f"lora-{r}", r, ALPHA) for r in (1, 2, 4, 8)),
             *((f"lora-{r}-strength-2", r, 2 * r) for r in (1, 2, 4)),
@@ -116,13 +116,11 @@ METHODS = {
         f"adalora-{b}": Method(f"AdaLoRA, rank {b} on average", PLAIN, r=b, scaling="alpha/r", adalora=True)
         for b in SHOWN
     },
-    "ordered": Method("DyLoRA, half at r_max, ordered, then per example", ORDERED, **CONSTANT_2),
-    "mixed": Method("DyLoRA, half at r_max, ordered, then mixed", MIXED, **CONSTANT_2),
-    "mixed-0.8": Method(
-        "DyLoRA, 0.8 at r_max, ordered, then mixed (our default)", replace(MIXED, full_rank_share=0.8), **CONSTANT_2
-    ),
+    "ordered": Method("DyLoRA, ordered half-way, then per example", ORDERED, **CONSTANT_2),
+    "mixed": Method("DyLoRA, our default ordered half-way", MIXED, **CONSTANT_2),
+    "mixed-0.8": Method("DyLoRA (our default)", replace(MIXED, full_rank_share=0.8), **CONSTANT_2),
     "halving": Method(
-        "DyLoRA, 0.3 at r_max, ordered, then half of the examples there, first components faster",
+        "DyLoRA, halving",
         HALVING,
         **CONSTANT_2,
     ),
@@ -158,24 +156,22 @@ class Cut:
 
 
 CUTS = {
-    "cut-alpha/b": Cut("LoRA trained at rank 8, cut, alpha/b"),
-    "cut-alpha/r": Cut("LoRA trained at rank 8, cut, alpha/r"),
-    "cut-svd": Cut("LoRA trained at rank 8, reduced by SVD"),
-    "cut-values": Cut("LoRA trained at rank 8, one threshold on all singular values (PARA)", by="values"),
-    "cut-energy": Cut("LoRA trained at rank 8, one share of energy (convert_to_lora, threshold)", by="energy"),
-    "cut-fisher": Cut("LoRA trained at rank 8, components kept by Fisher information over all layers", by="importance"),
-    "mixed-0.8-fisher": Cut(
-        "our default, components kept by Fisher information over all layers", "mixed-0.8", "importance"
-    ),
+    "cut-alpha/b": Cut("LoRA r=8, cut, alpha/b"),
+    "cut-alpha/r": Cut("LoRA r=8, cut, alpha/r"),
+    "cut-svd": Cut("LoRA r=8, reduced by SVD"),
+    "cut-values": Cut("LoRA r=8, one threshold (PARA)", by="values"),
+    "cut-energy": Cut("LoRA r=8, one share of energy", by="energy"),
+    "cut-fisher": Cut("LoRA r=8, by Fisher information", by="importance"),
+    "mixed-0.8-fisher": Cut("our default, by Fisher information", "mixed-0.8", "importance"),
     **{
         f"{short}-{by}": Cut(f"{title}, {what}", of, by, tried=True)
         for short, title, of in [
-            ("cut", "LoRA trained at rank 8, reduced by SVD", "lora-8"),
+            ("cut", "LoRA r=8, reduced by SVD", "lora-8"),
             ("mixed-0.8", "our default", "mixed-0.8"),
         ]
         for by, what in [
-            ("heads", "the head's last layer refitted at each rank"),
-            ("strengths", "at each rank a learnt strength of every layer"),
+            ("heads", "a head for each rank"),
+            ("strengths", "strengths for each rank"),
         ]
     },
 }

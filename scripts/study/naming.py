@@ -8,10 +8,10 @@ from .tried import TRIED, named
 OF_SWEEP = {name: r for r, names in SWEEP.items() for name in names}
 # Rows that several runs make together, one at each rank.
 ROWS = {
-    "sweep": "LoRA trained at that rank alone (the sweep)",
-    "plain-sweep": f"LoRA trained at that rank alone, alpha {ALPHA}, at DyLoRA's rate (the plain sweep)",
-    "adalora": "AdaLoRA trained for that rank alone",
-    "squeeze": "LoRA of rank 8 for 0.8 of the steps, SVD, then that rank alone (LoRA-Squeeze)",
+    "sweep": "a LoRA for each rank (the sweep)",
+    "plain-sweep": "a LoRA for each rank (the plain sweep)",
+    "adalora": "an AdaLoRA for each rank",
+    "squeeze": "LoRA-Squeeze to each rank",
 }
 HEAD = ["method", *(f"r={b}" for b in SHOWN)]
 NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,000 examples (accuracy)",
@@ -20,7 +20,7 @@ NAMES = {"cola": "CoLA (Matthews)", "rte": "RTE (accuracy)", "sst2": "SST-2, 10,
 
 
 def title(method: str, r_max: int = R_MAX) -> str:
-    return {**METHODS, **CUTS, **TRIED}[method].title.replace(f"rank {R_MAX}", f"rank {r_max}")
+    return {**METHODS, **CUTS, **TRIED}[method].title.replace(f"r={R_MAX}", f"r={r_max}")
 
 
 def with_error(values: list[float], digits: int = 1, sign: str = "") -> str:

@@ -10,7 +10,7 @@ from . import cells
 from .cells import ALL_LINEAR, TRIED_RATE, WIDE_TASKS
 from .held_out import BAR
 from .methods import DEFAULT, PLAIN_SWEEP, R_MAX, shown_up_to
-from .naming import NAMES, ROWS, title, with_error
+from .naming import NAMES, OF_SWEEP, ROWS, order, title, with_error
 from .shown import device_of
 
 SHOWN_ROWS = ("sweep", BAR, DEFAULT)
@@ -40,24 +40,29 @@ def in_one_place(records: list[dict], kept: Kept, place_of: Callable[[dict], obj
 
 
 def curves_of(records: list[dict], kept: Kept, sweep: dict[int, str]) -> Curves:
-    """The rows of a table. The sweep's run at a rank above 8 is the plain training at that r_max. Of several runs of
-    one cell the first line counts."""
+    """The rows of a table, with whatever else ran there. The sweep's run at a rank above 8 is the plain training at
+    that r_max. Of several runs of one cell the first line counts."""
     found: Curves = defaultdict(lambda: defaultdict(dict))
     records = records[::-1]
     for b in shown_up_to(kept.r_max):
         for r in kept.runs(records, sweep[b], R_MAX) if b in sweep else kept.runs(records, "lora-8", b):
             found["sweep"][r["seed"]][b] = r["scores"][str(b)]
-    for method in (BAR, DEFAULT):
+    place = {"task": kept.task, "targets": kept.targets, "split": kept.split, "r_max": kept.r_max}
+    here = {r["method"] for r in records if all(r[key] == value for key, value in place.items())}
+    for method in order(here - set(OF_SWEEP)):
         for r in kept.runs(records, method, kept.r_max):
             found[method][r["seed"]] = {int(b): score for b, score in r["scores"].items()}
     return found
 
 
-def curve_table(found: Curves, ranks: tuple[int, ...], digits: int, r_max: int = R_MAX) -> list[str]:
-    """Mean ± standard error over the seeds that the default has, and the paired differences of the default."""
+def curve_table(
+    found: Curves, ranks: tuple[int, ...], digits: int, r_max: int = R_MAX, others: bool = True
+) -> list[str]:
+    """Mean ± standard error over the seeds that the default has, and the paired differences of the default. ``others``:
+    rows beside these three."""
     seeds = sorted(found[DEFAULT])
     rows = []
-    for row in SHOWN_ROWS:
+    for row in [*SHOWN_ROWS, *(row for row in found if row not in SHOWN_ROWS)] if others else SHOWN_ROWS:
         curves = [found[row].get(seed, {}) for seed in seeds]
         values = [with_error([c[b] for c in curves if b in c], digits) for b in ranks]
         rows.append([ROWS.get(row) or title(row, r_max), *values])

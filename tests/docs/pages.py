@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 RESULTS = [
     *ROOT.glob("results/*/README.md"),
-    ROOT / "results" / "study" / "tries.md",
+    *(ROOT / "results" / "study" / f"{name}.md" for name in ("tables", "choosing")),
     ROOT / "results" / "reliability.md",
 ]
 WRITTEN = [

@@ -167,3 +167,34 @@ def test_a_step_with_a_closure_freezes_what_the_closure_did_not_draw(by_name):
         assert loss > 0
         for old, new in zip(before, components(model), strict=True):
             assert [j for j in range(4) if not torch.equal(old[j], new[j])] == [b - 1], step
+
+
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_subclass_that_moves_parameters_itself_is_held_too(closure):
+    """torch calls the hooks of a subclass whose step calls its parent's for both."""
+
+    class WithMore(torch.optim.AdamW):
+        @torch.no_grad()
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter -= 1e-2
+
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # torch looks after a class's step from its first instance on
+    model = nn.Sequential(lora.Linear(6, 6, r=4))
+    nn.init.normal_(model[0].lora_B)
+    optimizer = WithMore([model[0].lora_A, model[0].lora_B], lr=0.1, weight_decay=0.1)
+    lora.freeze_undrawn(optimizer, model)
+    lora.set_rank(model, 2, frozen=True)
+    before = model[0].lora_A.detach().clone(), model[0].lora_B.detach().clone()
+
+    def backward():
+        model(torch.randn(3, 6)).square().mean().backward()
+
+    if not closure:
+        backward()
+    optimizer.step(backward if closure else None)
+    others = [0, 2, 3]
+    assert torch.equal(model[0].lora_A[others], before[0][others]) and not torch.equal(model[0].lora_A[1], before[0][1])
+    assert torch.equal(model[0].lora_B[:, others], before[1][:, others])

@@ -143,17 +143,8 @@ def test_paces_that_are_none(paces):
 
 def test_an_optimizer_of_something_else():
     other = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="SGD holds no parameter of the adapter"):
+    with pytest.raises(ValueError, match="SGD holds no lora_B"):
         lora.pace_components(torch.optim.SGD(other.parameters(), lr=0.1), OnGrid(), PACES)
-
-
-def test_a_second_set_of_values_is_refused():
-    model = OnGrid()
-    optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=0.1)
-    optimizer.train()
-    lora.pace_components(optimizer, model, PACES)
-    with pytest.raises(ValueError, match="AdamWScheduleFree keeps a second set of values"):
-        one_step(model, optimizer, 0)
 
 
 def test_paces_are_replaced_and_taken_back():
@@ -216,3 +207,87 @@ def test_usual_paces(r_max, data):
     assert len(paces) == r_max and paces[-1] == 1 and paces == tuple(sorted(paces, reverse=True))
     if r_max >= 8:
         assert paces[0] == max(1, (16 / r_min) / 2) and paces[:r_min] == (paces[0],) * r_min
+
+
+class WithMore(torch.optim.SGD):
+    """A subclass that calls its parent's step, and moves parameters itself."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= 1e-2
+        return loss
+
+
+@pytest.mark.parametrize("made_before", [False, True])  # torch looks after a class's step from its first instance on
+def test_a_step_of_a_subclass_counts_whole(made_before):
+    if made_before:
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    moved = []
+    for paces in (PACES, None):
+        model = OnGrid()
+        start = model.from_zero("linear").detach().clone()
+        optimizer = WithMore(model.parameters(), lr=1e-3)
+        lora.pace_components(optimizer, model, paces)
+        one_step(model, optimizer, 0)
+        moved.append(model.from_zero("linear").detach() - start)
+    torch.testing.assert_close(moved[0], moved[1] * torch.tensor(PACES))
+
+
+def test_a_factor_that_layers_share_is_paced_once():
+    first, second = lora.Linear(6, 6, r=4), lora.Linear(6, 6, r=4)
+    second.lora_B = first.lora_B
+    model = nn.Sequential(first, second)
+    optimizer = torch.optim.SGD([first.lora_B], lr=1e-3)
+    lora.pace_components(optimizer, model, PACES)
+    first.lora_B.grad = torch.ones_like(first.lora_B)
+    optimizer.step()
+    torch.testing.assert_close(first.lora_B.detach(), -1e-3 * torch.tensor(PACES).expand(6, 4))
+
+
+def test_what_is_refused_leaves_the_former_paces():
+    model = OnGrid()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    lora.pace_components(optimizer, model, PACES)
+    with pytest.raises(ValueError, match="give a number above 0"):
+        lora.pace_components(optimizer, model, [1.0])
+    assert paces_of(optimizer) == tuple(PACES)
+
+
+@pytest.mark.parametrize("name", ["LBFGS", "AdamWScheduleFree"])
+def test_optimizers_that_would_not_notice_are_refused_at_once(name):
+    model = OnGrid()
+    make = {"LBFGS": torch.optim.LBFGS, "AdamWScheduleFree": schedulefree.AdamWScheduleFree}[name]
+    with pytest.raises(ValueError, match=f"{name} keeps a second set of values or learns from differences"):
+        lora.pace_components(make(model.parameters()), model, PACES)
+
+
+def test_averaged_values_are_refused_at_the_step_even_if_the_first_layer_has_none():
+    """torch's ASGD keeps an average beside; a layer without a gradient has none yet."""
+    model = nn.Sequential(lora.Linear(6, 6, r=4), lora.Linear(6, 6, r=4))
+    optimizer = torch.optim.ASGD([model[0].lora_B, model[1].lora_B])
+    lora.pace_components(optimizer, model, PACES)
+    model[1].lora_B.grad = torch.ones_like(model[1].lora_B)
+    with pytest.raises(ValueError, match="ASGD keeps a second set of values"):
+        optimizer.step()
+
+
+def test_an_optimizer_of_the_other_factor_alone():
+    model = OnGrid()
+    with pytest.raises(ValueError, match=r"SGD holds no lora_B \(of an Embedding: lora_A\) of the model"):
+        lora.pace_components(torch.optim.SGD([model.layers["linear"].lora_A], lr=0.1), model, PACES)
+
+
+@pytest.mark.parametrize("schedule", [lora.RankSchedule("fixed"), lora.RankSchedule(), lora.RankSchedule(paced=True)])
+def test_a_users_paces_stay_under_a_schedule_that_has_none(schedule):
+    model = nn.Sequential(lora.Linear(6, 6, r=4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    lora.pace_components(optimizer, model, PACES)
+    seen = []
+    for x in schedule.resolve(4, "alpha/b", 3).over([torch.randn(2, 6)] * 3, model, optimizer):
+        model(x).sum().backward()
+        seen.append(paces_of(optimizer))
+    own = [tuple(PACES)] * 3
+    assert (seen == own) == (not schedule.paced) and (paces_of(optimizer) == tuple(PACES)) == (not schedule.paced)

@@ -205,6 +205,27 @@ def test_legends_call_the_default_by_the_name_alone():
     assert legend(RankSchedule(distribution="halving")) == "DyLoRA, halving, paced"
     assert legend(RankSchedule(distribution="halving", paced=False)) == "DyLoRA, halving"
     assert legend(RankSchedule(frozen=True)) == "DyLoRA, frozen"
+    # What is as released but for one thing is not called so.
+    assert legend(RankSchedule.paper()) == "DyLoRA as released"
+    for changes in (
+        {"distribution": "halving", "paced": False},
+        {"paced": True},
+        {"r_min": 2},
+        {"full_rank_share": 0.5},
+    ):
+        assert legend(RankSchedule.paper(**changes)) not in ("DyLoRA as released", legend(RankSchedule()))
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "7", True])
+def test_numbers_of_updates_that_are_none(steps):
+    with pytest.raises(ValueError, match=r"steps is .*; a training has an int of 1 update or more"):
+        RankSchedule().resolve(8, "alpha/r", steps)
+
+
+@pytest.mark.parametrize("name", ["paced", "frozen"])
+def test_a_word_is_no_switch(name):
+    with pytest.raises(ValueError, match=f"{name} is 'False'; give True or False"):
+        RankSchedule(sampling="step", **{name: "False"})
 
 
 def test_facts_that_tell_no_training():

@@ -111,6 +111,7 @@ def own_loop(door: str, directory: Path) -> dict:
     train(parts, IDS[me::count], 5, optimizers[1], steps=1)
     found["trained on"] = of_factors(model, parts)
     for each, optimizer, rows in ((model, optimizers[0], slice(None)), (parts, optimizers[1], slice(me, None, count))):
+        logits(each)  # a pass without a gradient leaves the outermost parameters whole
         lora.pace_components(optimizer, each, [4, 3, 2, 1.5, 1])
         train(each, IDS[rows], RANKS[rows], optimizer, steps=2)
         lora.pace_components(optimizer, each, None)

@@ -3,9 +3,13 @@
 import json
 import shutil
 
+import datasets
 import pytest
+from transformers_dylora.arguments import parse
 from transformers_dylora.errors import UsageError
+from transformers_dylora.identity import check_continuation, settings_of, store
 from transformers_dylora.output_dir import damage_of, last_whole_checkpoint
+from transformers_dylora.tasks import TASKS
 
 from .test_run_glue import cache, command, glue, run_glue
 
@@ -43,6 +47,30 @@ def test_a_run_that_differs_goes_on_when_told_to(out, roberta_checkpoint, glue, 
     argv = command(roberta_checkpoint, glue, out, "rte", *EACH, "--learning_rate", "1e-5", "--resume_anyway")
     run_glue().main(argv)
     assert "going on with other settings than before: learning_rate was" in capsys.readouterr().out
+
+
+def test_what_is_stored_of_a_schedule_is_settled(tmp_path):
+    """A default that changes with a release makes a run another one; settings of a release that did not settle them
+    say nothing of it."""
+    args = [
+        "--model_name_or_path",
+        "m",
+        "--task_name",
+        "rte",
+        "--output_dir",
+        str(tmp_path),
+        "--apply_lora",
+        "--do_train",
+    ]
+    model_args, data_args, training_args = parse(args)
+    train = datasets.Dataset.from_dict({"sentence1": ["a"], "sentence2": ["b"], "label": [0]})
+    settings = settings_of(model_args, data_args, training_args, TASKS["rte"], train)
+    assert (settings["rank_distribution"], settings["full_rank_share"], settings["lora_paced"]) == ("mixed", 0.8, False)
+    store(tmp_path, settings | {"full_rank_share": 0.5})
+    with pytest.raises(UsageError, match=r"full_rank_share was 0\.5, now 0\.8"):
+        check_continuation(tmp_path, settings, False)
+    store(tmp_path, settings | {"full_rank_share": None, "lora_paced": None})
+    assert check_continuation(tmp_path, settings, False) == []
 
 
 NAMES = ["adapter_model.safetensors", "adapter_config.json", "dylora.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",

@@ -50,6 +50,14 @@ def test_what_is_stored_means_what_was_given(tmp_path_factory, settings):
         assert value in [getattr(part, name, None) for part in parse(argv)]
 
 
+@pytest.mark.parametrize("flag", ["lora_paced", "lora_frozen", "regression"])
+def test_a_switch_alone_is_on_and_left_out_is_neither(flag):
+    line = ["--model_name_or_path", "m", "--train_file", "t.csv", "--output_dir", "o"]
+    for given_flag, value in (([f"--{flag}"], True), ([f"--{flag}", "False"], False), ([], None)):
+        (found,) = [getattr(part, flag) for part in parse([*line, *given_flag]) if hasattr(part, flag)]
+        assert found is value
+
+
 def test_flags_after_the_file_count_and_abbreviations_are_stored_whole(tmp_path):
     file = tmp_path / "a.yml"
     file.write_text("learning_rate: 1e-3\nlora_r: 4\nlora_dropout:\n")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,17 @@ def test_from_files_to_an_adapter_in_stock_peft(more, tmp_path, capsys):
     line = {
         "model": tmp_path / "base", "train": tmp_path / "train.jsonl", "validation": tmp_path / "validation.jsonl",
         "output_dir": tmp_path / "out", "lora_r": 8, "eval_ranks": "1,2,8", "targets": "q_proj,v_proj", "max_train_samples": 32,
-        "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 12, "save_strategy": "no",
+        "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True, "max_steps": 12, "save_strategy": "steps", "save_steps": 6,
         "per_device_train_batch_size": 8, "learning_rate": 0.02, "max_length": 64, **more,
     }  # fmt: skip
     trainer, results = sft().main([part for name, value in line.items() for part in (f"--{name}", str(value))])
+    if not more:  # from a checkpoint on it comes to the same
+        shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+        again = [part for name, value in line.items() for part in (f"--{name}", str(value))]
+        again, _ = sft().main([*again, "--resume_from_checkpoint", "true"])
+        assert not any("'loss'" in str(entry) and entry["step"] <= 6 for entry in again.state.log_history[1:])
+        for name, value in trainer.model.state_dict().items():
+            torch.testing.assert_close(again.model.state_dict()[name], value)
     table = RankResults.read(tmp_path / "out")
     assert table == results and [row.rank for row in table.splits["validation"]] == [1, 2, 8] and table.metric == "loss"
     assert all(row.scores["perplexity"] > 1 for row in table.splits["validation"])

@@ -9,10 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loralib.report.choice import aurac
-from scripts.study import averages, cells, held_out, naming, shown, wide
+from scripts.study import (
+    averages,
+    cells,
+    choosing,
+    headline,
+    held_out,
+    language_tables,
+    naming,
+    shown,
+    wide,
+)
 from scripts.study import methods as study_methods
 from scripts.study import tables as study_tables
-from scripts.study.language_tables import language_tables
 from scripts.study.running import ROOT
 
 
@@ -89,7 +98,7 @@ def test_tables_show_runs_at_the_chosen_rate_once_there_are_three_seeds_and_unti
     lines += lines_of("lora-8", {middle: 1, high: 2, 2 * high: 1, low: 0})
     assert rates(lines) == until_then
     assert shown.not_yet_run(lines) == [
-        "Not yet at its own best rate or strength: LoRA trained at rank 8, strength 2 at rate 0.002 (runs so far: 5 cpu). A choice "
+        "Not yet at its own best rate or strength: LoRA r=8, strength 2 at rate 0.002 (runs so far: 5 cpu). A choice "
         "counts from 15 runs on one device on, three seeds of every task.", ""
     ]  # fmt: skip
     lines += runs("lora-8", high, (1,)) + runs("cut-svd", high, (1,))
@@ -198,20 +207,20 @@ def test_the_headline_is_the_paired_difference_with_its_interval(gain, excluded)
             lines += curve_lines(f"lora-{r}", seed, {r: 50.0 + r + 10 * seed})  # seeds differ, their differences do not
         own = {b: 50.0 + b + 10 * seed + gain[seed] for b in range(1, 9)}
         lines += curve_lines(study_methods.DEFAULT, seed, own)
-    rows = "\n".join(averages.headline(shown.scores_by_device(lines), lines)).splitlines()
+    rows = "\n".join(headline.headline(shown.scores_by_device(lines), lines)).splitlines()
     at = {row.split(" |")[0].removeprefix("| "): row for row in rows if row.startswith("| ")}
     low, high = stats.ttest_1samp(gain, 0).confidence_interval(0.95)
-    wanted = f"{sum(gain) / 2:+.1f} ± {(high - low) / 2:.1f}"
-    for name in ("rank 1", "rank 2", "rank 4", "rank 8", "mean of the ranks"):
+    wanted = f"{sum(gain) / 2:+.2f} ± {(high - low) / 2:.2f}"
+    for name in ("rank 1", "rank 2", "rank 4", "rank 8", "mean of the ranks", "mean, without CoLA"):
         assert at[name].endswith(f"| {wanted} ✓ |" if excluded else f"| {wanted} |")
     # Beside the reduction by SVD, over the seeds that both have.
     for seed in (0, 1, 2):
         lines += curve_lines("cut-svd", seed, {b: 49.0 + b + 10 * seed for b in range(1, 9)})
     lines += curve_lines(study_methods.DEFAULT, 2, {b: 71.0 + b for b in range(1, 9)})
-    text = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
+    text = "\n".join(headline.headline(shown.scores_by_device(lines), lines))
     three = stats.ttest_1samp([1 + gain[0], 1 + gain[1], 2.0], 0).confidence_interval(0.95)
     assert "chosen rate and strength (2 seeds, cpu)" in text and "by SVD (3 seeds, cpu)" in text
-    assert text.count(f"| {(three.low + three.high) / 2:+.1f} ± {(three.high - three.low) / 2:.1f}") == 5
+    assert text.count(f"| {(three.low + three.high) / 2:+.2f} ± {(three.high - three.low) / 2:.2f}") == 6
 
 
 def test_the_sweep_at_the_rate_of_the_default_stands_beside_that_at_its_own(monkeypatch):
@@ -224,16 +233,18 @@ def test_the_sweep_at_the_rate_of_the_default_stands_beside_that_at_its_own(monk
             lines += [
                 line | {"rate": 2e-3, "scores": {str(r): 10.0}} for line in curve_lines(f"lora-{r}", seed, {r: 0})
             ]
-    told = "\n".join(averages.headline(shown.scores_by_device(lines), lines))
+    told = "\n".join(headline.headline(shown.scores_by_device(lines), lines))
     assert "alpha 16" not in told and "failed" not in told  # nothing is chosen: the tables show just that
     lines += searched("lora-1", 2e-3)
     founds = shown.scores_by_device(lines)
-    told = "\n".join(averages.headline(founds, lines))
+    told = "\n".join(headline.headline(founds, lines))
     assert "DyLoRA's rate, alpha 16 (2 seeds, cpu)" in told
     (row,) = [row for row in told.splitlines() if row.startswith("| rank 1 ")]
-    assert row.split("|")[2].startswith(" +40.5 ±") and row.split("|")[3].startswith(" -0.5 ±")
+    assert row.split("|")[2].startswith(" +40.50 ±") and row.split("|")[3].startswith(" -0.50 ±")
     assert "CoLA, rank 1, seed 0 (10.0, at DyLoRA's rate 51.0); CoLA, rank 1, seed 1 (10.0, " in told
-    assert "QQP, rank 1" in told and "rank 2, seed" not in told
+    assert "QQP, rank 1" in told and "rank 2, seed" not in told and "known of the seeds 0-1" in told
+    (row,) = [row for row in told.splitlines() if row.startswith("| mean, failed LoRAs replaced ")]
+    assert row.split("|")[2].startswith(" -0.50 ±") and row.endswith("|  |")  # its runs there are the plain ones
     (row,) = [row for row in averages.average_tables(founds["cpu"], lines, "sweep")[0].splitlines() if "plain" in row]
     assert "| 4 | 16, 8, 4, 2 | 0.001 | 51.0 | 51.0 | 51.0 | 51.0 | 51.0 |" in row
 
@@ -246,7 +257,7 @@ def test_the_headline_says_in_which_precision_the_compared_runs_were():
 
     def told():
         records = lines + ours
-        return "\n".join(averages.headline(shown.scores_by_device(records), records))
+        return "\n".join(headline.headline(shown.scores_by_device(records), records))
 
     assert "precision" not in told()
     ours[0]["precision"], ours[-1]["precision"] = "fp32", "bf16"  # the last is of a seed that the sweep has not
@@ -266,7 +277,7 @@ def test_leads_are_paired_differences_from_the_reduction_by_svd():
     lines += [line("mixed-0.8", 2, 99.0)]  # without its peer
     lines += [line("mixed-0.8", 0, 0.0, split="validation"), line("halves-0.8", 0, 9.0), line("lora-8", 0, 9.0)]
     (row,) = [text for text in "\n".join(held_out.lead_table(lines)).splitlines() if "+" in text or "-0" in text]
-    assert "0.8 at r_max, ordered, then mixed" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
+    assert "(our default)" in row and row.count("+2.50 ± 1.50") == 4 and row.endswith("| 2 |")
     assert held_out.lead_table(lines[:1]) == []
     # A run in another precision is beside the reduction in that precision.
     again = {"precision": "fp32"}
@@ -300,13 +311,12 @@ def test_main_tables_hold_the_usual_runs_alone(tmp_path):
     assert not cells.Cell("cola", "lora-8", 0, 1e-3, r_max=16).done(records)
 
 
-def test_first_tries_have_a_page_of_their_own(tmp_path):
+def test_first_tries_stand_where_choices_are_told(tmp_path):
     scores = dict.fromkeys("1248", 40.0)
     tried = vars(cells.Cell("cola", "lora-8", 0, 1e-3, "held_out")) | {"scores": scores}
-    study_tables.write_tables(tmp_path, [tried | {"scores": {"8": 27.2}}, tried | {"method": "example"}], cells.BUDGETS)
-    rows = [line for line in (tmp_path / "tries.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows[-2:] == ["| LoRA trained at rank 8, strength 2 | 27.2 |  |", "| DyLoRA, per example | 40.0 |  |"]
-    assert "(tries.md)" in (tmp_path / "README.md").read_text()
+    study_tables.write_tables(tmp_path, [tried | {"scores": {"8": 27.2}}, tried | {"method": "example"}])
+    rows = [line for line in (tmp_path / "choosing.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[-2:] == ["| LoRA r=8, strength 2 | 27.2 |  |", "| DyLoRA, per example | 40.0 |  |"]
 
 
 def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
@@ -321,8 +331,9 @@ def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
     text = "\n".join(wide.rank_tables(lines))
     assert "| the default minus the sweep | +1.5 | +1.5 | +1.5 | +1.5 | +1.5 |" in text
     assert "| +12.5 | +13.5 | +15.5 | +19.5 | +27.5 |" in text and "Measuring 5 ranks took 4.5 times" in text
-    assert "LoRA trained at rank 16, reduced by SVD" in text and "r_max 64" not in text
-    assert wide.target_tables(lines) == [] and language_tables(lines) == []
+    assert "LoRA r=16, reduced by SVD" in text and "r_max 64" not in text
+    assert not wide.target_tables(lines) + language_tables.held_out_tables(lines)
+    assert not language_tables.validation_tables(lines)
     lines = [
         line(name, seed, scores, targets=cells.ALL_LINEAR)
         for seed, more in ((0, 0.0), (1, 2.0))
@@ -346,22 +357,27 @@ def test_a_language_models_best_rate_has_the_lowest_loss():
     lines += [run("lora-1", rate, loss) for rate, loss in ((1e-3, 1.3), (2e-3, 1.2))]
     lines += [run("lora-1-strength-2", 1e-3, 1.35)]
     assert cells.chosen_rates(lines, cells.LANGUAGE_RATE_RUNS) == {"lora-8": 1e-3}
-    text = "\n".join(language_tables(lines))  # before there are runs on validation
-    assert "| 1.2000 | 1.0000 | 1.1000 | 0.001 |" in text and "200 entries of validation" not in text
+    text = "\n".join(language_tables.held_out_tables(lines))
+    assert "| 1.2000 | 1.0000 | 1.1000 | 0.001 |" in text and "the default minus" not in text
     assert "|  | 1.3000 | 1.2000 | 0.002 (open: 0.0005) |" in text and "left: above strength 16/r at each" in text
-    assert "Nothing is compared on validation yet" in text and "the default minus" not in text
+    assert not language_tables.validation_tables(lines)
     lines += [run(study_methods.DEFAULT, rate, loss) for rate, loss in ((5e-4, 2.0), (1e-3, 1.5))]
     lines += [run("paces-sqrt", 1e-3, 1.25), run("paces-sqrt", 5e-4, 1.75)]
-    text = "\n".join(language_tables(lines))  # each at its own rate
+    text = "\n".join(language_tables.held_out_tables(lines))  # each at its own rate
     for rate, loss in (("0.001", "1.2500"), ("0.0005", "1.7500")):
         assert f"4/sqrt(k) times as fast once ordered | {rate} | {loss} | {loss} |" in text
     assert "| the default minus the sweep | +0.3000 |  |  | +0.5000 |" in text
     lines += [run(study_methods.DEFAULT, 1e-3, 1.6, "validation"), run("lora-1", 2e-3, 1.5, "validation")]
-    text = "\n".join(language_tables(lines))
-    assert "200 entries of validation, seed 0" in text and "| the default minus the sweep | +0.1000 |  |  |  |" in text
-    assert "1.7777" not in text
-    text = "\n".join(language_tables([*lines, run("halving", 2e-3, 1.7777, "validation")]))  # and what else was
-    assert "first components faster | 0.002 | 1.7777 |" in text.split("that were not trained on")[0]
+    text = "\n".join(language_tables.validation_tables(lines))
+    assert (
+        "200 entries of validation, seed 0, mean" in text
+        and "| the default minus the sweep | +0.1000 |  |  |  |" in text
+    )
+    # What else ran, at its own rate.
+    lines += [run("halving", 2e-3, 1.1)] + [run("halving", rate, 1.7, "validation") for rate in (1e-3, 2e-3)]
+    lines[-1]["scores"] = dict.fromkeys("1248", 1.7777)
+    text = "\n".join(language_tables.validation_tables(lines))
+    assert "| DyLoRA, halving | 1.7777 | 1.7777 |" in text and "1.7000" not in text
 
 
 def test_a_grid_is_closed_once_the_best_has_both_neighbours():
@@ -382,8 +398,30 @@ def test_differences_task_by_task_are_paired_by_seed():
         for task, ours in (("cola", 3.0), ("sst2", 1.0))
         for method, value, seeds in ((study_methods.DEFAULT, ours, (0, 1)), ("cut-svd", 0.0, (0, 1, 2)))
     }
-    rows = averages.task_by_task(found, "cpu")[0].splitlines()
+    rows = averages.task_by_task(found, "cpu", "cut-svd")[0].splitlines()
     assert [row.split("|")[2].strip() for row in rows[2:]] == ["+3.0 ± 0.0", "+1.0 ± 0.0"]
+
+
+def test_the_default_stands_beside_every_peer_on_the_device_with_the_most_pairs():
+    ranks = (1, 2, 4, 8)
+    lines = [
+        line | {"scores": {str(b): 50.0 + (line["task"] == "cola") * 5 + seed for b in ranks}}
+        for seed in (0, 1, 2)
+        for line in curve_lines(study_methods.DEFAULT, seed, {1: 0})
+    ]
+    lines += [line for seed in (0, 1) for line in curve_lines("cut-svd", seed, dict.fromkeys(ranks, 49.0 + seed))]
+    lines += [line | {"device": "some GPU"} for line in lines]
+    lines += [line | {"device": "some GPU"} for line in curve_lines("cut-svd", 2, dict.fromkeys(ranks, 51.0))]
+    (row,) = averages.beside_each(shown.scores_by_device(lines))[0].splitlines()[2:]
+    apart = "+2.0 ± 0.0 | " * 5  # a point, and five more on one of five tasks
+    assert row == f"| LoRA r=8, reduced by SVD | {apart}+1.0 ± 0.0 | 3 | some GPU |"
+
+
+def test_rates_of_the_sweep_are_told_by_rank(monkeypatch):
+    monkeypatch.setattr(shown, "run_enough", lambda *_: True)
+    lines = [line | {"rate": 1e-3 * r} for r in (1, 2, 4, 8) for line in curve_lines(f"lora-{r}", 0, {r: 50.0})]
+    (row,) = averages.average_tables(shown.scores_by_device(lines)["cpu"], lines, "sweep")[0].splitlines()[2:]
+    assert row.startswith("| a LoRA for each rank (the sweep) | 4 | 16, 8, 4, 2 | 0.001, 0.002, 0.004, 0.008 | 50.0 |")
 
 
 def test_pairs_are_of_one_device_that_with_the_most_seeds():
@@ -401,8 +439,8 @@ def test_pairs_are_of_one_device_that_with_the_most_seeds():
     assert averages.with_most_seeds(founds, "sweep") == ["cpu"] and averages.with_most_seeds(founds, "cut-svd") == [
         "some GPU"
     ]
-    text = "\n".join(averages.headline(founds, lines))
-    assert text.count("| +2.0 ± 0.0 ✓ | +1.0 ± 0.0 ✓ |") == 5 and "(3 seeds, some GPU)" in text
+    text = "\n".join(headline.headline(founds, lines))
+    assert text.count("| +2.00 ± 0.00 ✓ | +1.00 ± 0.00 ✓ |") == 6 and "(3 seeds, some GPU)" in text
     means, _, apart, _ = averages.average_tables(founds["some GPU"], lines, "cut-svd")
     assert "70.0 | 70.0 | 70.0 | 70.0 | 70.0 |" in means and "+1.0 ± 0.0 | 3 |" in apart
 
@@ -426,14 +464,14 @@ def test_of_a_cell_on_two_devices_the_first_line_counts():
     assert cells.chosen_rates(lines + again) == {"example": middle}
     told = "\n".join(held_out.rate_table(lines)).splitlines()[-2:]
     assert f"{middle:g}: 3.0" in "".join(told)
-    assert study_tables.searched_on(lines + again) == "Of these runs 12 are on cpu, 4 are on some GPU."
+    assert choosing.searched_on(lines + again) == "Of these runs 12 are on cpu, 4 are on some GPU."
 
 
 def test_the_page_says_what_the_default_shares_and_what_lies_between(tmp_path):
     lines = curve_lines(study_methods.DEFAULT, 0, dict(zip(range(1, 9), range(50, 58), strict=True)))
     lines = [line | vars(cells.Cell("cola", "", 0, 0)) | line for line in lines]
     lines[0]["from"] = "lora-8"
-    study_tables.write_tables(tmp_path, lines, cells.BUDGETS)
+    study_tables.write_tables(tmp_path, lines)
     text = " ".join((tmp_path / "README.md").read_text().split())
     assert "shares 0.8 of the training with it: 1 of 5 on cpu." in text
     assert "5 runs of the default on validation were measured at all of 1 to 8, in the mean 50.0, 51.0, 52.0" in text

@@ -150,6 +150,9 @@ def test_runs_that_differ_in_more_than_the_seed_are_no_seeds_of_one(tmp_path):
     other = run_in(tmp_path / "other", 2, {"learning_rate": 0.1})
     found = curves([*alike, other])
     assert [curve.seeds for curve in found] == [2, 1] and found[1].method.endswith("learning_rate 0.1")
+    older = run_in(tmp_path / "older", 2, {"lora_paced": None, "rank_distribution": None})  # what the method tells
+    newer = run_in(tmp_path / "newer", 3, {"lora_paced": False, "rank_distribution": "mixed"})
+    assert [curve.seeds for curve in curves([*alike, older, newer])] == [4]
     again = run_in(tmp_path / "again", 0, {})
     found = curves([*alike, again])
     assert [curve.seeds for curve in found] == [2, 1] and found[1].method.endswith(f"run {tmp_path / 'again'}")

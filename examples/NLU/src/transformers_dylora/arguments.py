@@ -50,6 +50,9 @@ SCHEDULE_FLAGS = {
 }
 
 
+SWITCH = {"nargs": "?", "const": True}  # of a flag that may be true, false or left out: alone it is true
+
+
 def _in_flags(sentence: str) -> str:
     """A sentence of RankSchedule about its fields, in the words of the command line."""
     names = "|".join(SCHEDULE_FLAGS)
@@ -90,8 +93,9 @@ class DataArguments:
     regression: bool | None = field(
         default=None,
         metadata={
+            **SWITCH,
             "help": "Whether the labels of your own files are values and no classes. Default: as the adapter was "
-            "trained; in training, if a label has a fraction."
+            "trained; in training, if a label has a fraction.",
         },
     )
     max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this many tokens."})
@@ -190,11 +194,11 @@ class ModelArguments:
             "DyLoRA; 'none': from scratch."
         },
     )
-    rank_sampling: Literal["example", "step", "matryoshka", "fixed"] = field(
-        default="example",
+    rank_sampling: Literal["example", "step", "matryoshka", "fixed"] | None = field(
+        default=None,
         metadata={
-            "help": "How training chooses ranks: each example its own, one per update (the paper), MatryoshkaLoRA's "
-            "fixed gate, or always r_max (plain LoRA)."
+            "help": "How training chooses ranks: each example its own (default), one per update (the paper), "
+            "MatryoshkaLoRA's fixed gate, or always r_max (plain LoRA)."
         },
     )
     full_rank_share: float | None = field(
@@ -224,12 +228,15 @@ class ModelArguments:
         default=None, metadata={"help": "With --rank_sampling matryoshka: sum (default) or mean of the ranks' gates."}
     )
     lora_r_min: int = field(default=1, metadata={"help": "The lowest rank that training draws."})
-    lora_frozen: bool = field(default=False, metadata={"help": "Update component b alone (paper, eq. 10)."})
+    lora_frozen: bool | None = field(
+        default=None, metadata={**SWITCH, "help": "Update component b alone (paper, eq. 10)."}
+    )
     lora_paced: bool | None = field(
         default=None,
         metadata={
+            **SWITCH,
             "help": "Once ranks are drawn, component k learns min(r_max, 8)/k times as fast, never slower than usual. "
-            "Default: with --rank_distribution halving at one strength, alpha/r."
+            "Default: with --rank_distribution halving at one strength, alpha/r.",
         },
     )
     eval_ranks: str | None = field(default=None, metadata={"help": "Ranks to measure, as in 1,2,4,8. Default: all."})
@@ -272,18 +279,18 @@ class ModelArguments:
     def schedule(self) -> RankSchedule:
         """How ranks are trained. Raises UsageError for flags that contradict each other."""
         given = {name: getattr(self, flag) for name, flag in SCHEDULE_FLAGS.items()}
+        given = {name: value for name, value in given.items() if value is not None}
         try:
             if not self.as_released:
                 return RankSchedule(**given)
-            changed = {name: value for name, value in given.items() if value != getattr(RankSchedule, name)}
             released = RankSchedule.paper()
             for name in ("sampling", "full_rank_share", "frozen"):
-                if changed.get(name, getattr(released, name)) != getattr(released, name):
+                if given.get(name, getattr(released, name)) != getattr(released, name):
                     raise UsageError(
                         f"--as_released means --{SCHEDULE_FLAGS[name]} {getattr(released, name)}; leave out one of it "
-                        f"and --{SCHEDULE_FLAGS[name]} {changed[name]}."
+                        f"and --{SCHEDULE_FLAGS[name]} {given[name]}."
                     )
-            return RankSchedule.paper(**changed)
+            return RankSchedule.paper(**given)
         except UsageError:
             raise
         except ValueError as error:

@@ -56,8 +56,10 @@ def settings_of(model_args, data_args, training_args, task, train) -> dict:
         found |= {
             name: getattr(model_args, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
         }
-        schedule = {SCHEDULE_FLAGS.get(name, name): value for name, value in asdict(model_args.schedule()).items()}
-        found |= {"lora_scaling": model_args.scaling(), **schedule, "seed": args.seed}
+        scaling = model_args.scaling()
+        settled = model_args.schedule().resolve(model_args.lora_r, scaling).schedule  # a default may be another later
+        schedule = {SCHEDULE_FLAGS.get(name, name): value for name, value in asdict(settled).items()}
+        found |= {"lora_scaling": scaling, **schedule, "seed": args.seed}
     return json.loads(json.dumps(found, default=str))
 
 
@@ -96,8 +98,11 @@ def check_continuation(directory: str | Path, settings: dict, anyway: bool) -> l
     before = stored(directory)
     if before is None:
         return []
+    unknown = {name for name in SCHEDULE_FLAGS.values() if before.get(name) is None}  # the default of another release
     apart = {
-        name: (before[name], value) for name, value in settings.items() if name in before and before[name] != value
+        name: (before[name], value)
+        for name, value in settings.items()
+        if name in before and before[name] != value and name not in unknown
     }
     longer = [f"{name} {old} is now {new}" for name, (old, new) in apart.items() if name in LENGTHS]
     others = [f"{name} was {old}, now {new}" for name, (old, new) in apart.items() if name not in LENGTHS]
