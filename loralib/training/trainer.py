@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from transformers import Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import default_compute_objective
 
 from ..frozen import freeze_undrawn
 from ..gate import check_rank
-from ..inside_peft import trained_beside_ranks
 from ..layout import examples_in
 from ..model import get_rank, has_lora, max_rank, refuse_trained_biases, scaling_of, set_rank
 from ..momenta import unwrapped_optimizer
@@ -26,6 +24,7 @@ from .batching import Place
 from .evaluation import EvaluationOfRanks
 from .loading import ExactBatches
 from .measuring import Measurements
+from .refusing import refuse_scattered_factors
 from .saving import AdapterCheckpoints
 from .weighing import WeighedLosses
 
@@ -108,7 +107,7 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.asked = schedule or RankSchedule(), eval_ranks
         self.contexts: contextlib.ExitStack | None = None  # around a training
         self._bind()
-        self._refuse_scattered_factors()
+        refuse_scattered_factors(self)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process would split the batch but not its ranks; start one process per "
@@ -148,35 +147,6 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
         self.frozen_by: Any = None  # the optimizer that freeze_undrawn watches
         if str(self.args.metric_for_best_model).endswith("perplexity"):
             self.args.greater_is_better = False  # Trainer knows of losses alone that less is better
-
-    def _refuse_scattered_factors(self) -> None:
-        """Raise ValueError where a training keeps factors in a form that can be neither ordered nor saved."""
-        if self.args.fsdp and not self.is_fsdp_enabled:  # accelerate would go on without a word
-            raise ValueError(
-                "FSDP needs GPUs: accelerate has none for CPUs; leave it out, several processes share a batch."
-            )
-        if self.bound is None:
-            return
-        if beside := trained_beside_ranks(self.model):
-            raise ValueError(
-                f"The adapter {beside!r} trains beside the one with ranks, and checkpoints hold the latter alone; "
-                "train one at a time (set_adapter, or requires_grad_(False))."
-            )
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            raise ValueError("FSDP1 keeps no factors, only flat parts of them: use FSDP2 (fsdp_version: 2).")
-        if is_deepspeed_zero3_enabled():
-            raise ValueError("DeepSpeed's ZeRO stage 3 keeps no whole factors: use stage 1 or 2, or FSDP2.")
-        if self.is_deepspeed_enabled and (self.bound.schedule.full_rank_share or self.bound.schedule.paced):
-            raise ValueError(
-                "DeepSpeed keeps its own copy of what would be ordered or paced; give full_rank_share=0 and "
-                "paced=False."
-            )
-        optim = str(getattr(self.args.optim, "value", self.args.optim))
-        if self.bound.schedule.paced and optim.startswith("schedule_free"):
-            raise ValueError(
-                f"--optim {optim} keeps a second set of values, so that components cannot learn at paces "
-                "of their own; take another, or paced=False (--lora_paced False)."
-            )
 
     def _bind(self) -> None:
         """Settle the schedule and the ranks to measure for the model's adapter."""

@@ -1,0 +1,36 @@
+"""What a training of ranks cannot be put together with."""
+
+from typing import Any
+
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..inside_peft import trained_beside_ranks
+
+
+def refuse_scattered_factors(trainer: Any) -> None:
+    """Raise ValueError where a training keeps factors in a form that can be neither ordered, paced nor saved."""
+    if trainer.args.fsdp and not trainer.is_fsdp_enabled:  # accelerate would go on without a word
+        raise ValueError(
+            "FSDP needs GPUs: accelerate has none for CPUs; leave it out, several processes share a batch."
+        )
+    if trainer.bound is None:
+        return
+    if beside := trained_beside_ranks(trainer.model):
+        raise ValueError(
+            f"The adapter {beside!r} trains beside the one with ranks, and checkpoints hold the latter alone; "
+            "train one at a time (set_adapter, or requires_grad_(False))."
+        )
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise ValueError("FSDP1 keeps no factors, only flat parts of them: use FSDP2 (fsdp_version: 2).")
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("DeepSpeed's ZeRO stage 3 keeps no whole factors: use stage 1 or 2, or FSDP2.")
+    if trainer.is_deepspeed_enabled and (trainer.bound.schedule.full_rank_share or trainer.bound.schedule.paced):
+        raise ValueError(
+            "DeepSpeed keeps its own copy of what would be ordered or paced; give full_rank_share=0 and paced=False."
+        )
+    optim = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if trainer.bound.schedule.paced and optim.startswith("schedule_free"):
+        raise ValueError(
+            f"--optim {optim} keeps a second set of values, so that components cannot learn at paces "
+            "of their own; take another, or paced=False (--lora_paced False)."
+        )
