@@ -16,7 +16,7 @@ from loralib.model import lora_layers
 from .methods import SHOWN
 
 STRENGTHS = [0.001, 0.01, 0.1, 1.0]  # of the head's regularisation, as scikit-learn counts: the inverse
-UPDATES, RATE = 200, 0.01  # what a rank's strengths are learnt in, by Adam
+UPDATES, RATE = 60, 0.02  # what a rank's strengths are learnt in, by Adam
 Autocast = Callable[[], AbstractContextManager]
 
 

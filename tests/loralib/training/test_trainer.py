@@ -566,7 +566,7 @@ def test_factors_that_cannot_be_ordered(name, message, roberta_config, roberta_c
 
 
 def test_zero_3_is_refused(roberta_config, roberta_checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("loralib.training.trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("loralib.training.refusing.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO stage 3 keeps no whole factors"):
         trainer(roberta_config, roberta_checkpoint, tmp_path, full_rank_share=0)
 
