@@ -112,22 +112,20 @@ def verdict(founds: dict[str, Found]) -> list[str]:
 
 def limits(records: list[dict], everything: list[dict]) -> list[str]:
     """What a reader has to know before trusting the page."""
-    budget = ", ".join(
-        f"{task} {b.epochs}" + (f", the first {b.validation:,} of validation" if b.validation else "")
-        for task, b in BUDGETS.items()
-        if task in AVERAGED
-    )
+    epochs = ", ".join(f"{task} {BUDGETS[task].epochs}" for task in AVERAGED)
+    cut = {task: BUDGETS[task].validation for task in AVERAGED if BUDGETS[task].validation}
+    measured = f"of {', '.join(cut)} the first {max(cut.values()):,} validation examples are measured"
     own = {*METHODS, *TRIED} - set(OF_SWEEP) - {name for name, made in METHODS.items() if made.adalora or made.wide_A}
     variants = own & {r["method"] for r in everything if r["split"] == "held_out"}
     return [
-        f"- One small encoder, few epochs ({budget}).",
+        f"- One small encoder, few epochs ({epochs}); {measured}.",
         f"- **No task is new to the default.** It was chosen among {len(variants)} variants on held-out parts of the "
         "training data of all these tasks and of RTE; its peers had rates and strengths to choose. Scores on "
         "validation took part in one choice, that between it and halving, and those of an earlier default, ordered "
         "half-way, were known when 0.8 was chosen.",
-        "- **What 1 point is** that a loss of it is excluded was fixed before the runs, for the mean over tasks; on "
-        "CoLA alone, whose scores vary by several points between seeds, nothing of that size is. Verdicts are not "
-        "corrected for their number, and those of rank 8 rest on the same LoRA runs.",
+        "- **One point**, the loss to exclude, was fixed before the runs, for the mean over tasks. CoLA alone varies "
+        "by several points between seeds: there no loss of that size is excluded. Verdicts are not corrected for their "
+        "number, and those of rank 8 rest on the same LoRA runs.",
         "- **Chosen rates hang on few runs.** Of LoRA of rank 8 one of four held-out runs collapsed at 0.002, and "
         "without it that rate would be its own; rank 1's was chosen by half a point, and at it two runs failed.",
         "- The mean over tasks is of CoLA's Matthews correlation, accuracies, and for QQP the mean of accuracy and F1.",
