@@ -187,11 +187,12 @@ TRIED = {
             ("-1", "1", (1.0,) * 8),
         ]
     },
-    "halving-0.1": replace(
-        METHODS["halving"],
-        title="ordered after 0.1 of the training, then half of the examples at r_max, first components faster",
-        schedule=replace(HALVING, full_rank_share=0.1),
-    ),
+    **{
+        f"halving-{share:g}": replace(
+            METHODS["halving"], title=f"DyLoRA, halving, {begun}", schedule=replace(HALVING, full_rank_share=share)
+        )
+        for share, begun in [(0.0, "from the first step on"), (0.1, "ordered after 0.1 of the training")]
+    },
     "even": Method("per example, evenly", weights=UNIFORM),
     "even-sqrt": Method("per example, evenly, alpha/sqrt(b)", weights=UNIFORM, scaling="alpha/sqrt(b)"),
     "even-constant": Method("per example, evenly, one strength 6", weights=UNIFORM, **CONSTANT),
