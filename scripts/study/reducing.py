@@ -1,6 +1,6 @@
 """A trained LoRA of rank r_max made smaller: by rank in every layer, or by components over all layers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -9,6 +9,18 @@ from loralib.layers import LoRALayer
 from loralib.model import lora_layers
 
 LOOKED_AT = 1024  # training examples from which importance is measured
+
+
+def as_trained(model) -> Callable[[], None]:
+    """What puts the factors back as they are now."""
+    factors = [factor for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)]
+    values = [factor.detach().clone() for factor in factors]
+
+    def restore() -> None:
+        for factor, value in zip(factors, values, strict=True):
+            factor.data.copy_(value)
+
+    return restore
 
 
 def cut(model, name: str) -> None:

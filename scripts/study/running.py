@@ -19,7 +19,7 @@ from .cells import BUDGETS, Cell, area, read_records
 from .loading import Loaded, load, updates
 from .methods import CUTS, MIXED, PARTS, R_MAX, SHOWN, shown_up_to
 from .private import with_heads, with_strengths
-from .reducing import LOOKED_AT, cut, to_keep, with_components
+from .reducing import LOOKED_AT, as_trained, cut, to_keep, with_components
 from .trainer import StudyTrainer
 
 CUT_EVERYWHERE = ("cut-svd",)  # the others are measured in the main tables alone
@@ -69,11 +69,13 @@ def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -
         )
         facts = train(cell, trainer, trunk)
         records = [record(cell, trainer, loaded) | facts]
+        restore = as_trained(loaded.model) if cell.is_trunk else None
         for name, made in CUTS.items():
             if made.of != cell.method or not measured(cell, name):
                 continue
             own = replace(cell, method=name)
-            if cell.is_trunk:
+            if restore:
+                restore()
                 cut(loaded.model, name)
             if made.by == "rank":
                 trainer.eval_ranks = list(shown_up_to(cell.r_max))

@@ -88,6 +88,22 @@ def encoder_with_adapters():
     return model, torch.randint(5, 50, (4, 7))
 
 
+def test_ways_of_cutting_do_not_depend_on_their_order():
+    model, inputs = encoder_with_adapters()
+    restore, found = reducing.as_trained(model), []
+    for names in (study_methods.CUTS, reversed(study_methods.CUTS)):
+        logits = {}
+        for name in names:
+            restore()
+            reducing.cut(model, name)
+            with lora.use_rank(model, 2):
+                logits[name] = model(input_ids=inputs).logits
+        found.append(logits)
+    for name, one in found[0].items():
+        torch.testing.assert_close(one, found[1][name])
+    assert not torch.allclose(found[0]["cut-alpha/r"], found[0]["cut-svd"])
+
+
 def test_a_model_is_reduced_to_its_most_important_components_and_whole_again():
     model, inputs = encoder_with_adapters()
     batches = [{"input_ids": inputs, "labels": torch.tensor([0, 1, 1, 0])}]
