@@ -45,28 +45,32 @@ def paired(found: Found, peer: str, ranks, method: str = DEFAULT, tasks: tuple[s
     return [float(np.mean([ours[s][b] - theirs[s][b] for b in ranks])) for s in both]
 
 
-def average_tables(found: Found, records: list[dict], peer: str) -> list[str]:
+def trainings(row: str) -> str:
+    """How many trainings give the row. Of LoRA-Squeeze the first 0.8 of the steps are shared."""
+    return {"sweep": "4", "plain-sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(row, "1")
+
+
+def average_tables(found: Found, records: list[dict], peer: str, rows: tuple[str, ...] = ()) -> list[str]:
     """On one device: the mean over tasks, of the seeds that the peer has, and below it the paired differences from the
-    peer with their intervals. Nothing where the peer has no seed of all tasks."""
+    peer with their intervals. Nothing where the peer has no seed of all tasks. ``rows``: those to show; default: all.
+    """
     chosen, rates = sweep_methods(records), defaultdict(dict)
     for record, row, ranks in by_row(records):
         rates[row] |= dict.fromkeys(ranks, f"{record['rate']:g}")
     of_peer, means, apart = averaged(found, peer), [], []
     if not of_peer:
         return []
-    for method in order({m for _, m in found}):
+    for method in order({m for _, m in found if not rows or m in rows}):
         own = averaged(found, method)
         if method != peer and (both := sorted(set(own) & set(of_peer))):
             values = [paired(found, peer, ranks, method) for ranks in RANKS.values()]
             apart.append([called(method), *map(interval, values), str(len(both))])
         if set(of_peer) <= set(own):
             curves = [[own[seed][b] for b in SHOWN] for seed in of_peer]
-            # Of squeeze the first 0.8 of the steps are shared.
-            trainings = {"sweep": "4", "plain-sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(method, "1")
             by_rank = [rates[method][b] for b in SHOWN]
             own_rates = by_rank[0] if len(set(by_rank)) == 1 else ", ".join(by_rank)
             cells = [f"{value:.1f}" for value in (*np.mean(curves, axis=0), np.mean(curves))]
-            means.append([called(method), trainings, strength_of(method, chosen), own_rates, *cells])
+            means.append([called(method), trainings(method), strength_of(method, chosen), own_rates, *cells])
     seeds = len(of_peer)
     return [
         markdown_table([f"{seeds} seeds", "trainings", "strength", "rate", *HEAD[1:], "mean"], means, "l"),
@@ -107,6 +111,7 @@ def beside_each(founds: dict[str, Found], method: str = DEFAULT) -> list[str]:
         if pairs := paired(found, peer, SHOWN, method):
             apart = [paired(found, peer, ranks, method) for ranks in RANKS.values()]
             apart.append(paired(found, peer, SHOWN, method, AVERAGED[1:]))
-            rows.append([called(peer), *(interval(each) for each in apart), str(len(pairs)), device])
-    head = [f"{called(method)} minus", *HEAD[1:], "mean", "mean without CoLA", "seeds", "on"]
+            cells = [interval(each) for each in apart]
+            rows.append([called(peer), trainings(peer), *cells, str(len(pairs)), device])
+    head = [f"{called(method)} minus", "trainings", *HEAD[1:], "mean", "mean without CoLA", "seeds", "on"]
     return [markdown_table(head, rows, "l"), ""] if rows else []

@@ -1,5 +1,6 @@
 """The study's pictures: score by rank, of the main methods."""
 
+from collections import defaultdict
 from pathlib import Path
 
 from loralib.files import write_atomically
@@ -14,9 +15,9 @@ from .shown import AVERAGED, Found
 # What the picture shows, and how it calls it.
 DRAWN = {
     "sweep": "LoRA for each rank, at chosen rates",
-    "plain-sweep": "LoRA for each rank, at DyLoRA's rate",
     DEFAULT: "DyLoRA (our default)",
     "cut-svd": "LoRA r=8, reduced by SVD",
+    "plain-sweep": "LoRA for each rank, at DyLoRA's rate",
     "released": "DyLoRA as released",
     "step": "DyLoRA, a rank per step",
     "matryoshka-mean": "fixed gate, mean",
@@ -45,20 +46,24 @@ def to_curves(found: Found) -> list[Curve]:
 
 def not_drawn(found: Found) -> list[str]:
     """A sentence that names what the picture lacks."""
-    lacking = {task: [name for method, name in DRAWN.items() if (task, method) not in found] for task in AVERAGED}
-    sentences = [
-        f"{NAMES[task].split(',')[0]} has no run of: {'; '.join(names)}." for task, names in lacking.items() if names
-    ]
-    return [" ".join(sentences), ""] if sentences else []
+    tasks_without = defaultdict(list)
+    for task in AVERAGED:
+        if names := tuple(name for method, name in DRAWN.items() if (task, method) not in found):
+            tasks_without[names].append(NAMES[task].split(",")[0])
+    told = [f"{' and '.join(tasks)} without {', '.join(names)}" for names, tasks in tasks_without.items()]
+    return [f"The picture has {'; '.join(told)}: these were not run there.", ""] if told else []
 
 
 def averages_to_curves(found: Found) -> list[Curve]:
-    """MEANS, the mean over AVERAGED, of the seeds that all of them have."""
-    runs = {DRAWN[method]: averaged(found, method) for method in MEANS}
-    seeds = sorted(set.intersection(*map(set, runs.values())))
-    title = f"mean of {len(AVERAGED)} GLUE tasks"
-    return [
-        Curve.over_seeds(title, "", name, "score", SHOWN, [[by_seed[s][b] for b in SHOWN] for s in seeds], name)
-        for name, by_seed in runs.items()
-        if seeds
-    ]
+    """MEANS, of the seeds that all of them have: the mean over AVERAGED, and beside it that without the first task."""
+    drawn = []
+    for tasks, title in (
+        (AVERAGED, f"mean of {len(AVERAGED)} GLUE tasks"),
+        (AVERAGED[1:], f"mean of the {len(AVERAGED) - 1} without CoLA"),
+    ):
+        runs = {DRAWN[method]: averaged(found, method, tasks) for method in MEANS}
+        for name, by_seed in runs.items():
+            if seeds := sorted(set.intersection(*map(set, runs.values()))):
+                values = [[by_seed[seed][b] for b in SHOWN] for seed in seeds]
+                drawn.append(Curve.over_seeds(title, "", name, "score", SHOWN, values, name))
+    return drawn

@@ -8,7 +8,7 @@ from loralib.report.tables import markdown_table
 from .averages import RANKS, averaged, interval, paired, with_most_seeds
 from .held_out import BAR
 from .methods import ALPHA, DEFAULT, R_MAX, SHOWN
-from .naming import NAMES, spans
+from .naming import NAMES, called, spans
 from .shown import AVERAGED, Found, not_yet_run, roundings
 
 EXCLUDED = "✓"
@@ -31,7 +31,8 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
         for (peer, place), seeds in on.items()
         if seeds > 1
     ]
-    rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in columns[0][1]]
+    names = list(dict.fromkeys(name for _, cells in columns for name in cells))
+    rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in names]
     both = averaged(founds[device], "sweep").keys() & averaged(founds[device], method).keys()
     compared = [record for record in records if record["seed"] in both or record["split"] != "validation"]
     return [
@@ -39,7 +40,8 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
         f"Points of the mean over {len(AVERAGED)} tasks: the paired difference of each seed, then its mean over seeds "
         f"with a 95 percent t-interval. {EXCLUDED}: a loss of 1 point is excluded, the interval's lower end is above "
         "-1. Pairs share the seed, the data and the kind of device. Intervals are over seeds alone: each task has one "
-        "validation set. Rates and strengths were chosen on held-out parts of the training sets of CoLA and SST-2.",
+        "validation set. Rates and strengths were chosen on held-out parts of the training sets of CoLA and SST-2, the "
+        "default's schedule among many on those of all five tasks.",
         "",
         markdown_table(["one DyLoRA training at", *(head for head, _ in columns)], rows, "l"),
         "",
@@ -56,9 +58,24 @@ def judged_rows(found: Found, peer: str, method: str = DEFAULT) -> dict[str, str
     where runs of the peer failed, with others in their place."""
     cells = {name: judged(paired(found, peer, ranks, method)) for name, ranks in RANKS.items()}
     cells["mean, without CoLA"] = judged(paired(found, peer, SHOWN, method, AVERAGED[1:]))
-    if peer == "sweep" and failures(found):
-        cells["mean, failed LoRAs replaced"] = judged(paired(mended(found), peer, SHOWN, method))
+    if peer == "sweep" and (failed_at := {f"rank {b}" for _, _, b in failures(found)}):
+        for name in [*(name for name in RANKS if name in failed_at), "mean of the ranks"]:
+            cells[f"{name}, failed LoRAs replaced"] = judged(paired(mended(found), peer, RANKS[name], method))
     return cells
+
+
+def judged_beside(found: Found, method: str, peers: dict[str, str]) -> list[str]:
+    """The same for any method, on one device; ``peers``: what to call each."""
+    columns = [
+        (f"minus {name} ({len(seeds)} seeds)", judged_rows(found, peer, method))
+        for peer, name in peers.items()
+        if len(seeds := paired(found, peer, SHOWN, method)) > 1
+    ]
+    if not columns:
+        return []
+    names = list(dict.fromkeys(name for _, cells in columns for name in cells))
+    rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in names]
+    return [markdown_table([called(method), *(head for head, _ in columns)], rows, "l"), ""]
 
 
 def failures(found: Found) -> list[tuple[str, int, int]]:
@@ -90,9 +107,8 @@ def failed(found: Found) -> list[str]:
     ]
     judged_on = spans(averaged(found, "plain-sweep"))
     return [
-        f"At the rate chosen on held-out data a LoRA failed on validation in: {'; '.join(told)}. Failed: less than "
-        f"half of what it has at DyLoRA's rate, which is known of the seeds {judged_on}; in the last row that run "
-        "stands in its place.",
+        f"At the rate chosen on held-out data a LoRA failed on validation in: {'; '.join(told)}. Failed: under half of "
+        f"its score at DyLoRA's rate, at which the seeds {judged_on} were run; the last rows take those runs instead.",
         "",
     ] * bool(told)
 

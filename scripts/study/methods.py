@@ -156,13 +156,13 @@ class Cut:
 
 
 CUTS = {
-    "cut-alpha/b": Cut("LoRA r=8, cut, alpha/b"),
-    "cut-alpha/r": Cut("LoRA r=8, cut, alpha/r"),
     "cut-svd": Cut("LoRA r=8, reduced by SVD"),
     "cut-values": Cut("LoRA r=8, one threshold (PARA)", by="values"),
     "cut-energy": Cut("LoRA r=8, one share of energy", by="energy"),
     "cut-fisher": Cut("LoRA r=8, by Fisher information", by="importance"),
     "mixed-0.8-fisher": Cut("our default, by Fisher information", "mixed-0.8", "importance"),
+    "cut-alpha/b": Cut("LoRA r=8, cut, alpha/b"),
+    "cut-alpha/r": Cut("LoRA r=8, cut, alpha/r"),
     **{
         f"{short}-{by}": Cut(f"{title}, {what}", of, by, tried=True)
         for short, title, of in [

@@ -90,8 +90,13 @@ def plain_sweep(records: list[dict], shown: list[tuple[dict, str, list[int]]]) -
 
 def at_their_rates(records: list[dict]) -> list[dict]:
     """The runs that tables show: each method's at the rate that is chosen, once there are enough, and until then at the
-    one that most of its runs have; of the sweep those at one strength for each rank."""
-    kept = [r for r in records if r["split"] == "validation"]
+    one that most of its runs have; of the sweep those at one strength for each rank. Of runs of one cell on one device
+    the first line counts."""
+    once: dict[tuple, dict] = {}
+    for r in records:
+        if r["split"] == "validation":
+            once.setdefault((r["task"], r["method"], r["seed"], r["rate"], device_of(r)), r)
+    kept = list(once.values())
     sweep, chosen = sweep_methods(records).values(), chosen_rates(records)
     rates = {
         method: Counter(r["rate"] for r in kept if r["method"] == method).most_common(1)[0][0]

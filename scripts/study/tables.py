@@ -11,10 +11,12 @@ from .averages import average_tables, beside, peer_on, with_most_seeds
 from .cells import area, usual_records
 from .choosing import choosing_page
 from .curves import draw
-from .front import front_page
+from .front import HALVING, front_page
+from .headline import judged_beside
 from .held_out import BAR
-from .methods import SHOWN
+from .methods import DEFAULT, SHOWN
 from .naming import HEAD, NAMES, called, order, spans, with_error
+from .provenance import the_runs
 from .shown import AVERAGED, Found, by_row, device_of, scores_by_device
 from .wide import rank_tables, target_tables
 
@@ -75,6 +77,10 @@ def all_tables(founds: dict[str, Found], records: list[dict], everything: list[d
             if tables := average_tables(founds[device], records, peer):
                 title = f"## Mean of {len(AVERAGED)} tasks, beside {called(peer)}, on: {device}"
                 lines += [title, "", "±: half of a 95 percent t-interval over seeds.", "", *tables]
+    for device in with_most_seeds(founds, "sweep", HALVING)[:1] if founds else ():
+        peers = {"sweep": "the sweep", "plain-sweep": "the plain sweep", BAR: "LoRA r=8, reduced by SVD"}
+        if tables := judged_beside(founds[device], HALVING, peers | {DEFAULT: "our default"}):
+            lines += [f"## Halving, judged as the default is, on: {device}", "", *tables]
     lines += [
         "## By task",
         "",
@@ -84,7 +90,7 @@ def all_tables(founds: dict[str, Found], records: list[dict], everything: list[d
     ]
     for task in AVERAGED:
         lines += task_tables(founds, task, records)
-    return [*lines, *rank_tables(everything), *target_tables(everything)]
+    return [*lines, *rank_tables(everything), *target_tables(everything), *the_runs(everything)]
 
 
 def write_tables(directory: Path, records: list[dict]) -> None:

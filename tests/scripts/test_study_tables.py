@@ -242,8 +242,8 @@ def test_the_sweep_at_the_rate_of_the_default_stands_beside_that_at_its_own(monk
     (row,) = [row for row in told.splitlines() if row.startswith("| rank 1 ")]
     assert row.split("|")[2].startswith(" +40.50 ±") and row.split("|")[3].startswith(" -0.50 ±")
     assert "CoLA, rank 1, seed 0 (10.0, at DyLoRA's rate 51.0); CoLA, rank 1, seed 1 (10.0, " in told
-    assert "QQP, rank 1" in told and "rank 2, seed" not in told and "known of the seeds 0-1" in told
-    (row,) = [row for row in told.splitlines() if row.startswith("| mean, failed LoRAs replaced ")]
+    assert "QQP, rank 1" in told and "rank 2, seed" not in told and "the seeds 0-1 were run" in told
+    (row,) = [row for row in told.splitlines() if row.startswith("| mean of the ranks, failed LoRAs replaced ")]
     assert row.split("|")[2].startswith(" -0.50 ±") and row.endswith("|  |")  # its runs there are the plain ones
     (row,) = [row for row in averages.average_tables(founds["cpu"], lines, "sweep")[0].splitlines() if "plain" in row]
     assert "| 4 | 16, 8, 4, 2 | 0.001 | 51.0 | 51.0 | 51.0 | 51.0 | 51.0 |" in row
@@ -414,7 +414,17 @@ def test_the_default_stands_beside_every_peer_on_the_device_with_the_most_pairs(
     lines += [line | {"device": "some GPU"} for line in curve_lines("cut-svd", 2, dict.fromkeys(ranks, 51.0))]
     (row,) = averages.beside_each(shown.scores_by_device(lines))[0].splitlines()[2:]
     apart = "+2.0 ± 0.0 | " * 5  # a point, and five more on one of five tasks
-    assert row == f"| LoRA r=8, reduced by SVD | {apart}+1.0 ± 0.0 | 3 | some GPU |"
+    assert row == f"| LoRA r=8, reduced by SVD | 1 | {apart}+1.0 ± 0.0 | 3 | some GPU |"
+
+
+def test_of_a_cell_that_ran_again_on_one_device_the_first_line_counts():
+    ranks = (1, 2, 4, 8)
+    lines = [line for seed in (0, 1) for b in ranks for line in curve_lines(f"lora-{b}", seed, {b: 50.0})]
+    lines += [line for seed in (0, 1) for line in curve_lines(study_methods.DEFAULT, seed, dict.fromkeys(ranks, 51.0))]
+    lines[0]["precision"] = "fp32"
+    again = [line | {"precision": "bf16", "scores": {"8": 0.0}} for line in curve_lines("lora-8", 0, {8: 0.0})]
+    text = "\n".join(headline.headline(shown.scores_by_device(lines + again), lines + again))
+    assert text.count("+1.00 ± 0.00 ✓") == 6 and "of the sweep's 40 runs 1 fp32 and 39 of" in text
 
 
 def test_rates_of_the_sweep_are_told_by_rank(monkeypatch):
@@ -472,6 +482,6 @@ def test_the_page_says_what_the_default_shares_and_what_lies_between(tmp_path):
     lines = [line | vars(cells.Cell("cola", "", 0, 0)) | line for line in lines]
     lines[0]["from"] = "lora-8"
     study_tables.write_tables(tmp_path, lines)
-    text = " ".join((tmp_path / "README.md").read_text().split())
+    text = " ".join((tmp_path / "tables.md").read_text().split())
     assert "shares 0.8 of the training with it: 1 of 5 on cpu." in text
     assert "5 runs of the default on validation were measured at all of 1 to 8, in the mean 50.0, 51.0, 52.0" in text
