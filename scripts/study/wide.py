@@ -114,6 +114,8 @@ def target_tables(records: list[dict]) -> list[str]:
             lines += [f"### {NAMES[task]}", "", *curve_table(found, shown_up_to(R_MAX), 1)]
     if not lines:
         return []
-    about = f"r_max {R_MAX}, rate {TRIED_RATE:g}, {len(seeds)} seeds, mean ± one standard error; "
-        "strength 2, of the sweep 16/r."
+    about = (
+        f"r_max {R_MAX}, rate {TRIED_RATE:g}, {len(seeds)} seeds, mean ± one standard error; strength 2, of the sweep "
+        "16/r."
+    )
     return ["## All linear layers", "", about, "", *lines]
