@@ -14,9 +14,9 @@ from .tried import TRIED
 ABOVE = tuple(b for b in SHOWN if b > 1)
 HALVING = "halving"
 ADVICE = [
-    "*Take it* where one training is to serve small ranks too, rank 1 above all, on tasks like these. *Take LoRA and "
-    "`dylora squeeze`* if rank 1 is never used, and for ranks 4 and 8 of a language model. Take r_max no larger than "
-    "you need.",
+    "*Take it* where one training is to serve small ranks too, rank 1 above all, on tasks like these. *LoRA and `dylora "
+    "squeeze`* do as well where rank 1 is never used (not on CoLA), and better at ranks 4 and 8 of a language model. Take "
+    "r_max no larger than you need.",
     "",
 ]
 SETUP = [
