@@ -14,9 +14,9 @@ from .tried import TRIED
 ABOVE = tuple(b for b in SHOWN if b > 1)
 HALVING = "halving"
 ADVICE = [
-    "*Take it* where one training is to serve small ranks too, rank 1 above all, on tasks like these. *LoRA and `dylora "
-    "squeeze`* do as well where rank 1 is never used (not on CoLA), and better at ranks 4 and 8 of a language model. Take "
-    "r_max no larger than you need.",
+    "*Take it* where one training is to serve small ranks too, rank 1 above all, on tasks like these. *LoRA and "
+    "`dylora squeeze`* do as well where rank 1 is never used (not on CoLA), and better at ranks 4 and 8 of a language "
+    "model. Take r_max no larger than you need.",
     "",
 ]
 SETUP = [
@@ -30,7 +30,7 @@ SETUP = [
     "singular values, and the rest trains ranks mixed: a third of the examples at rank 1, the others with the "
     "adapters of ranks 1, 2, 4 and 8 averaged. This is not the paper's training, which draws one rank for each step "
     "from the first on: that scored less on each task that it ran on, in the mean of the ranks (`DyLoRA, per step` "
-    "and `as released` in [all tables](tables.md); three tasks, its rate not searched to the end).",
+    "and `as released` in [all tables](tables.md); three tasks, at rates chosen as for all).",
     "- **DyLoRA, halving**: ordered after 0.3 of the steps; then half of an update's examples at rank 8, a quarter at "
     "rank 1, an eighth each at ranks 2 and 4, and component k's column of B moves 8/k times as far in a step.",
     "- **The sweep**: a LoRA trained for rank 1, another for rank 2, .. : four trainings. Chosen: each at its own "
@@ -115,8 +115,8 @@ def verdict(founds: dict[str, Found]) -> list[str]:
         f"{interval(paired(other, BAR, ABOVE, tasks=rest))} in the mean of ranks 2, 4 and 8.",
         "- **On a language model** it is not level: LoRAs for each rank have lower losses, and so has one LoRA "
         "reduced by SVD at ranks 4 and 8 (at 1 and 2 it has higher ones).",
-        "- **With all linear layers adapted** (CoLA and SST-2, two seeds) it is within two points of the sweep, and on "
-        "CoLA one to six above the reduced LoRA ([all tables](tables.md#all-linear-layers)).",
+        "- **With all linear layers adapted** (CoLA and SST-2, two seeds) it is within two points of the sweep, and "
+        "on CoLA one to six above the reduced LoRA ([all tables](tables.md#all-linear-layers)).",
         "- **From an r_max of 16 or 64** its low ranks fall short of LoRAs of these ranks on CoLA, as those of such a "
         "LoRA reduced by SVD do; no learning rate was searched there ([all tables](tables.md#larger-r_max)).",
         "",
