@@ -56,6 +56,7 @@ COMMANDS = [
     "    python -m scripts.study leads --encoder encoder --data glue",
     f"{RUNS} lora-1 lora-2-strength-2 lora-4-strength-2 lora-8 mixed-0.8 halving --seeds 0 1 2 3 4",
     f"{RUNS} lora-1 lora-2 lora-4 --rate 1e-3",
+    f"{RUNS} released step step-geometric example matryoshka-mean ordered mixed --rate 1e-3",
     f"{RUNS} matryoshka-1 matryoshka-1/r 'matryoshka-1/sqrt(r)' --seeds 3 4",
     f"{RUNS} squeeze-1 squeeze-2 squeeze-4 --rate 1e-3 --seeds 3 4",
     "    python -m scripts.study wide --encoder encoder --data glue",
