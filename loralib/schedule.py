@@ -76,8 +76,8 @@ class RankSchedule:
             if value not in allowed and (value is not None or name == "sampling"):
                 raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, allowed))}.")
         check_int("r_min", self.r_min, 1, float("inf"), "the lowest rank is an int of 1 or more.")
-        for name, value in (("frozen", self.frozen), ("paced", bool(self.paced) if self.paced is None else self.paced)):
-            if not isinstance(value, bool):
+        for name, value in (("frozen", self.frozen), ("paced", self.paced)):
+            if not isinstance(value, bool) and (name, value) != ("paced", None):
                 raise ValueError(f"{name} is {value!r}; give True or False.")
         if not 0 < self.p < 1:
             raise ValueError(f"p is {self.p}; the geometric distribution needs a number between 0 and 1.")

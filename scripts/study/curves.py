@@ -25,12 +25,11 @@ DRAWN = {
 MEANS = ("sweep", DEFAULT, "cut-svd")  # in the picture of averages
 
 
-def draw(found: Found, directory: Path) -> bool:
-    """curves.png and curves.svg; whether there was anything to draw."""
+def draw(found: Found, directory: Path) -> None:
+    """curves.png and curves.svg, if there is anything to draw."""
     drawn = to_curves(found)
     for kind in ("png", "svg") if drawn else ():
         write_atomically(directory / f"curves.{kind}", lambda file, kind=kind: plot_curves(drawn, file, kind=kind))
-    return bool(drawn)
 
 
 def to_curves(found: Found) -> list[Curve]:

@@ -48,7 +48,7 @@ PEERS = (
     "fixed gates, ran on three tasks and stand there. MatryoshkaLoRA's authors trained language models of 1 and 8 "
     "billion parameters; a classifier as small as this one may be far from what suits their settings."
 )
-RUNS = "    python -m scripts.study runs --encoder encoder --data glue --methods"
+RUNS = "    python -m scripts.study runs --encoder encoder --data glue --methods \\\n       "
 COMMANDS = [
     "    bash -c '. scripts/env.sh benchmark' && source .venv/bin/activate",
     "    python -m transformers_dylora.minilm encoder",

@@ -31,8 +31,6 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
         for (peer, place), seeds in on.items()
         if seeds > 1
     ]
-    names = list(dict.fromkeys(name for _, cells in columns for name in cells))
-    rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in names]
     both = averaged(founds[device], "sweep").keys() & averaged(founds[device], method).keys()
     compared = [record for record in records if record["seed"] in both or record["split"] != "validation"]
     return [
@@ -43,7 +41,7 @@ def headline(founds: dict[str, Found], records: list[dict], method: str = DEFAUL
         "validation set. Rates and strengths were chosen on held-out parts of the training sets of CoLA and SST-2, the "
         "default's schedule among many on those of all five tasks.",
         "",
-        markdown_table(["one DyLoRA training at", *(head for head, _ in columns)], rows, "l"),
+        judged_table("one DyLoRA training at", columns),
         "",
         *failed(founds[device]),
         *roundings(compared, device, {"sweep": "the sweep's", method: "DyLoRA's"}),
@@ -73,9 +71,14 @@ def judged_beside(found: Found, method: str, peers: dict[str, str]) -> list[str]
     ]
     if not columns:
         return []
-    names = list(dict.fromkeys(name for _, cells in columns for name in cells))
+    return [judged_table(called(method), columns), ""]
+
+
+def judged_table(head: str, columns: list[tuple[str, dict[str, str]]]) -> str:
+    """Columns of ``judged_rows``, each under its name; empty where a column has no such row."""
+    names = dict.fromkeys(name for _, cells in columns for name in cells)
     rows = [[name, *(cells.get(name, "") for _, cells in columns)] for name in names]
-    return [markdown_table([called(method), *(head for head, _ in columns)], rows, "l"), ""]
+    return markdown_table([head, *(name for name, _ in columns)], rows, "l")
 
 
 def failures(found: Found) -> list[tuple[str, int, int]]:

@@ -14,6 +14,7 @@ import loralib as lora
 from loralib.model import lora_layers
 
 from .methods import SHOWN
+from .reducing import as_trained
 
 STRENGTHS = [0.001, 0.01, 0.1, 1.0]  # of the head's regularisation, as scikit-learn counts: the inverse
 UPDATES, RATE = 60, 0.02  # what a rank's strengths are learnt in, by Adam
@@ -72,15 +73,13 @@ def refitted(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
 
 def with_strengths(model: nn.Module, batches: Iterable[dict], autocast: Autocast) -> Iterator[int]:
     """Yield each rank with the update of every layer as strong as suits that rank's loss; afterwards all is whole."""
-    layers = [layer for _, layer in lora_layers(model)]
-    whole = [layer.lora_B.detach().clone() for layer in layers]
+    restore = as_trained(model)
     for b in SHOWN:
         found = learnt_strengths(model, b, batches, autocast)
-        for layer, value, own in zip(layers, whole, found, strict=True):
-            layer.lora_B.data.copy_(value * own.to(value.device))
+        for (_, layer), own in zip(lora_layers(model), found, strict=True):
+            layer.lora_B.data.mul_(own.to(layer.lora_B.device))
         yield b
-        for layer, value in zip(layers, whole, strict=True):
-            layer.lora_B.data.copy_(value)
+        restore()
 
 
 def learnt_strengths(model: nn.Module, b: int, batches: Iterable[dict], autocast: Autocast) -> torch.Tensor:

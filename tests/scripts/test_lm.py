@@ -40,13 +40,17 @@ def test_from_files_to_an_adapter_in_stock_peft(more, tmp_path, capsys):
         "per_device_train_batch_size": 8, "learning_rate": 0.02, "max_length": 64, **more,
     }  # fmt: skip
     trainer, results = sft().main([part for name, value in line.items() for part in (f"--{name}", str(value))])
-    if not more:  # from a checkpoint on it comes to the same
+    if not more:  # from a checkpoint on it comes to the same, and without one it does not begin anew
         shutil.rmtree(tmp_path / "out" / "checkpoint-12")
-        again = [part for name, value in line.items() for part in (f"--{name}", str(value))]
-        again, _ = sft().main([*again, "--resume_from_checkpoint", "true"])
-        assert not any("'loss'" in str(entry) and entry["step"] <= 6 for entry in again.state.log_history[1:])
+        resumed = [part for name, value in line.items() for part in (f"--{name}", str(value))]
+        resumed += ["--resume_from_checkpoint", "true"]
+        again, _ = sft().main(resumed)
         for name, value in trainer.model.state_dict().items():
             torch.testing.assert_close(again.model.state_dict()[name], value)
+        for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        with pytest.raises(ValueError, match="No valid checkpoint found"):
+            sft().main(resumed)
     table = RankResults.read(tmp_path / "out")
     assert table == results and [row.rank for row in table.splits["validation"]] == [1, 2, 8] and table.metric == "loss"
     assert all(row.scores["perplexity"] > 1 for row in table.splits["validation"])
