@@ -53,8 +53,8 @@ COMMANDS = {
     "rates": ("--encoder", "--methods", *MANY),
     "leads": ("--encoder", "--methods", *MANY),
     "runs": ("--encoder", "--tasks", "--methods", "--seeds", "--rate", *MANY),
-    "wide": ("--encoder", *MANY),
-    "language": ("--model", "--methods", "--seeds", *MANY),
+    "wide": ("--encoder", "--methods", *MANY),
+    "language": ("--model", "--methods", "--seeds", "--rate", *MANY),
     "tables": ("--results",),
     "cell": ("--data", "--rate", "--keep", "--results"),
 }
@@ -91,11 +91,20 @@ def main(argv: list[str] | None = None) -> None:
     if options.command == "leads":
         return run_all(cells.lead_cells(options.methods or ["lora-8", DEFAULT, *TRIED]), options)
     if options.command == "wide":
-        return run_all(cells.wide_cells(), options)
+        return run_all(cells.wide_cells(options.methods), options)
     if options.command == "language":
         methods, runs = options.methods or OF_LANGUAGE, cells.LANGUAGE_RATE_RUNS
-        search_rates(options, file, methods, runs, cells.ALL_LINEAR)
-        rates = chosen_rates(read_records(file), runs)
+        if options.rate:
+            rates = dict.fromkeys(methods, options.rate)
+            of_rate = [
+                Cell(task, name, seed, options.rate, "held_out", targets=cells.ALL_LINEAR)
+                for name in methods
+                for task, seed in runs
+            ]
+            run_all(of_rate, options)
+        else:
+            search_rates(options, file, methods, runs, cells.ALL_LINEAR)
+            rates = chosen_rates(read_records(file), runs)
         seeds = options.seeds or [0, 1]
         return run_all(cells.run_cells([*LANGUAGE], methods, seeds, rates, cells.ALL_LINEAR), options)
     rates = chosen_rates(usual_records(read_records(file)))

@@ -187,21 +187,19 @@ def lead_cells(methods: list[str]) -> list[Cell]:
     return [Cell(task, name, seed, TRIED_RATE, "held_out") for task, seed in LEAD_RUNS for name in methods]
 
 
-def wide_cells() -> list[Cell]:
-    """The default beside plain LoRA of rank r_max, cut by SVD, at larger r_max, one seed; and with all linear layers,
-    there beside the sweep too, two seeds."""
+def wide_cells(methods: list[str] | None = None) -> list[Cell]:
+    """``methods`` (default: our default, beside plain LoRA of rank r_max, cut by SVD) at larger r_max, one seed; and
+    with all linear layers (by default beside the sweep too), two seeds."""
+    sweep = [] if methods else [names[0] for r, names in sorted(SWEEP.items()) if r < R_MAX]
+    methods = methods or ["lora-8", DEFAULT]
     cells = [
-        Cell(task, name, 0, TRIED_RATE, r_max=r_max)
-        for r_max in WIDE_RANKS
-        for task in WIDE_TASKS
-        for name in ("lora-8", DEFAULT)
+        Cell(task, name, 0, TRIED_RATE, r_max=r_max) for r_max in WIDE_RANKS for task in WIDE_TASKS for name in methods
     ]
-    sweep = [names[0] for r, names in sorted(SWEEP.items()) if r < R_MAX]
     return cells + [
         Cell(task, name, seed, TRIED_RATE, targets=ALL_LINEAR)
         for seed in (0, 1)
         for task in WIDE_TASKS
-        for name in ("lora-8", DEFAULT, *sweep)
+        for name in [*methods, *sweep]
     ]
 
 

@@ -59,8 +59,13 @@ COMMANDS = [
     f"{RUNS} released step step-geometric example matryoshka-mean ordered mixed --rate 1e-3",
     f"{RUNS} matryoshka-1 matryoshka-1/r 'matryoshka-1/sqrt(r)' --seeds 3 4",
     f"{RUNS} squeeze-1 squeeze-2 squeeze-4 --rate 1e-3 --seeds 3 4",
+    f"{RUNS} adalora-1 adalora-2 adalora-4 adalora-8 --seeds 3 4",
+    f"{RUNS} matryoshka-sum --rate 5e-4",
     "    python -m scripts.study wide --encoder encoder --data glue",
+    "    python -m scripts.study wide --encoder encoder --data glue --methods halving",
     "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",
+    "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue --methods halving halving-0 \\\n"
+    "        --rate 2e-3",
     "    python -m scripts.study tables",
     "    python -m scripts.study cell cola mixed-0.8 0 --rate 1e-3 --encoder encoder --data glue      # one again",
 ]
@@ -99,7 +104,9 @@ def verdict(founds: dict[str, Found]) -> list[str]:
     pairs = {peer: len(paired(found, peer, SHOWN)) for peer in ("sweep", "plain-sweep", BAR)}
     if min(pairs.values()) < 2 or not failures(found):
         return []
-    rest, other = AVERAGED[1:], founds[with_most_seeds(founds, BAR)[-1]]
+    rest, device = AVERAGED[1:], with_most_seeds(founds, BAR)[-1]
+    other = founds[device]
+    elsewhere = f" on {next(iter(founds))}, {interval(paired(other, BAR, (1,)))} on {device}" if other != found else ""
 
     def of_sweep(ranks, tasks=AVERAGED, found=found):
         return interval(paired(found, "sweep", ranks, tasks=tasks))
@@ -112,8 +119,8 @@ def verdict(founds: dict[str, Found]) -> list[str]:
         f"CoLA. At rank 1 it is not excluded ({of_sweep((1,))}). Beside LoRAs at DyLoRA's own rate "
         f"{pairs['plain-sweep']} seeds show {plain}, which cannot tell.",
         f"- **Beside one LoRA of rank {R_MAX} that is reduced by SVD**, one training too, it is better at rank 1 "
-        f"({interval(paired(found, BAR, (1,)))}). Above, the gain is CoLA's alone: without it "
-        f"{interval(paired(other, BAR, ABOVE, tasks=rest))} in the mean of ranks 2, 4 and 8.",
+        f"({interval(paired(found, BAR, (1,)))}{elsewhere}). Above, the gain is CoLA's alone: without it "
+        f"{interval(paired(other, BAR, ABOVE, tasks=rest))} in the mean of ranks 2, 4 and 8, on {device}.",
         "- **On a language model** it is not level: LoRAs for each rank have lower losses, and so has one LoRA "
         "reduced by SVD at ranks 4 and 8 (at 1 and 2 it has higher ones).",
         "- **With all linear layers adapted** (CoLA and SST-2, two seeds) it is within two points of the sweep, and "

@@ -8,7 +8,7 @@ from .held_out import BAR
 from .methods import DEFAULT, PLAIN_SWEEP, R_MAX, SWEEP, shown_up_to
 from .naming import title
 from .shown import computed_in, device_of
-from .wide import Kept, curve_table, curves_of, in_one_place
+from .wide import Curves, Kept, curve_table, curves_of, in_one_place
 
 # Other strengths than 16/r, each with the method at that.
 BASE = {name: plain for plain, *others in SWEEP.values() for name in others}
@@ -18,7 +18,7 @@ RANKS = shown_up_to(R_MAX)
 ABOUT = (
     "SmolLM2-135M-Instruct on WebNLG, all linear layers, 1,500 training entries, once, batch 8; the loss of the "
     "completions' tokens, lower is better. The sweep is at strength 16/r, all else at 2; each method at its own "
-    "rate, chosen on 200 entries of train that were held out, seed 0 ([the rates](choosing.md#the-language-model))."
+    "rate, chosen on 200 entries of train that were held out, seed 0 ([the rates](choosing.md#the-language-model))"
 )
 
 
@@ -46,12 +46,19 @@ def validation_tables(records: list[dict]) -> list[str]:
     return [
         "## A language model",
         "",
-        ABOUT,
+        f"{ABOUT}{without_search(found, held_out)}.",
         "",
         f"On 200 entries of validation, {of_seeds}, mean ± one standard error:",
         "",
         *curve_table(found, RANKS, 4),
     ]
+
+
+def without_search(found: Curves, held_out: dict[str, dict[float, float]]) -> str:
+    """Which of a table's methods had no choice of rates, as words to end a sentence with."""
+    single = [(title(row), *held_out[row]) for row in found if len(held_out.get(row, {})) == 1]
+    told = [f"{name} at {rate:g}" for name, rate in single]
+    return f"; not so {' and '.join(told)}, the only rate tried" if told else ""
 
 
 def held_out_tables(records: list[dict]) -> list[str]:

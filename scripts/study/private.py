@@ -46,13 +46,18 @@ def features_of(
     seen, labels = {b: [] for b in SHOWN}, []
     taken: list[torch.Tensor] = []
     hook = last.register_forward_pre_hook(lambda module, args: taken.append(args[0].float().cpu()))
+
+    def run(inputs: dict) -> torch.Tensor:
+        model(**inputs)
+        return taken.pop()
+
     model.eval()
     for batch in batches:
         labels.append(batch["labels"].cpu())
-        for b in SHOWN:
-            with lora.use_rank(model, b), autocast():
-                model(**batch)
-            seen[b].append(taken.pop())
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with autocast():
+            for b, features in lora.at_ranks(model, inputs, SHOWN, run):
+                seen[b].append(features)
     hook.remove()
     return {b: torch.cat(parts) for b, parts in seen.items()}, torch.cat(labels)
 

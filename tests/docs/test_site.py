@@ -38,6 +38,8 @@ def test_it_builds_and_a_broken_link_or_reference_fails(tree):
     for name in ("inject", "RankSchedule", "DyLoRAMixin", "squeeze_adapter"):
         assert f'id="loralib.{name}"' in reference or f".{name}" in reference
     assert "maximum rank r_max" in reference  # the docstring's words
+    explained = (tree / "site" / "explanation" / "nesting.html").read_text()
+    assert 'href="../results/study-choosing.html"' in explained  # a link to results/study/choosing.md
     page = tree / "docs" / "index.md"
     text = page.read_text()
     page.write_text(text.replace("tutorials/glue.md", "tutorials/gluu.md"))
