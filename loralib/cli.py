@@ -263,9 +263,8 @@ def _warn_of_plain_lora(directory: str, rank: int) -> None:
 
 
 def _export(args) -> None:
-    from .adapters.export import EXPORTED, export_adapter, free_directory
+    from .adapters.export import export_adapter
 
-    free_directory(args.to, EXPORTED)
     rank, results = _rank_of(args)
     config = export_adapter(args.run_directory, args.to, rank, results, args.license, args.server)
     print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
@@ -277,9 +276,8 @@ def _export(args) -> None:
 
 
 def _merge(args) -> None:
-    from .adapters.export import MERGED, export_merged, free_directory
+    from .adapters.export import export_merged
 
-    free_directory(args.to, MERGED)
     rank, results = _rank_of(args)
     base = export_merged(args.run_directory, args.to, rank, args.base, results, args.license)
     print(f"written to {args.to}: {base} with the adapter at rank {rank} merged in")

@@ -18,7 +18,7 @@ from .inside_peft import merge_by_peft, refuse_add_adapter, refuse_layers_withou
 from .layers import LoRALayer, adapted_among, adapted_layers
 from .parts import component_size, own_ranks, part, rank_of
 from .pretrained import guard_pretrained
-from .quantised import keep_gradients, say_what_merging_costs
+from .quantised import keep_gradients, say_what_merging_costs, tell_what_is_whole
 from .sharding import at_rest, is_managed, whole_copy
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
@@ -339,6 +339,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain[layer])
     attend_no_more(model)
+    tell_what_is_whole(model)
     config: Any = getattr(model, "config", None)
     if getattr(config, "apply_lora", False):
         config.apply_lora = False

@@ -42,6 +42,27 @@ def say_what_merging_costs(layers: Iterable[Any]) -> None:
         )
 
 
+def tell_what_is_whole(model: Any) -> None:
+    """Have a model's configuration name the layers that are not quantised, which ``from_pretrained`` would expect to
+    be; where none is left that is, it says nothing of quantising any more."""
+    config: Any = getattr(model, "config", None)
+    quantising = getattr(config, "quantization_config", None)
+    if quantising is None:
+        return
+    linear = {
+        name: is_quantised(module.weight)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), torch.Tensor) and module.weight.ndim == 2
+    }
+    if not any(linear.values()):
+        del config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        return
+    given = quantising if isinstance(quantising, dict) else vars(quantising)
+    field = "llm_int8_skip_modules" if "llm_int8_skip_modules" in given else "modules_to_not_convert"
+    given[field] = [name for name, is_stored_in_bits in linear.items() if not is_stored_in_bits]
+
+
 def unpack(base: nn.Module) -> None:
     """Have a layer of bitsandbytes hold its weight as it was stored: on a CPU the first pass packs it in another way,
     which its own dequantisation does not know. Its ``state_dict`` undoes that in place."""

@@ -4,7 +4,8 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from .adapters.export import EXPORTED, export_adapter, free_directory
+from .adapters.export import EXPORTED, copy_tokenizer, export_adapter
+from .adapters.placing import free_directory
 from .adapters.squeeze import Size, rank_sizes, squeeze_adapter
 from .checks import check_int
 from .choosing import chosen, refuse_unused, why
@@ -52,6 +53,7 @@ def squeeze(args) -> None:
                 print(f"rank {rank}: {why(results, found)}")
         if rank is None:
             rank = _largest(sizes, args.max_parameters)
+        copy_tokenizer(Path(args.adapter), Path(directory))
         export_adapter(directory, args.to, rank, results, args.license)
     print(f"written to {args.to}: the adapter at rank {rank}, in PEFT's format; README.md says how to load it")
 

@@ -12,6 +12,7 @@ from ..layers import LoRALayer
 from ..quantised import is_quantised
 from .directory import AdapterFiles
 from .fingerprint import fingerprint, is_known
+from .peft_format import PREFIX
 
 
 def base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
@@ -30,6 +31,28 @@ def check_base(layer: Any, files: AdapterFiles) -> None:
             f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "
             "that model first."
         )
+
+
+def base_plan(state: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Weights of adapted layers themselves, which PEFT stores beside an adapter of embeddings or of an output layer
+    (after a resizing their new rows are nowhere else): {parameter's name in ``state``: value}.
+
+    Raises ValueError for another shape than the model's, and where the model's is quantised.
+    """
+    plan = {}
+    for key, value in tensors.items():
+        if ".base_layer." not in key:
+            continue
+        name = key if key in state else key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        own = state.get(name)
+        if own is None or is_quantised(own) or own.shape != value.shape:
+            has = "not" if own is None else "quantised" if is_quantised(own) else f"with {tuple(own.shape)}"
+            raise ValueError(
+                f"{path} holds {key!r} of shape {tuple(value.shape)}, which the model has {has}; resize its embeddings "
+                "first (model.resize_token_embeddings)."
+            )
+        plan[name] = value
+    return plan
 
 
 def warn_of_new_tokens(model: Any, heads: list[str]) -> None:

@@ -45,6 +45,7 @@ def model_card(
     name: str,
     merged: bool = False,
     license: str | None = None,
+    tokenizer: str | None = None,
 ) -> str:
     """Markdown with the hub's metadata (``huggingface_hub.ModelCardData``).
 
@@ -54,6 +55,7 @@ def model_card(
         name: where the reader finds the files: a directory or a repository on the hub.
         merged: the files are a whole model with the adapter merged in, not an adapter.
         license: the hub's name of a licence, as in apache-2.0; None: the card says none.
+        tokenizer: where it is; default: with the base model.
     """
     base = _one_line(config.get("base_model_name_or_path") or "the base model")
     facts = facts | {"num_labels": num_labels(facts), "labels": told(facts.get("labels"))}  # LABEL_0 is no name
@@ -69,7 +71,7 @@ def model_card(
     ]
     if facts.get("labels"):
         lines += ["Labels: " + ", ".join(f"{i} {_one_line(text)}" for i, text in enumerate(facts["labels"])) + ".", ""]
-    lines += ["## Loading", "", "```python", *_loading(config, facts, base, name, merged), "```", ""]
+    lines += ["## Loading", "", "```python", *_loading(config, facts, base, name, merged, tokenizer or base), "```", ""]
     if results is not None:
         lines += ["## Quality at every rank", ""]
         for split in results.splits:
@@ -128,11 +130,12 @@ def _what(config: dict, facts: dict, base: str, merged: bool) -> str:
     return f"{what}{how} {strength}." + (spread if facts.get("spread") else "")
 
 
-def _loading(config: dict, facts: dict, base: str, name: str, merged: bool) -> list[str]:
+def _loading(config: dict, facts: dict, base: str, name: str, merged: bool, tokenizer: str) -> list[str]:
     """Python that loads the model and, for a classifier, names its first prediction."""
     kind = config.get("task_type") or ""
     auto = AUTO.get(kind, "AutoModel")
     labels = [_one_line(label) for label in facts.get("labels") or []]
+    revised = f", revision={json.dumps(_one_line(config['revision']))}" if config.get("revision") else ""
     if merged:
         lines = [
             f"from transformers import {auto}, AutoTokenizer",
@@ -141,12 +144,14 @@ def _loading(config: dict, facts: dict, base: str, name: str, merged: bool) -> l
         ]
     else:
         lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", ""]
-        options = ""
+        options = revised
         if kind in ("SEQ_CLS", "TOKEN_CLS"):
-            options = f", num_labels={num_labels(facts)}"
+            options += f", num_labels={num_labels(facts)}"
             if labels:
                 lines += [f"labels = {json.dumps(labels)}"]
-                options = ", id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)}"
+                options = (
+                    revised + ", id2label=dict(enumerate(labels)), label2id={name: i for i, name in enumerate(labels)}"
+                )
         call = f"model = {auto}.from_pretrained({json.dumps(base)}{options})"
         if len(call) > 100:
             call = call.replace("(", "(\n    ", 1).replace(", id2label", ",\n    id2label")
@@ -155,7 +160,9 @@ def _loading(config: dict, facts: dict, base: str, name: str, merged: bool) -> l
             call,
             f"model = PeftModel.from_pretrained(model, {json.dumps(name)}).eval()",
         ]
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name if merged else base)})"]
+    lines += [
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)}{revised if tokenizer == base else ''})"
+    ]
     if kind == "SEQ_CLS":
         score = "model(**inputs).logits" + (".argmax(-1).item()" if num_labels(facts) > 1 else ".item()")
         score = f"model.config.id2label[{score}]" if labels else score

@@ -71,6 +71,12 @@ class AdapterFiles:
             if is_factor:
                 yield key, name, factor.removeprefix("embedding_")[0], value
 
+    @property
+    def has_own_convolutions(self) -> bool:
+        """Whether a component of a convolution is one of ours, as many of PEFT's as its kernel has elements; PEFT's own
+        files have PEFT's, cut or not."""
+        return bool(self.facts) and not self.facts.get("peft_convolutions")
+
     def refuse_unordered(self, rank: int) -> None:
         """Raise ValueError for cutting what was saved before its training ordered the components."""
         if rank < self.rank and before_ordering(self.facts):
@@ -252,13 +258,20 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     sizes: dict[str, tuple[int, float]] = {}
     ranks: dict[str, int] = {}
     spread = files.facts.get("components_at") or {}
+    theirs = False
     for key, name, factor, value in sorted(files.factors(), key=lambda found: found[2]):  # all A come before all B
         projections = files.facts.get("projections", {}).get(name, 1)
         dim = "AB".index(factor)
         R, _ = files.rank_and_alpha(name)
         if dim == 0:
-            # A component of a convolution of ours is as many of PEFT's as its kernel has elements.
-            ranks[name] = R // (projections * value.shape[2:].numel()) if files.facts else R
+            of_peft = value.shape[2:].numel() if files.has_own_convolutions else 1  # a component's, by PEFT's count
+            ranks[name], left = divmod(R, projections * of_peft)
+            if left or not R:
+                raise ValueError(
+                    f"{files.path} says rank {R} for {name}, which is no multiple of the {projections * of_peft} that "
+                    "a component takes; save the adapter anew."
+                )
+            theirs |= value.ndim > 2 and not files.has_own_convolutions
         if value.shape[dim] != R:
             raise ValueError(f"{files.path} says rank {R} for {name}, and {key} has {value.shape[dim]}; mend its r.")
         r = ranks[name]
@@ -273,7 +286,10 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
         strength = files.strength(name) * scale(b, r, 1, rule) / scale(r, r, 1, rule)
         alpha = strength * (math.sqrt(R_b) if files.config.get("use_rslora") else R_b)
         sizes[name] = R_b, peft_format.tidy(alpha)
+    if not sizes:
+        raise ValueError(f"{files.path} holds no LoRA factors.")
     config, facts = files.config | peft_format.patterns(sizes), dict(files.facts)
+    facts |= {"peft_convolutions": True} if theirs else {}
     if len(sizes) < len(ranks):
         config["target_modules"] = sorted(sizes)
         if "base_sample_of" not in facts:  # the sample is the last adapted layer's, which may be gone

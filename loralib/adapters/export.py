@@ -1,7 +1,6 @@
 """From a run's directory to something that others load: an adapter at one rank, or a plain model."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,8 +12,9 @@ from ..files import write_text
 from ..model import merge
 from ..report.results import RankResults
 from .card import AUTO, model_card, num_labels
-from .directory import EXTRA, cut_adapter, read_facts
+from .directory import EXTRA, cut_adapter
 from .hub import TOKENIZER
+from .placing import free_directory, written_whole
 from .serving import check_for_vllm
 from .store import load_adapter
 
@@ -39,9 +39,10 @@ def export_adapter(
     if directory == Path(source).resolve():
         raise ValueError(f"--to {target} is the adapter itself; give another directory.")
     check = check_for_vllm if server == "vllm" else None
-    config, facts = cut_adapter(source, directory, rank, {"made_by": EXPORTED}, check)
-    copy_tokenizer(Path(source), directory)
-    write_text(directory / "README.md", model_card(config, facts, results, str(target), license=license))
+    with written_whole(directory, EXPORTED) as made:
+        config, facts = cut_adapter(source, made, rank, check=check)
+        copy_tokenizer(Path(source), made)
+        write_text(made / "README.md", model_card(config, facts, results, str(target), license=license))
     return config
 
 
@@ -66,6 +67,7 @@ def export_merged(
         raise FileNotFoundError(f"{source} is no directory; give a run or an adapter's directory.")
     with tempfile.TemporaryDirectory() as work:
         config, facts = cut_adapter(source, work, rank)  # checks the file and the rank before the base model is fetched
+        of_base = {"revision": config["revision"]} if config.get("revision") and not base else {}
         base, auto = base or config.get("base_model_name_or_path"), AUTO.get(config.get("task_type") or "")
         if base is None or auto is None:
             raise ValueError(
@@ -76,7 +78,7 @@ def export_merged(
             options = {"num_labels": num_labels(facts), "ignore_mismatched_sizes": True}
         transformers.utils.logging.set_verbosity_error()
         try:
-            model = getattr(transformers, auto).from_pretrained(base, **options)
+            model = getattr(transformers, auto).from_pretrained(base, **of_base, **options)
         except SafetensorError as error:
             raise ValueError(f"The weights of the base model {base!r} cannot be read ({error}).") from None
         except OSError:
@@ -88,35 +90,38 @@ def export_merged(
             model.config.label2id = {text: i for i, text in enumerate(facts["labels"])}
         load_adapter(model, work)
     plain: Any = merge(model, inplace=True)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Beside first: should the disk take no more, an earlier model stays whole.
-    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".") as made:
-        plain.save_pretrained(made)
-        directory.mkdir(exist_ok=True)
-        for weights in directory.glob("model*.safetensors*"):  # of an earlier one, of other shards perhaps
-            weights.unlink()
-        for file in Path(made).iterdir():
-            os.replace(file, directory / file.name)
-    write_text(directory / EXTRA, json.dumps(facts | {"made_by": MERGED}, indent=2) + "\n")
-    copy_tokenizer(source, directory)
-    write_text(directory / "README.md", model_card(config, facts, results, str(target), True, license))
+    with written_whole(directory, MERGED) as made:  # beside: should the disk take no more, an earlier model stays whole
+        try:
+            plain.save_pretrained(made)
+        except NotImplementedError:  # transformers turns no quantised weights back into what they were stored as
+            raise ValueError(
+                f"The base model {base!r} is stored quantised, and transformers cannot save it again; name the whole "
+                "one with --base."
+            ) from None
+        write_text(made / EXTRA, json.dumps(facts, indent=2) + "\n")
+        tokenizer = str(target) if _save_tokenizer(source, base, of_base, made) else base
+        write_text(made / "README.md", model_card(config, facts, results, str(target), True, license, tokenizer))
     return base
 
 
-def free_directory(directory: str | Path, made_by: str) -> Path:
-    """``directory`` if writing there loses nothing but what the same command wrote before."""
-    path = Path(directory).resolve()
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return path
-    if path.is_dir() and read_facts(path).get("made_by") == made_by:
-        return path
-    raise ValueError(f"--to {directory} holds other files; give a new or empty directory.")
+def copy_tokenizer(source: Path, target: Path) -> bool:
+    """Copy the tokenizer's files; whether there are any."""
+    found = [file for pattern in TOKENIZER for file in source.glob(pattern)]
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+    return bool(found)
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy the tokenizer's files; those of an earlier export make way."""
-    for pattern in TOKENIZER:
-        for file in target.glob(pattern):
-            file.unlink()
-        for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+def _save_tokenizer(source: Path, base: str, options: dict, target: Path) -> bool:
+    """The adapter's tokenizer, which may know more tokens, or the base model's; whether there is one."""
+    from transformers import AutoTokenizer
+
+    if copy_tokenizer(source, target):
+        return True
+    if Path(base).is_dir():  # copied: of a directory without one transformers makes one that knows no word
+        return copy_tokenizer(Path(base), target)
+    try:
+        AutoTokenizer.from_pretrained(base, **options).save_pretrained(target)
+    except (OSError, ValueError):  # a model of images or sounds
+        return False
+    return True

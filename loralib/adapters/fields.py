@@ -94,6 +94,11 @@ FACTS = {
     "ordered": (_truth, "true or false"),
     "cut_short": (_truth, "true or false"),
     "spread": (_truth, "true or false"),
+    "peft_convolutions": (_truth, "true or false"),
+    "files": (
+        lambda value: isinstance(value, dict) and all(map(_text, value.values())),
+        "a table of hashes by files' names",
+    ),
     "scalings": (
         lambda value: isinstance(value, dict) and set(value.values()) <= set(SCALINGS),
         f"one of {', '.join(SCALINGS)} by layers' names",

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..layers import LoRALayer
 from ..sharding import at_rest, by_one_process, put, whole
-from .base import warn_of_new_tokens
+from .base import base_plan, warn_of_new_tokens
 from .directory import cut_adapter, read_directory, write_adapter
 from .kinds import label_facts
 from .labels import refuse_other_labels
@@ -68,6 +68,7 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
     adapter = active_with_ranks(layers)
     files = read_directory(path)
     own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    weights = base_plan(model.state_dict(), files.tensors, files.path)
     stored = {key for key in files.tensors if ".base_layer." not in key}
     for key in sorted(own.keys() ^ stored):
         raise ValueError(f"{path} and the model differ in {key!r}: it was made with other targets or modules to save.")
@@ -79,9 +80,12 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
             )
     check_strength(layers, files)
     refuse_other_labels(model.get_base_model(), files.facts.get("labels"), path)
+    state = model.state_dict()
     with torch.no_grad():
         for key, value in own.items():
             put(value, files.tensors[key])
+        for key, value in weights.items():
+            put(state[key], value)
     take_spread(layers, files.facts)
 
 

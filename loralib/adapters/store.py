@@ -25,7 +25,7 @@ from ..parts import part
 from ..sharding import at_rest, by_one_process, put, whole
 from ..walking import unwrapped
 from . import labels, peft_format
-from .base import base_sample, check_base, warn_of_new_tokens
+from .base import base_plan, base_sample, check_base, warn_of_new_tokens
 from .directory import AdapterFiles, cut, read_bin, read_directory, write_adapter
 from .hub import local
 from .kinds import label_facts, task_type
@@ -167,13 +167,13 @@ def load_adapter(
         for options in to_inject:
             inject(skeleton, **_cut(options, rank))
 
-    plan = _adapter_plan(skeleton, tensors, files is not None, path, rank)
+    plan = base_plan(skeleton.state_dict(), tensors, path)
+    plan |= _adapter_plan(skeleton, tensors, files is not None, path, rank)
     head_plan, fresh = _head_plan(skeleton, tensors, path, head)
     if files is not None:
         _labels_in_order(skeleton, files, head_plan, head)
         heads = modules_to_save(skeleton)
         for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
-            # PEFT stores the base of an adapted embedding or output layer beside, which the model has.
             if not is_inside(key, heads) and ".base_layer." not in key:
                 raise ValueError(
                     f"{path} holds {key!r}, trained beside the adapter, and the model does not take it; name its "
@@ -182,7 +182,9 @@ def load_adapter(
         layers = lora_layers(skeleton)
         if not to_inject:
             check_strength(layers, files)
-        check_base(dict(model.named_modules()).get(files.facts.get("base_sample_of", layers[-1][0])), files)
+        sampled = files.facts.get("base_sample_of", layers[-1][0])
+        if f"{sampled}.weight" not in plan:
+            check_base(dict(model.named_modules()).get(sampled), files)
 
     for options in to_inject:
         inject(model, **_cut(options, rank))
@@ -212,7 +214,7 @@ def _layers_of(model: nn.Module, files: AdapterFiles) -> list[dict]:
             raise ValueError(
                 f"{files.path} adapts {name!r}, which {type(model).__name__} does not have: it is for another model."
             )
-        if value.ndim > 2 and value.shape[2:].numel() > 1 and not files.facts:
+        if value.ndim > 2 and value.shape[2:].numel() > 1 and not files.has_own_convolutions:
             raise ValueError(
                 f"{files.path} adapts the convolution {name!r} in PEFT's way, whose components are none of loralib's; "
                 "use it with PEFT."

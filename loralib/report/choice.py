@@ -195,11 +195,18 @@ def resampled_scores(results: RankResults, split: str, ranks: Sequence[int] | No
     logits, labels = read_predictions(_there(file), results, split)
     predictions = decide(logits)
     all_ranks, told = results.curve(split)
-    found = [score(results.metric, predictions[:, k], labels, results.metrics) for k in range(predictions.shape[1])]
+    try:
+        found = [score(results.metric, predictions[:, k], labels, results.metrics) for k in range(predictions.shape[1])]
+    except ValueError as error:  # scikit-learn's f1 is of two classes
+        raise ValueError(
+            f"The table's {results.metric} is counted in another way than 1se knows ({error}); give a margin such as "
+            "--within 0.5."
+        ) from None
     for b, ours, theirs in zip(all_ranks, found, told, strict=True):
         if not np.isclose(ours, theirs, atol=1e-4, equal_nan=True):
             raise ValueError(
-                f"{file} gives {results.metric} {ours:.4f} at rank {b}, the table {theirs:.4f}; they are of different "
-                "runs, run the evaluation again."
+                f"{file} gives {results.metric} {ours:.4f} at rank {b}, the table {theirs:.4f}: they are of different "
+                f"runs, or the table's {results.metric} is counted in another way. Run the evaluation again, or give a "
+                "margin such as --within 0.5."
             )
     return bootstrap(predictions[:, list(ranks)], labels, lambda p, y: score(results.metric, p, y, results.metrics))

@@ -164,8 +164,11 @@ def runs_to_csv(runs: list[RankResults]) -> str:
 def averages(curves: list[Curve]) -> list[Curve]:
     """The mean over tasks of each method's curve (a task's first split), for methods with the same tasks and ranks.
 
-    Empty unless there are two tasks or more. The error is that of a mean of independent means.
+    Empty unless there are two tasks or more, and where a loss is among them, which is on no scale with scores. The
+    error is that of a mean of independent means.
     """
+    if any(curve.metric in LOWER for curve in curves):
+        return []
     first: dict[tuple[str, str], Curve] = {}
     for curve in curves:
         first.setdefault((curve.task, curve.method), curve)

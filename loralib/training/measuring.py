@@ -1,6 +1,7 @@
 """The part of the trainer that leaves results behind: what ``dylora select``, ``report`` and ``export --rank auto``
 read."""
 
+import contextlib
 import copy
 import importlib.metadata
 import math
@@ -40,7 +41,9 @@ class Measurements(TrainerPart):
         tables, ``rank_results.json`` and ``predictions_<split>.npz``. Returns the ``RankResults``.
 
         The rank is the smallest within one standard error of the best, by examples drawn anew, where the metric is the
-        loss or a score of ``loralib.report.scores``; for other metrics the best.
+        loss or a score of ``loralib.report.scores``; for other metrics, and scores that are counted in another way
+        than these, the best. Another ``split``, measured of the same weights by the same metric, joins the results
+        that are there; the rank stays chosen on the first.
 
         Args:
             dataset: default ``eval_dataset``.
@@ -117,6 +120,7 @@ class Measurements(TrainerPart):
 
         file = Path(self.args.output_dir) / f"predictions_{split}.npz"
         logits, labels = scored.predictions, scored.labels
+        results = self._beside_earlier(results, split)
         _, curve = results.curve(split)
         reason = None if any(map(math.isfinite, curve)) else f"{results.metric} is not defined at any rank"
         if results.metric == "loss":
@@ -127,7 +131,9 @@ class Measurements(TrainerPart):
             reason = nothing_learnt(decide(logits), labels, curve, results.metric, names)
         else:
             file.unlink(missing_ok=True)  # an earlier measurement's
-        if reason is None:
+        if split != results.split():  # an earlier one, on which the rank was chosen
+            pass
+        elif reason is None:
             results = replace(results, selected_rank=self._chosen(results, split))
         else:
             results = replace(results, selected_rank_reason=reason)
@@ -137,5 +143,21 @@ class Measurements(TrainerPart):
     def _chosen(self, results: RankResults, split: str) -> Choice:
         from ..report.scores import SCORES
 
-        known = results.metric in ("loss", *SCORES) and Path(self.args.output_dir, f"predictions_{split}.npz").exists()
-        return choose(results, split, "1se" if known else 0)
+        if results.metric in ("loss", *SCORES) and Path(self.args.output_dir, f"predictions_{split}.npz").exists():
+            with contextlib.suppress(ValueError):  # compute_metrics may mean another score by that name
+                return choose(results, split, "1se")
+        return choose(results, split, 0)
+
+    def _beside_earlier(self, results: RankResults, split: str) -> RankResults:
+        """With the other splits that the output directory's results have of the same weights."""
+        try:
+            earlier = RankResults.read(self.args.output_dir)
+        except (FileNotFoundError, ValueError):
+            return results
+        of_same = all(getattr(earlier, name) == getattr(results, name) for name in ("adapter", "task", "metric"))
+        if not of_same or not earlier.splits.keys() - {split}:
+            return results
+        both = replace(results, splits=earlier.splits | results.splits, aurac=earlier.aurac | results.aurac)
+        if earlier.split() == split:
+            return both
+        return replace(both, selected_rank=earlier.selected_rank, selected_rank_reason=earlier.selected_rank_reason)

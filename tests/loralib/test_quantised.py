@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import loralib as lora
+from loralib.cli import main
 from loralib.layout import LayoutError
 from loralib.model import lora_layers
 from loralib.peft import DyLoraConfig
@@ -46,12 +47,9 @@ def whole(layers=2):
 def quantised(kind):
     model = whole()
     if kind == "torchao":
-        from torchao.quantization import Int8WeightOnlyConfig
-
         with tempfile.TemporaryDirectory() as directory:
             model.save_pretrained(directory)
-            config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
-            return transformers.AutoModelForCausalLM.from_pretrained(directory, quantization_config=config).eval()
+            return loaded(kind, directory)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
             if kind == "nf4":
@@ -64,6 +62,21 @@ def quantised(kind):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, made)
     return model.to("cpu").eval()
+
+
+def loaded(kind, directory, **options):
+    """As transformers quantises a model while it loads it."""
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = transformers.TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "nf4":
+        config = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+    else:
+        config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, quantization_config=config, **options).eval()
 
 
 def adapted(model, door):
@@ -304,7 +317,7 @@ def test_all_this_with_torchao():
     done = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(BESIDE)}, capture_output=True, text=True, timeout=300
     )
-    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
+    assert done.returncode == 0 and "12 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-2000:]
 
 
 @EVERY_KIND
@@ -316,3 +329,46 @@ def test_pefts_merging_after_a_pass_is_right_too(kind):
     assert float((out(model) - wanted).norm() / wanted.norm()) < 0.2  # quantised again, with the update
     model.unmerge_adapter()
     assert float((out(model) - wanted).norm() / wanted.norm()) < 0.2
+
+
+@EVERY_KIND
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear"])
+def test_a_merged_model_is_what_it_was_after_saving_it(targets, kind, tmp_path):
+    whole().save_pretrained(tmp_path / "whole")
+    model = loaded(kind, tmp_path / "whole")
+    lora.inject(model, targets, r=4, lora_alpha=8)
+    strong(model)
+    merged = lora.merge(model, rank=3)
+    wanted = out(merged)
+    merged.save_pretrained(tmp_path / "merged")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    # What stays quantised may compute in bf16 once it is loaded.
+    assert float((out(again) - wanted).norm() / wanted.norm()) < 0.02
+    layers = [again.model.layers[0].self_attn.q_proj, again.model.layers[0].mlp.up_proj]
+    assert [is_quantised(layer.weight) for layer in layers] == [False, targets != "all-linear"]
+
+
+@pytest.mark.skipif(HERE, reason="bitsandbytes' alone")
+def test_a_base_that_is_stored_quantised_is_one_sentence_to_the_command_that_merges(tmp_path, capsys):
+    whole().save_pretrained(tmp_path / "whole")
+    loaded("nf4", tmp_path / "whole").save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora.inject(model, ["q_proj"], r=2)
+    lora.save_adapter(model, tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "adapter"), "--rank", "2", "--to", str(tmp_path / "to")]) == 2
+    assert "is stored quantised" in capsys.readouterr().err and not (tmp_path / "to").exists()
+    assert (
+        main(
+            [
+                "merge",
+                str(tmp_path / "adapter"),
+                "--rank",
+                "2",
+                "--base",
+                str(tmp_path / "whole"),
+                "--to",
+                str(tmp_path / "to"),
+            ]
+        )
+        == 0
+    )

@@ -1,5 +1,6 @@
 """Somebody's LoRA, ordered and cut: against PEFT's own model, and against its reduction by SVD."""
 
+import copy
 import csv
 import json
 
@@ -284,6 +285,45 @@ def test_squeeze_reads_the_columns_of_the_training_and_keeps_what_was_told(
         "columns": ["question", "context"], "task": "custom", "sampling": "example", "seed": 5,
     }  # fmt: skip
     assert "LoRA trained at rank" not in capsys.readouterr().out
+
+
+def test_layers_of_other_rules_keep_their_strength_too(tmp_path):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model = copy.deepcopy(base)
+    lora.inject(model, ["0"], r=4, scaling="alpha/r")
+    lora.inject(model, ["1"], r=4, scaling="alpha/b")
+    for layer in model:
+        nn.init.normal_(layer.lora_B)
+    lora.save_adapter(model, tmp_path / "ours")
+    squeeze_adapter(tmp_path / "ours", tmp_path / "squeezed")
+    for b in (1, 2, 4):
+        cut_adapter(tmp_path / "squeezed", tmp_path / f"cut{b}", b)
+        plain = copy.deepcopy(base)
+        lora.load_adapter(plain, tmp_path / f"cut{b}")
+        for layer, whole in zip(plain, model, strict=True):
+            values, wanted = (torch.linalg.svdvals(one.delta_weight()) for one in (layer, whole))
+            torch.testing.assert_close(values[:b], wanted[:b])
+
+
+def test_what_is_beside_the_weights_comes_along(roberta_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    foreign(roberta_checkpoint, tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(roberta_checkpoint).save_pretrained(tmp_path / "theirs")
+    file = tmp_path / "theirs/adapter_config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "the/base", "revision": "v1"})
+    )
+    (tmp_path / "v.jsonl").write_text(
+        "".join(json.dumps({"text": f"w{i}", "label": str(i % 2)}) + "\n" for i in range(6))
+    )
+    ran = ["--base", str(roberta_checkpoint), "--labels", "0,1"]
+    for flags in ([], ["--data", str(tmp_path / "v.jsonl"), *ran], ["--importance", str(tmp_path / "v.jsonl"), *ran]):
+        to = tmp_path / f"to{len(flags)}{(flags or ['-'])[0]}"
+        assert main(["squeeze", str(tmp_path / "theirs"), "--rank", "2", "--to", str(to), *flags]) == 0
+        config = json.loads((to / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("the/base", "v1")
+        assert AutoTokenizer.from_pretrained(to)("w1 w2") == AutoTokenizer.from_pretrained(roberta_checkpoint)("w1 w2")
 
 
 def test_an_export_over_an_earlier_one_keeps_none_of_its_tokenizer(roberta_checkpoint, tmp_path):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from transformers import (
 
 import loralib as lora
 from loralib.adapters.directory import cut_adapter, describe_adapter
+from loralib.peft import DyLoraConfig
 
 SCALINGS = ["alpha/b", "alpha/r", "alpha/sqrt(b)"]
 
@@ -152,6 +154,69 @@ def test_a_directory_is_cut_without_its_model_as_with_it(kind, scaling, roberta_
         same_directory(tmp_path / f"with{b}", tmp_path / f"without{b}")
     with pytest.raises(ValueError, match=r"1\.\.4"):
         cut_adapter(tmp_path / "whole", tmp_path / "x", 5)
+
+
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_pefts_convolutions_are_cut_again_as_they_were(kernel, tmp_path):
+    net = nn.Sequential(OrderedDict(conv=nn.Conv2d(2, 4, kernel), fc=nn.Linear(4, 4)))
+    base = {key: value.clone() for key, value in net.state_dict().items()}
+    torch.manual_seed(0)
+    theirs = get_peft_model(net, LoraConfig(r=8, target_modules=["conv"]))
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    cut_adapter(tmp_path / "theirs", tmp_path / "8", 8)
+    for b in (4, 1):
+        cut_adapter(tmp_path / "theirs", tmp_path / f"{b}", b)
+        cut_adapter(tmp_path / "8", tmp_path / f"8-{b}", b)
+        cut_adapter(tmp_path / f"{b}", tmp_path / f"{b}-{b}", b)
+        same_directory(tmp_path / f"{b}", tmp_path / f"8-{b}")
+        same_directory(tmp_path / f"{b}", tmp_path / f"{b}-{b}")
+    plain = nn.Sequential(OrderedDict(conv=nn.Conv2d(2, 4, kernel), fc=nn.Linear(4, 4)))
+    plain.load_state_dict(base)
+    with pytest.raises(ValueError, match="in PEFT's way"):
+        lora.load_adapter(plain, tmp_path / "4")
+
+
+def test_a_file_without_factors_is_not_cut(tmp_path):
+    model = Images()
+    lora.inject(model, ["qkv"], r=2)
+    lora.save_adapter(model, tmp_path / "ours")
+    save_file({"base_model.model.head.weight": torch.ones(2)}, tmp_path / "ours/adapter_model.safetensors")
+    (tmp_path / "ours/dylora.json").unlink()
+    with pytest.raises(ValueError, match="holds no LoRA factors"):
+        cut_adapter(tmp_path / "ours", tmp_path / "cut", 1)
+    assert not (tmp_path / "cut").exists()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("inside", [False, True])
+def test_rows_of_new_tokens_come_with_pefts_embeddings(inside, tied, tmp_path):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+
+    def base(seed, tokens=70):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+        return model
+
+    options = dict(r=4, target_modules=["q_proj", "embed_tokens", *([] if tied else ["lm_head"])])
+    theirs = get_peft_model(base(1), LoraConfig(**options)).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ids = torch.tensor([[1, 2, 66, 68, 69]])
+    ours = get_peft_model(base(2), DyLoraConfig(**options)) if inside else base(2)
+    lora.load_adapter(ours, tmp_path / "theirs")
+    assert close(ours.eval()(ids).logits, theirs(ids).logits)
+    other = base(3, tokens=66)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    if not inside:
+        with pytest.raises(ValueError, match="resize its embeddings first"):
+            lora.load_adapter(other, tmp_path / "theirs")
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -84,7 +84,7 @@ def a_run(directory, **changes):
         ({"logits": np.zeros((4, 2))}, "of different runs"),
         ({"logits": np.full((4, 2, 2), math.nan)}, "no finite numbers"),
         ({"logits": np.array([[["a", "b"]] * 2] * 4)}, "no finite numbers"),
-        ({"labels": np.array([1, 1, 1, 1])}, "at rank 1, the table .*; they are of different runs"),
+        ({"labels": np.array([1, 1, 1, 1])}, "at rank 1, the table .*: they are of different runs"),
         ({"logits": None}, "cannot be read as a run's predictions"),
         ({"logits": np.array([None])}, "cannot be read"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from loralib.adapters.card import model_card
-from loralib.report.curves import curves
+from loralib.report.curves import averages, curves
 from loralib.report.plots import plot_curves
 from loralib.report.results import RankResults
 from loralib.report.scores import decide, score
@@ -165,6 +165,16 @@ def test_seeds_of_a_metric_on_its_own_scale_are_on_one_scale(tmp_path):
 
     (curve,) = curves([run(0, 0.9), run(1, 1.1)])
     assert curve.means == pytest.approx((1.0,)) and curve.errors == pytest.approx((0.1,))
+
+
+def test_no_average_is_taken_of_losses_and_scores(tmp_path):
+    row = {"rank": 1, "perplexity": 9.0, "loss": 2.2, "samples": 4, "adapter_parameters": 10}
+    language = run_in(tmp_path / "a", 0, task="lm", metric="loss", splits={"validation": [row]})
+    score = {"rank": 1, "accuracy": 0.5, "loss": 0.5, "samples": 4, "adapter_parameters": 10}
+    classifiers = [run_in(tmp_path / task, 0, task=task, splits={"validation": [score]}) for task in ("rte", "cola")]
+    (average,) = averages(curves(classifiers))
+    assert average.means == pytest.approx((50.0,))
+    assert averages(curves([*classifiers, language])) == []
 
 
 def test_what_is_no_seed_of_one_training_stands_apart(tmp_path):

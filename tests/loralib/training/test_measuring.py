@@ -35,23 +35,29 @@ def commands(capsys, directory: Path, to: Path) -> tuple[int, str]:
     return rank, said
 
 
-def test_a_classifier_with_a_data_set_of_ones_own(roberta_config, roberta_checkpoint, tmp_path, capsys):
-    t = trainer(roberta_config, roberta_checkpoint, tmp_path / "run")
+def measured_by(compute_metrics, roberta_config, roberta_checkpoint, directory):
+    """A trainer whose model's ranks differ."""
+    t = trainer(roberta_config, roberta_checkpoint, directory)
     own = DyLoRATrainer(
         model=t.model, args=t.args, train_dataset=t.train_dataset, eval_dataset=t.eval_dataset, data_collator=t.data_collator,
-        compute_metrics=accuracy,
+        compute_metrics=compute_metrics,
     )  # fmt: skip
     for name, parameter in own.model.named_parameters():
         if "lora_" in name or "classifier" in name:
             torch.nn.init.normal_(parameter, std=1.0)
+    return own
+
+
+def test_a_classifier_with_a_data_set_of_ones_own(roberta_config, roberta_checkpoint, tmp_path, capsys):
+    own = measured_by(accuracy, roberta_config, roberta_checkpoint, tmp_path / "run")
     results = own.measure_ranks(task="mine")
-    assert results == RankResults.read(t.args.output_dir) and results.metric == "accuracy"
-    arrays = np.load(Path(t.args.output_dir) / "predictions_validation.npz")
+    assert results == RankResults.read(tmp_path / "run") and results.metric == "accuracy"
+    arrays = np.load(tmp_path / "run" / "predictions_validation.npz")
     found = (decide(arrays["logits"]) == arrays["labels"][:, None]).mean(0)
     assert [row.scores["accuracy"] for row in results.splits["validation"]] == pytest.approx(found.tolist())
-    rank, said = commands(capsys, Path(t.args.output_dir), tmp_path)
+    rank, said = commands(capsys, tmp_path / "run", tmp_path)
     assert rank == results.selected_rank.rank and "one standard error" in said
-    assert "| 350" not in (Path(t.args.output_dir) / "rank_results.md").read_text()  # a score on a scale of its own
+    assert "| 350" not in ((tmp_path / "run") / "rank_results.md").read_text()  # a score on a scale of its own
 
 
 def test_a_language_model_by_the_losses_of_its_examples(tmp_path, capsys):
@@ -104,6 +110,46 @@ def test_outputs_that_are_no_numbers_are_not_scored():
     with pytest.raises(ValueError, match="no numbers"):
         decide(np.array([[0.0, np.nan]]))
     assert decide(np.array([[0.0, -np.inf]])).tolist() == [0]
+
+
+@pytest.mark.parametrize("kind", ["macro", "percent"])
+def test_a_score_that_is_counted_in_another_way_is_chosen_by_its_best(
+    kind, roberta_config, roberta_checkpoint, tmp_path, capsys
+):
+    from sklearn.metrics import f1_score
+
+    def macro(p):
+        return {"f1": f1_score(p.label_ids, p.predictions.argmax(-1), average="macro")}
+
+    def percent(p):
+        return {"accuracy": 100 * accuracy(p)["accuracy"]}
+
+    own = measured_by(macro if kind == "macro" else percent, roberta_config, roberta_checkpoint, tmp_path / "run")
+    results = own.measure_ranks()
+    _, values = results.curve("validation")
+    assert results == RankResults.read(tmp_path / "run") and "standard error" not in results.selected_rank.rule
+    assert results.selected_rank.rank == 1 + int(np.argmax(values))
+    assert main(["select", str(tmp_path / "run")]) == 2 and "counted in another way" in capsys.readouterr().err
+    assert main(["select", str(tmp_path / "run"), "--within", "0"]) == 0
+
+
+def test_a_second_split_joins_the_first_on_which_the_rank_stays_chosen(
+    roberta_config, roberta_checkpoint, tmp_path, capsys
+):
+    own = measured_by(accuracy, roberta_config, roberta_checkpoint, tmp_path / "run")
+    first = own.measure_ranks()
+    both = own.measure_ranks(own.train_dataset, split="test")
+    assert both == RankResults.read(tmp_path / "run") and list(both.splits) == ["validation", "test"]
+    assert both.splits["validation"] == first.splits["validation"] and both.selected_rank == first.selected_rank
+    assert both.aurac.keys() == {"validation", "test"} and both.aurac["validation"] == first.aurac["validation"]
+    for split in both.splits:
+        assert main(["select", str(tmp_path / "run"), "--split", split]) == 0
+    own.measure_ranks()
+    assert RankResults.read(tmp_path / "run").splits.keys() == {"validation", "test"}
+    with torch.no_grad():
+        next(p for name, p in own.model.named_parameters() if "lora_B" in name).add_(0.1)
+    other = own.measure_ranks(own.train_dataset, split="test")
+    assert list(other.splits) == ["test"] and other.selected_rank.split == "test"  # of other weights
 
 
 def test_a_metric_that_nothing_resamples_is_chosen_by_its_best(tmp_path, capsys):

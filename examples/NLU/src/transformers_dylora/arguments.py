@@ -70,7 +70,8 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Local GLUE data instead of the hub's: DIR or DIR/<task> holds train, validation (MNLI: "
-            "validation_matched and validation_mismatched) and test as .jsonl, .parquet or .csv, or what save_to_disk wrote."
+            "validation_matched and validation_mismatched) and test as .jsonl, .parquet or .csv, or what save_to_disk "
+            "wrote."
         },
     )
     train_file: str | None = field(default=None, metadata={"help": "Your own training data, CSV or JSON lines."})

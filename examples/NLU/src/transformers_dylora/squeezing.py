@@ -31,9 +31,10 @@ ALL_RANKS = 16  # up to this r_max every rank is measured, above it 1, 2, 4, .. 
 MAX_LENGTH = 512  # tokens of an example
 # What saving an adapter tells by itself, of dylora.json's facts.
 FOUND_ANEW = (
-    *("rank", "r_max", "lora_alpha", "scaling", "labels", "num_labels", "made_by"),
+    *("rank", "r_max", "lora_alpha", "scaling", "labels", "num_labels", "made_by", "files"),
     *("base_sample", "base_sample_of", "projections", "components_at", "spread"),
 )
+OF_BASE = ("base_model_name_or_path", "revision")  # of adapter_config.json's fields
 LOOKED_AT = 1024  # examples that importance is measured on, at most
 
 
@@ -43,11 +44,10 @@ class Adapted:
     outputs."""
 
     directory: Path
-    facts: dict
     model: Any
     tokenizer: Any
     names: tuple[str, ...] | None
-    types: dict[str, torch.dtype]  # of the tensors, which come back in these after running in fp32
+    given: AdapterFiles  # as they were: what is saved after running has their precision, and is for their base
 
     @classmethod
     def load(cls, directory: str | Path, base: str | None = None, labels: tuple[str, ...] = ()) -> "Adapted":
@@ -61,6 +61,7 @@ class Adapted:
         """
         files = read_directory(directory)
         kind = files.config.get("task_type") or ""
+        of_base = {"revision": files.config["revision"]} if files.config.get("revision") and not base else {}
         base = base or files.config.get("base_model_name_or_path")
         if kind not in ("SEQ_CLS", "CAUSAL_LM"):
             raise UsageError(
@@ -78,8 +79,8 @@ class Adapted:
         options = {"num_labels": outputs(files), "ignore_mismatched_sizes": True} if classifier else {}
         transformers.utils.logging.set_verbosity_error()
         try:
-            model = getattr(transformers, AUTO[kind]).from_pretrained(base, dtype=torch.float32, **options)
-            tokenizer = AutoTokenizer.from_pretrained(base)
+            model = getattr(transformers, AUTO[kind]).from_pretrained(base, dtype=torch.float32, **of_base, **options)
+            tokenizer = AutoTokenizer.from_pretrained(base, **of_base)
         except SafetensorError as error:
             raise UsageError(f"The weights of the base model {base!r} cannot be read ({error}).") from None
         except OSError:
@@ -101,8 +102,11 @@ class Adapted:
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
         lora.load_adapter(model, directory)
-        types = {key: value.dtype for key, value in files.tensors.items()}
-        return cls(Path(directory), files.facts, model, tokenizer, names if classifier else None, types)
+        return cls(Path(directory), model, tokenizer, names if classifier else None, files)
+
+    @property
+    def facts(self) -> dict:
+        return self.given.facts
 
     def examples(self, data: str):
         """A file's examples as tokens, what puts them into batches, and a classifier's metrics. CSV or JSON lines; for
@@ -130,7 +134,7 @@ class Adapted:
         self.model.to(torch.accelerator.current_accelerator() or "cpu")
         lora.order_by_importance(self.model, one_by_one())
         lora.save_adapter(self.model, self.directory, extra=self.kept_facts())
-        self._keep_types()
+        self._keep()
 
     def measure(self, data: str) -> RankResults:
         """Measure every rank on a file of examples, and leave ``rank_results.json`` in the directory."""
@@ -147,14 +151,20 @@ class Adapted:
             eval_ranks=None if r_max <= ALL_RANKS else RankSampler(r_max).ladder(),
         )
         results = trainer.measure_ranks(task=Path(data).stem)
-        self._keep_types()
+        self._keep()
         told = {name: self.facts.get(name) for name in FACTS}
         return replace(results, method=title_of(self.facts, r_max), seed=self.facts.get("seed"), **told)
 
-    def _keep_types(self) -> None:
-        files = read_directory(self.directory)
-        tensors = {key: value.to(self.types.get(key, value.dtype)) for key, value in files.tensors.items()}
-        write_adapter(self.directory, tensors, files.config, files.facts | {"scaling": files.scaling})
+    def _keep(self) -> None:
+        """Write what was saved in the precision of what was given, and for its base model, wherever that was run."""
+        files, given = read_directory(self.directory), self.given.tensors
+        tensors = {
+            key: value.to(given[key].dtype if key in given else value.dtype) for key, value in files.tensors.items()
+        }
+        # Weights of the base's own that came beside (embeddings): saving leaves them to the base.
+        tensors |= {key: value for key, value in given.items() if ".base_layer." in key}
+        named = {name: value for name in OF_BASE if (value := self.given.config.get(name))}
+        write_adapter(self.directory, tensors, files.config | named, files.facts | {"scaling": files.scaling})
 
 
 def outputs(files: AdapterFiles) -> int:
