@@ -243,6 +243,19 @@ def test_a_command_takes_its_own_flags_alone(line, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_a_method_of_ones_own_beside_the_wide_tables_and_at_a_rate_of_ones_own(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "run_all", lambda wanted, options: asked.extend(wanted))
+    more = ["--results", str(tmp_path)]
+    study.main(["wide", "--encoder", "e", "--methods", "halving", *more])
+    wanted = [(task, "halving", r_max, 0) for r_max in cells.WIDE_RANKS for task in cells.WIDE_TASKS]
+    wanted += [(task, "halving", study_methods.R_MAX, seed) for seed in (0, 1) for task in cells.WIDE_TASKS]
+    assert [(c.task, c.method, c.r_max, c.seed) for c in asked] == wanted
+    asked.clear()
+    study.main(["language", "--model", "m", "--methods", "halving", "--rate", "2e-3", "--seeds", "1", *more])
+    assert [(c.split, c.seed, c.rate) for c in asked] == [("held_out", 0, 2e-3), ("validation", 1, 2e-3)]
+
+
 # One of each kind of variant.
 VARIANTS = [
     *("ordered-0.3", "ordered-geometric", "mixed-0.9", "thirds-0.8", "by-cost-0.8", "ordered-gate", "ordered-distil"),

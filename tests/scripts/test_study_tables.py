@@ -378,6 +378,9 @@ def test_a_language_models_best_rate_has_the_lowest_loss():
     lines[-1]["scores"] = dict.fromkeys("1248", 1.7777)
     text = "\n".join(language_tables.validation_tables(lines))
     assert "| DyLoRA, halving | 1.7777 | 1.7777 |" in text and "1.7000" not in text
+    assert "not so DyLoRA, halving at 0.002, the only rate tried." in text
+    lines += [run("halving", 1e-3, 1.2)]
+    assert "the only rate tried" not in "\n".join(language_tables.validation_tables(lines))
 
 
 def test_a_grid_is_closed_once_the_best_has_both_neighbours():
