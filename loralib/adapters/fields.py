@@ -94,6 +94,7 @@ FACTS = {
     "ordered": (_truth, "true or false"),
     "cut_short": (_truth, "true or false"),
     "spread": (_truth, "true or false"),
+    "max_seq_length": (_whole, "a whole number above 0"),
     "peft_convolutions": (_truth, "true or false"),
     "files": (
         lambda value: isinstance(value, dict) and all(map(_text, value.values())),

@@ -125,6 +125,7 @@ def curves(runs: list[RankResults]) -> list[Curve]:
         for split in results.splits:
             ranks = tuple(results.curve(split)[0])
             own = settings_of_run(results) | {"examples": results.splits[split][0].samples}
+            own |= {"data": results.data[split]} if split in results.data else {}
             start = (results.task, split, label(results), results.metric, ranks)
             key = (*start, tuple((name, str(value)) for name, value in own.items()))
             seeds = [other.seed for other in groups.get(key, [])]

@@ -102,6 +102,7 @@ class RankResults:
     lora_alpha: float | None = None
     command: str | None = None
     adapter: str | None = None  # a hash of the weights that were measured
+    data: dict[str, str] = field(default_factory=dict)  # by split, a hash of its examples
     versions: dict[str, str] = field(default_factory=dict)
     directory: str | None = None  # where it was read from; not in the file
 
@@ -176,6 +177,7 @@ class RankResults:
             "metrics": list(self.metrics),
             "splits": {name: [row.to_json() for row in rows] for name, rows in self.splits.items()},
             "aurac": {name: _null(value) for name, value in self.aurac.items()},
+            **({"data": self.data} if self.data else {}),
             **({"adapter": self.adapter} if self.adapter else {}),
             "selected_rank": None if self.selected_rank is None else self.selected_rank.to_json(),
             **({"selected_rank_reason": self.selected_rank_reason} if self.selected_rank_reason else {}),
@@ -191,6 +193,8 @@ class RankResults:
             raise ValueError(f"it has no {missing[0]!r}")
         if not isinstance(content["splits"], dict) or not content["splits"]:
             raise ValueError("it has no splits")
+        if not isinstance(content.get("data") or {}, dict):
+            raise ValueError("its data are no table")
         splits = {}
         for name, rows in content["splits"].items():
             if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
@@ -210,7 +214,7 @@ class RankResults:
         if chosen is not None:
             kept = {name: chosen.get(name) for name in ("rank", "rule", "standard_error", "split")}
             chosen = Choice(**{**kept, "score": _number("score", chosen.get("score"))})
-        given = {"splits", "selected_rank", "metrics", "aurac", "directory"}
+        given = {"splits", "selected_rank", "metrics", "aurac", "directory", "data"}
         plain = {f.name: content[f.name] for f in fields(cls) if f.name in content and f.name not in given}
         return cls(
             **plain,
@@ -218,6 +222,7 @@ class RankResults:
             selected_rank=chosen,
             metrics=tuple(content.get("metrics") or ()),
             aurac={name: _number("aurac", value) for name, value in (content.get("aurac") or {}).items()},
+            data=content.get("data") or {},
             directory=directory,
         )
 

@@ -13,6 +13,19 @@ from .tables import markdown_table, to_csv, to_markdown
 PICTURES = ("png", "svg", "pdf")
 
 
+# What is made of a run's weights and predictions.
+TABLES = (
+    *("rank_results.*", "rank_curve.*", "report.html"),
+    *("eval_*r*_results.json", "test_results_*_r*.txt", "predictions_*.npz"),
+)
+
+
+def remove_tables(directory: str | Path) -> None:
+    """Remove what was made of the weights that were in a run's directory."""
+    for file in (file for pattern in TABLES for file in Path(directory).glob(pattern)):
+        file.unlink()
+
+
 def write_run(results: RankResults, directory: str | Path) -> None:
     """Write rank_results.json, .csv, .md and rank_curve.png of one run into ``directory``.
 

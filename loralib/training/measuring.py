@@ -3,6 +3,7 @@ read."""
 
 import contextlib
 import copy
+import hashlib
 import importlib.metadata
 import math
 import platform
@@ -17,7 +18,7 @@ from ..files import save_npz
 from ..model import adapter_parameters
 from ..report.choice import aurac, choose, nothing_learnt
 from ..report.results import Choice, RankResults, RankRow
-from ..report.writing import write_run
+from ..report.writing import remove_tables, write_run
 from ..schedule import FACTS, BoundSchedule
 from ..titles import title_of
 from .metrics import Scored, by_rank
@@ -85,9 +86,12 @@ class Measurements(TrainerPart):
             for b in self.eval_ranks
         ]  # fmt: skip
         results = self._results(rows, metric, split, task or Path(self.args.output_dir).name)
+        before = hash_of_weights(self.args.output_dir)
         self.save_model()  # first: whatever the choice of a rank meets, the adapter is kept
         if self.is_world_process_zero():
             results = replace(results, adapter=hash_of_weights(self.args.output_dir))
+            if before not in (None, results.adapter):
+                remove_tables(self.args.output_dir)  # of the weights that were there
             results = self._write(results, scored, split)
         return results
 
@@ -127,6 +131,8 @@ class Measurements(TrainerPart):
             save_npz(file, {"losses": scored.losses, "weights": scored.weights})
         elif isinstance(logits, np.ndarray) and logits.ndim == 3 and np.ndim(labels) == 1:
             save_npz(file, {"logits": logits, "labels": labels, "idx": np.arange(len(labels))})
+            found = hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()[:16]
+            results = replace(results, data=results.data | {split: f"{len(labels)} labels, {found}"})
             names = [str(k) for k in range(logits.shape[-1])] if logits.shape[-1] > 1 else []
             reason = nothing_learnt(decide(logits), labels, curve, results.metric, names)
         else:
@@ -157,7 +163,8 @@ class Measurements(TrainerPart):
         of_same = all(getattr(earlier, name) == getattr(results, name) for name in ("adapter", "task", "metric"))
         if not of_same or not earlier.splits.keys() - {split}:
             return results
-        both = replace(results, splits=earlier.splits | results.splits, aurac=earlier.aurac | results.aurac)
+        splits, aurac = earlier.splits | results.splits, earlier.aurac | results.aurac
+        both = replace(results, splits=splits, aurac=aurac, data=earlier.data | results.data)
         if earlier.split() == split:
             return both
         return replace(both, selected_rank=earlier.selected_rank, selected_rank_reason=earlier.selected_rank_reason)

@@ -12,7 +12,7 @@ from ..adapters.directory import CONFIG, EXTRA, read_configs, read_facts
 from ..adapters.store import load_adapter, save_adapter
 from ..files import write_text
 from ..ordering import order_components
-from ..schedule import BoundSchedule
+from ..schedule import FACTS, BoundSchedule
 from .part import TrainerPart
 
 
@@ -89,7 +89,17 @@ class AdapterCheckpoints(TrainerPart):
         if self.bound is None:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_adapter(self.model, resume_from_checkpoint)
-        self.ordered = read_facts(resume_from_checkpoint).get("ordered", False)
+        facts, own = read_facts(resume_from_checkpoint), self.bound.facts()
+        self.ordered = facts.get("ordered", False)
+        told = [
+            f"{name} was {facts[name]}, now {own[name]}" for name in FACTS if facts.get(name, own[name]) != own[name]
+        ]
+        if told:
+            warnings.warn(
+                f"{resume_from_checkpoint} was trained with another schedule: {'; '.join(told)}. What is saved will "
+                "tell the one of now.",
+                stacklevel=2,
+            )
 
     def _load_best_model(self):
         self.put_in_what_counts()  # of the last step; what is loaded must not be taken for it

@@ -126,11 +126,20 @@ def test_the_users_warm_up_counts_before_a_recipes(flags, warmup, roberta_checkp
         (["--text_columns", "label"], "name columns of text, each once"),
         (["--label_names", "foo"], "the labels are the column label here"),
         (["--accelerator_config", "foo.json"], "foo.json"),
+        (["--dataset_dir", "glue"], "is not read beside t.csv"),
+        (["--lora_r", "4"], "--lora_r is about an adapter; add --apply_lora"),
+        (["--eval_ranks", "1,2"], "--eval_ranks is about an adapter; add --apply_lora"),
+        (["--rank_sampling", "step"], "--rank_sampling is about an adapter; add --apply_lora"),
     ],
 )
 def test_flags_that_cannot_be_are_one_sentence(flags, sentence, roberta_checkpoint, tmp_path):
     with pytest.raises(UsageError, match=sentence):
         parts(roberta_checkpoint, tmp_path, "--train_file", "t.csv", *flags)
+
+
+def test_what_a_glue_task_says_itself_is_not_asked(roberta_checkpoint, tmp_path):
+    with pytest.raises(UsageError, match="--regression is for your own files; rte has its own labels"):
+        parts(roberta_checkpoint, tmp_path, "--task_name", "rte", "--regression", "true")
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,16 @@ def test_seeds_of_a_metric_on_its_own_scale_are_on_one_scale(tmp_path):
     assert curve.means == pytest.approx((1.0,)) and curve.errors == pytest.approx((0.1,))
 
 
+def test_runs_that_were_measured_on_other_examples_are_no_seeds_of_one(tmp_path):
+    runs = [run_in(tmp_path / str(seed), seed, data={"validation": "4 examples, a"}) for seed in (0, 1)]
+    assert [curve.seeds for curve in curves(runs)] == [2]
+    other = run_in(tmp_path / "other", 2, data={"validation": "4 examples, b"})
+    assert [curve.seeds for curve in curves([*runs, other])] == [2, 1]
+    assert as_results(data={"validation": "4 examples, a"}).to_json()["data"] == {"validation": "4 examples, a"}
+    with pytest.raises(ValueError, match="its data are no table"):
+        as_results(data=[1])
+
+
 def test_no_average_is_taken_of_losses_and_scores(tmp_path):
     row = {"rank": 1, "perplexity": 9.0, "loss": 2.2, "samples": 4, "adapter_parameters": 10}
     language = run_in(tmp_path / "a", 0, task="lm", metric="loss", splits={"validation": [row]})

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,27 @@ def test_a_metric_that_nothing_resamples_is_chosen_by_its_best(tmp_path, capsys)
     assert main(["select", str(tmp_path / "run")]) == 2 and "give a margin" in capsys.readouterr().err
     with pytest.raises(ValueError, match="metric is 'rouge'; the evaluation gives mine, loss"):
         t.measure_ranks(metric="rouge")
+
+
+def test_a_checkpoint_of_another_schedule_is_told(roberta_config, roberta_checkpoint, tmp_path):
+    first = trainer(roberta_config, roberta_checkpoint, tmp_path / "a", distribution="halving")
+    first.save_model(str(tmp_path / "a"))
+    with pytest.warns(UserWarning, match="another schedule: distribution was halving, now mixed"):
+        trainer(roberta_config, roberta_checkpoint, tmp_path / "b")._load_from_checkpoint(str(tmp_path / "a"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        first._load_from_checkpoint(str(tmp_path / "a"))
+
+
+def test_what_was_made_of_the_weights_before_makes_way(roberta_config, roberta_checkpoint, tmp_path):
+    own = measured_by(accuracy, roberta_config, roberta_checkpoint, tmp_path / "run")
+    own.measure_ranks()
+    own.measure_ranks(own.train_dataset, split="test")
+    (tmp_path / "run" / "rank_curve.svg").write_text("of these weights")
+    own.measure_ranks()
+    assert (tmp_path / "run" / "rank_curve.svg").exists()
+    with torch.no_grad():
+        next(p for name, p in own.model.named_parameters() if "lora_B" in name).add_(0.1)
+    own.measure_ranks()
+    left = {file.name for file in (tmp_path / "run").iterdir()}
+    assert not {"rank_curve.svg", "predictions_test.npz"} & left and "predictions_validation.npz" in left

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
@@ -50,6 +50,11 @@ SCHEDULE_FLAGS = {
 }
 
 
+# What says nothing without --apply_lora.
+OF_ADAPTER = {
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_scaling", "lora_target_modules", "eval_ranks"),
+    *SCHEDULE_FLAGS.values(),
+}
 SWITCH = {"nargs": "?", "const": True}  # of a flag that may be true, false or left out: alone it is true
 
 
@@ -99,7 +104,12 @@ class DataArguments:
             "trained; in training, if a label has a fraction.",
         },
     )
-    max_seq_length: int = field(default=128, metadata={"help": "Longer inputs are cut to this many tokens."})
+    max_seq_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Longer inputs are cut to this many tokens. Default: as the adapter was trained; in training 128."
+        },
+    )
     pad_to_max_length: bool = field(
         default=False, metadata={"help": "Pad all to max_seq_length. Default: to the longest of a batch."}
     )
@@ -121,6 +131,10 @@ class DataArguments:
             raise UsageError(
                 "Give either --task_name (a GLUE task) or your own --train_file, --validation_file, --test_file."
             )
+        if self.dataset_dir and own:
+            raise UsageError(f"--dataset_dir holds GLUE tasks and is not read beside {own[0]}; leave it out.")
+        if self.regression is not None and self.task_name:
+            raise UsageError(f"--regression is for your own files; {self.task_name} has its own labels.")
         for name in ("text_columns", "labels"):
             given = [one for part in getattr(self, name) or () for one in part.split(",") if one]
             setattr(self, name, given or None)
@@ -259,6 +273,9 @@ class ModelArguments:
             raise UsageError("--lora_path loads an adapter; add --apply_lora.")
         if self.as_released and not self.apply_lora:
             raise UsageError("--as_released trains an adapter; add --apply_lora.")
+        for one in fields(self) if not self.apply_lora else ():
+            if one.name in OF_ADAPTER and getattr(self, one.name) != one.default:
+                raise UsageError(f"--{one.name} is about an adapter; add --apply_lora, or leave it out.")
         if self.lora_target_modules:
             self.lora_target_modules = [n for given in self.lora_target_modules for n in given.split(",") if n]
         if not self.apply_lora:

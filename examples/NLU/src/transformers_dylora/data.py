@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 
 from .errors import UsageError
-from .labels import any_fraction, as_numbers, is_number, label_names, names_in, refuse_missing
+from .labels import any_fraction, as_numbers, is_number, label_names, names_in, refuse_doubtful, refuse_missing
 from .tasks import Task, glue_task
 
 HUB_NAME = "nyu-mll/glue"
@@ -46,9 +46,9 @@ def _from_directory(task: Task, directory: Path, cache_dir: str | None) -> datas
     for name in wanted:
         file = next((own / (name + ending) for ending in ENDINGS if (own / (name + ending)).exists()), None)
         if file is not None:
-            found[name] = _read(file, cache_dir)
+            found[name] = read_rows(file, cache_dir)
         elif _saved_files(own / name):
-            found[name] = _read(own / name, cache_dir)
+            found[name] = read_rows(own / name, cache_dir)
     if not found:
         raise UsageError(
             f"{own} holds none of {', '.join(wanted)} as .jsonl, .parquet, .csv or what save_to_disk writes; "
@@ -57,7 +57,7 @@ def _from_directory(task: Task, directory: Path, cache_dir: str | None) -> datas
     return datasets.DatasetDict(found)
 
 
-def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
+def read_rows(file: Path, cache_dir: str | None = None) -> datasets.Dataset:
     """The rows of a file, or of a split's directory from save_to_disk. What is made of them goes to the cache, not
     beside."""
     options: dict = {}
@@ -69,6 +69,10 @@ def _read(file: Path, cache_dir: str | None) -> datasets.Dataset:
     try:
         if kind == "csv":
             options = csv_as_text(file)
+        elif kind == "json":
+            with open(file, encoding="utf-8") as lines:
+                for _ in lines:  # what is no UTF-8 would be met later, where the texts are used
+                    pass
         files = _saved_files(file) if kind == "arrow" else [str(file)]
         options |= {"name": content_name(files)}
         return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=cache_dir, **options)
@@ -182,7 +186,7 @@ def load_files(
         if file:
             if not Path(file).exists():
                 raise UsageError(f"--{name}_file {file} does not exist; give a CSV or JSON-lines file.")
-            splits[name] = _read(Path(file), cache_dir)
+            splits[name] = read_rows(Path(file), cache_dir)
             if not len(splits[name]):
                 raise UsageError(f"{file} is empty; it needs at least one example.")
     first_file = next(iter(splits.values()))
@@ -198,6 +202,8 @@ def load_files(
     where = str(files[labelled[0]]) if labelled else ""
     if first is not None:
         refuse_missing(values, where)
+        if regression is None and not labels and not names_in(first.features["label"]):
+            refuse_doubtful(values, where)
     if regression is None:
         regression = not labels and any_fraction(values)
     names = () if regression else labels or names_in(first.features["label"]) or label_names(values)

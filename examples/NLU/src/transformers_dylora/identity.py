@@ -22,13 +22,17 @@ OF_MODEL = ("config_name", "tokenizer_name", "use_fast_tokenizer", "model_revisi
 LENGTHS = ("num_train_epochs", "max_steps")  # a longer or shorter training of the same run
 
 
-def settings_of(model_args, data_args, training_args, task, train) -> dict:
-    """The settings that decide the numbers. The batch counts as the examples of an update, however it is split."""
+def settings_of(model_args, data_args, training_args, task, train, validation: dict | None = None) -> dict:
+    """The settings that decide the numbers. The batch counts as the examples of an update, however it is split; the
+    validation data count where the best model is chosen on them."""
     args = training_args
     found = {
         "task": task.name,
         "labels": list(task.labels),
         "data": fingerprint(train, task),
+        "validation data": [fingerprint(split, task) for split in (validation or {}).values()]
+        if args.load_best_model_at_end or str(args.save_strategy) == "best"
+        else None,
         "model_name_or_path": model_args.model_name_or_path,
         "apply_lora": bool(model_args.apply_lora),
         "lora_path": model_args.lora_path,
@@ -64,7 +68,7 @@ def settings_of(model_args, data_args, training_args, task, train) -> dict:
 
 
 def fingerprint(split, task) -> str:
-    """A hash of the training examples: their texts and labels, in order."""
+    """A hash of a split's examples: their texts and labels, in order."""
     digest = hashlib.sha256()
     for column in (*task.columns, "label"):
         for chunk in split.with_format("arrow").select_columns([column]).iter(10_000):
@@ -96,8 +100,13 @@ def check_continuation(directory: str | Path, settings: dict, anyway: bool) -> l
     A longer or shorter training is the one change that needs no word.
     """
     before = stored(directory)
+    if before is None and not anyway:
+        raise UsageError(
+            f"{directory} holds no {FILE}, so that the run which is to go on there may be another: give the "
+            "checkpoint where its run left it, or add --resume_anyway."
+        )
     if before is None:
-        return []
+        return [f"going on with a run whose settings are not known: {directory} holds no {FILE}"]
     unknown = {name for name in SCHEDULE_FLAGS.values() if before.get(name) is None}  # the default of another release
     apart = {
         name: (before[name], value)
@@ -114,3 +123,27 @@ def check_continuation(directory: str | Path, settings: dict, anyway: bool) -> l
     return [f"going on with other settings than before: {'; '.join(others)}"] * bool(others) + [
         f"going on longer or shorter than before: {'; '.join(longer)}"
     ] * bool(longer)
+
+
+def _state(checkpoint: str | Path) -> dict:
+    return json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+
+
+def step_of(checkpoint: str | Path) -> int:
+    """After how many updates it was saved."""
+    return _state(checkpoint)["global_step"]
+
+
+def refuse_beyond(checkpoint: Path, args) -> None:
+    """Raise UsageError for a checkpoint from after the asked end: nothing would be trained, and its weights be called
+    those of the shorter training."""
+    step, epoch = step_of(checkpoint), _state(checkpoint).get("epoch") or 0
+    beyond = step > args.max_steps if args.max_steps > 0 else epoch > args.num_train_epochs + 1e-6
+    if beyond:
+        length = (
+            f"--max_steps {args.max_steps}" if args.max_steps > 0 else f"--num_train_epochs {args.num_train_epochs:g}"
+        )
+        raise UsageError(
+            f"{checkpoint} is from step {step}, epoch {epoch:g}, after the end of {length}; give a longer training, "
+            "another --output_dir, or --overwrite_output_dir to start anew."
+        )

@@ -23,7 +23,7 @@ def refuse_missing(values: Sequence[Any], where: str) -> None:
     """Raise UsageError for the first label that is missing, is a list, a table or a time (as JSON's dates are read), or
     is no finite number."""
     for i, value in enumerate(values):
-        if value is None or value == "":
+        if value is None or (isinstance(value, str) and not value.strip()):
             raise UsageError(f"{where} has no label in example {i}; every example needs one.")
         if isinstance(value, (list, dict, date, time)) or (isinstance(value, float) and not math.isfinite(value)):
             shown = str(value) if isinstance(value, (date, time)) else value
@@ -37,6 +37,26 @@ def label_names(values: Sequence[Any]) -> tuple[str, ...]:
     names = {text(value) for value in values}
     numeric = all(_number(name) is not None for name in names)
     return tuple(sorted(names, key=lambda name: (_number(name), name) if numeric else name))
+
+
+def refuse_doubtful(values: Sequence[Any], where: str) -> None:
+    """Raise UsageError for labels of which some are values, with fractions, and others names; and for names that differ
+    in nothing but spaces around them or capitals. To be asked where nobody said what the labels are."""
+    names = [text(value) for value in values]
+    fraction = next((name for name in names if (_number(name) or 0) % 1), None)
+    word = next((i for i, name in enumerate(names) if _number(name) is None), None)
+    if fraction is not None and word is not None:
+        raise UsageError(
+            f"{where} has the label {names[word]!r} in example {word} beside values such as {fraction}: mend it, or "
+            "say --regression false if all are names."
+        )
+    alike: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        other = alike.setdefault(name.strip().lower(), name)
+        if other != name:
+            raise UsageError(
+                f"{where} has the labels {other!r} and {name!r}: write them alike, or name all labels with --labels."
+            )
 
 
 def any_fraction(values: Sequence[Any]) -> bool:

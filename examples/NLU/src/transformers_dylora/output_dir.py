@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from loralib.adapters.directory import hash_of_weights
 from loralib.files import is_temporary
+from loralib.report.writing import TABLES
 
 from .errors import UsageError
 from .identity import FILE
@@ -49,12 +50,26 @@ def resume_point(args) -> tuple[str | None, list[str]]:
         raise UsageError(f"--resume_from_checkpoint {asked}: there is no checkpoint in {directory} to go on from.")
     unfinished = (directory / FILE).exists() and not (directory / "train_results.json").exists()
     held = [path for path in directory.iterdir() if not is_temporary(path)] if directory.is_dir() else []
+    if last is None and has_ended(directory):
+        raise UsageError(
+            f"--output_dir {directory} holds a run that has ended; {how_to_measure(directory)}, choose another "
+            "directory, or add --overwrite_output_dir to start anew."
+        )
     if last is None and held and not unfinished:
         raise UsageError(
             f"--output_dir {directory} is not empty and holds no run to go on with; choose another or add "
             "--overwrite_output_dir."
         )
     return last, notes
+
+
+def has_ended(directory: Path) -> bool:
+    """Whether a training came to its end there, and its adapter is saved."""
+    return (directory / "train_results.json").exists() and (directory / "adapter_model.safetensors").exists()
+
+
+def how_to_measure(directory: Path) -> str:
+    return f"measure it with dylora train --do_eval --lora_path {directory} --output_dir {directory}"
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -120,8 +135,8 @@ LEFT = (
         FILE,
         CONFIG,
     ),
-    *("trainer_state.json", "training_args.bin", "train_results.json", "rank_results.*", "rank_curve.*", "report.html"),
-    *("eval_*r*_results.json", "test_results_*_r*.txt", "predictions_*.npz"),
+    *("trainer_state.json", "training_args.bin", "train_results.json"),
+    *TABLES,
 )
 
 

@@ -24,18 +24,21 @@ from loralib.adapters.directory import read_facts
 from loralib.conflict import warn_of_other_loralib
 from loralib.report.results import RankResults
 from loralib.report.tables import print_table
+from loralib.report.writing import remove_tables
 from loralib.trainer import DyLoRATrainer
 
 from . import results
 from .arguments import line_parser, parse
 from .data import glue_task, held_out, load_files, load_glue, padding_share, tokenize
 from .errors import UsageError
-from .identity import check_continuation, settings_of, store
+from .identity import check_continuation, fingerprint, refuse_beyond, settings_of, step_of, store
 from .modeling import known_columns, known_labels, load_model, load_tokenizer, longest_input
 from .output_dir import check_output_dir, clear_run, resume_point
 from .settings import expanded, given, named, store_config, turned_off
 from .stopping import StopBetweenSteps, exit_code, one_sentence
 
+MAX_LENGTH = 128  # tokens of a text, unless the flag or the adapter says otherwise
+SHOWN = 10  # labels, in a line about them
 FLAGS = {"train": "--do_train", "validation": "--do_eval", "test": "--do_predict"}
 
 
@@ -86,7 +89,10 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
     with training_args.main_process_first(desc="loading and tokenising the data"):
         task, raw, notes = load_data(data_args, model_args, training_args)
         tokenizer = load_tokenizer(model_args)
-        length = longest_input(model_args, tokenizer, len(task.columns) == 2, data_args.max_seq_length)
+        told = {} if training_args.do_train else read_facts(model_args.lora_path)
+        wanted = data_args.max_seq_length or told.get("max_seq_length") or MAX_LENGTH
+        length = data_args.max_seq_length = longest_input(model_args, tokenizer, len(task.columns) == 2, wanted)
+        notes += length_notes(length, wanted, told.get("max_seq_length"))
         data = {
             kind: tokenized(kind, raw, task, tokenizer, length, data_args)
             if getattr(training_args, flag.strip("-"))
@@ -94,9 +100,11 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
             for kind, flag in FLAGS.items()
         }
     for name, split in [*data["train"].items(), *data["validation"].items()]:
+        lengths = np.asarray(split["length"])
+        cut = f"; {int((lengths == length).sum())} have these {length}, or had more and are cut"
         say(
-            f"{name}: {len(split)} examples, {np.mean(split['length']):.0f} tokens on average, {max(split['length'])} "
-            "at most"
+            f"{name}: {len(split)} examples, {lengths.mean():.0f} tokens on average, {lengths.max()} at most"
+            + (cut if lengths.max() == length and not data_args.pad_to_max_length else "")
         )
 
     for note in notes:
@@ -120,7 +128,12 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
         schedule=replace(model_args.schedule(), seed=training_args.seed),
         eval_ranks=model_args.measured_ranks() if model_args.apply_lora else None,
         group_by_length=data_args.group_by_length,
-        adapter_facts={"task": task.name, "labels": list(task.labels), "regression": task.regression}
+        adapter_facts={
+            "task": task.name,
+            "labels": list(task.labels),
+            "regression": task.regression,
+            "max_seq_length": length,
+        }
         | ({"seed": training_args.seed} if training_args.do_train else {})
         | ({} if data_args.task_name else {"columns": list(task.columns)}),
     )
@@ -128,10 +141,11 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
     say(f"{trainable:,} of {sum(p.numel() for p in model.parameters()):,} parameters train")
 
     if training_args.do_train:
-        settings = settings_of(model_args, data_args, training_args, task, data["train"]["train"])
+        settings = settings_of(model_args, data_args, training_args, task, data["train"]["train"], data["validation"])
         if checkpoint:
             for note in check_continuation(Path(checkpoint).parent, settings, training_args.resume_anyway):
                 say(note)
+            refuse_beyond(Path(checkpoint), training_args)
         trainer.add_callback(StopBetweenSteps())
         anew = training_args.overwrite_output_dir and not checkpoint
         trainer.add_callback(Begin(settings, given(argv, line_parser()), anew))
@@ -140,6 +154,8 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
         except FloatingPointError as error:
             raise UsageError(str(error)) from error
         trainer.save_model()
+        if trainer.is_world_process_zero() and trained.global_step > (step_of(checkpoint) if checkpoint else 0):
+            remove_tables(training_args.output_dir)  # of the weights that were there
         trainer.save_state()
         trainer.log_metrics("train", trained.metrics)
         trainer.save_metrics("train", trained.metrics, combined=False)
@@ -155,6 +171,7 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
             found = results.assemble(
                 model_args, training_args, task, trainer, splits, scaling, [*program.split(), *argv]
             )
+            found = replace(found, data={name: fingerprint(split, task) for name, split in data["validation"].items()})
             results.write_results(training_args.output_dir, found, splits)
             if model_args.apply_lora and training_args.do_train:
                 trainer.write_model_card(found)
@@ -209,7 +226,7 @@ def load_data(data_args, model_args, training_args):
         )
     if training_args.do_eval and "validation" in raw and "label" not in raw["validation"].column_names:
         raise UsageError(f"--validation_file {files['validation']} has no column 'label' to measure by; add it.")
-    told = [f"the texts: {', '.join(task.columns)}"]
+    told = [f"the texts: {', '.join(task.columns)}; {described(task, raw)}"]
     if data_args.test_file and not training_args.do_predict:
         told.append("--test_file is read with --do_predict alone")
     if not (training_args.do_train and training_args.do_eval) or "validation" in raw or "train" not in raw:
@@ -221,6 +238,23 @@ def load_data(data_args, model_args, training_args):
         "measure on; --validation_file names your own"
     )
     return task, raw, [*told, note]
+
+
+def described(task, raw) -> str:
+    """What the labels were taken for."""
+    if not task.regression:
+        shown = ", ".join(task.labels[:SHOWN]) + (", .." if len(task.labels) > SHOWN else "")
+        return f"{len(task.labels)} labels: {shown}"
+    values = next((split["label"] for split in raw.values() if "label" in split.column_names), None)
+    return "the labels are values" + (f", {min(values):g} to {max(values):g}" if values else "")
+
+
+def length_notes(length: int, wanted: int, trained_at: int | None) -> list[str]:
+    """What is to be said of the length that texts are cut to."""
+    notes = [f"texts are cut to {length} tokens, the most that the model takes"] if length < wanted else []
+    if trained_at not in (None, length):
+        notes.append(f"texts are cut to {length} tokens, in the adapter's training to {trained_at}")
+    return notes
 
 
 def _numbered(labels: tuple[str, ...]) -> bool:

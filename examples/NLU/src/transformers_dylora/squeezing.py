@@ -22,13 +22,13 @@ from loralib.schedule import FACTS
 from loralib.titles import title_of
 from loralib.trainer import DyLoRATrainer
 
-from .data import content_name, csv_as_text, load_files, tokenize
+from .data import load_files, read_rows, tokenize
 from .errors import UsageError
 from .metrics import metrics_function
 from .modeling import known_columns, positions
 
 ALL_RANKS = 16  # up to this r_max every rank is measured, above it 1, 2, 4, .. r_max
-MAX_LENGTH = 512  # tokens of an example
+MAX_LENGTH = 512  # tokens of an example, for a model that does not say how many it takes
 # What saving an adapter tells by itself, of dylora.json's facts.
 FOUND_ANEW = (
     *("rank", "r_max", "lora_alpha", "scaling", "labels", "num_labels", "made_by", "files"),
@@ -115,7 +115,9 @@ class Adapted:
         if self.names is None:
             return completing(data, self.tokenizer, longest(self.tokenizer, self.model.config))
         columns = known_columns(self.facts)
-        return classifying(data, self.tokenizer, self.names, longest(self.tokenizer, self.model.config), columns)
+        most = longest(self.tokenizer, self.model.config)
+        length = min(self.facts.get("max_seq_length") or MAX_LENGTH, most)  # as it was trained
+        return classifying(data, self.tokenizer, self.names, length, columns)
 
     def kept_facts(self) -> dict:
         """What ``dylora.json`` told, but for what saving finds anew."""
@@ -176,8 +178,8 @@ def outputs(files: AdapterFiles) -> int:
 
 
 def longest(tokenizer, config) -> int:
-    """How many tokens a text may have."""
-    return min(MAX_LENGTH, tokenizer.model_max_length, positions(config) or MAX_LENGTH)
+    """How many tokens a text may have: what the model takes, where it says so."""
+    return min(tokenizer.model_max_length, positions(config) or MAX_LENGTH)
 
 
 def classifying(data: str, tokenizer, names: tuple[str, ...], max_length: int, columns: dict):
@@ -187,15 +189,9 @@ def classifying(data: str, tokenizer, names: tuple[str, ...], max_length: int, c
 
 
 def completing(data: str, tokenizer, max_length: int):
-    """Tokens with labels of -100 where the loss does not look."""
-    import datasets
-
-    try:
-        kind, options = "csv" if data.endswith(".csv") else "json", {"name": content_name([data])}
-        options |= csv_as_text(Path(data)) if kind == "csv" else {}
-        rows = datasets.load_dataset(kind, data_files=data, split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, FileNotFoundError, ValueError) as error:
-        raise UsageError(f"{data} cannot be read ({type(error).__name__}); give CSV or JSON lines.") from None
+    """Tokens with labels of -100 where the loss does not look. Raises UsageError for an example of which nothing counts
+    within ``max_length`` tokens."""
+    rows = read_rows(Path(data))
     pairs = {"prompt", "completion"} <= set(rows.column_names)
     if not pairs and "text" not in rows.column_names:
         raise UsageError(
@@ -220,4 +216,11 @@ def completing(data: str, tokenizer, max_length: int):
         ids, marks = prompt + answer, [-100] * len(prompt) + answer
         return {"input_ids": ids[:max_length], "labels": marks[:max_length]}
 
-    return rows.map(encode, remove_columns=rows.column_names), DataCollatorForSeq2Seq(tokenizer), None
+    examples = rows.map(encode, remove_columns=rows.column_names)
+    for i, example in enumerate(examples):
+        if all(label == -100 for label in example["labels"]):
+            raise UsageError(
+                f"{data} has in example {i} a prompt of {max_length} tokens or more, the most that the model takes, so "
+                "that nothing of its completion would count; shorten it or leave it out."
+            )
+    return examples, DataCollatorForSeq2Seq(tokenizer), None

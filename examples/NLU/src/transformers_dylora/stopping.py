@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from .errors import UsageError
-from .output_dir import last_whole_checkpoint
+from .output_dir import has_ended, how_to_measure, last_whole_checkpoint
 
 # Errors of a disk or a path, not of a program.
 WRITING = {
@@ -83,7 +83,10 @@ def _not_written(error: Exception) -> str | None:
 
 
 def _how_to_go_on(args) -> str:
-    checkpoint, _ = last_whole_checkpoint(Path(args.output_dir))
+    directory = Path(args.output_dir)
+    checkpoint, _ = last_whole_checkpoint(directory)
+    if args.do_train and checkpoint is None and has_ended(directory):
+        return f"the training has ended and its adapter is saved: {how_to_measure(directory)}."
     if not args.do_train or checkpoint is None:
         return "there is no checkpoint to go on from: start again."
     return f"{checkpoint} is whole: the same command with --resume_from_checkpoint true goes on from there."
