@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from .importance import component_importance, order_by_importance
     from .layers import Embedding, Linear, LoRALayer, MergedLinear
     from .learning import declare_layout, learn_layout
+    from .merged import merge
     from .model import (
         get_rank,
         inject,
         lora_state_dict,
         mark_only_lora_as_trainable,
         max_rank,
-        merge,
         set_gate,
         set_matryoshka_gate,
         set_rank,
@@ -47,8 +47,9 @@ _MODULES = {
     "importance": ("component_importance", "order_by_importance"),
     "layers": ("Embedding", "Linear", "LoRALayer", "MergedLinear"),
     "learning": ("declare_layout", "learn_layout"),
+    "merged": ("merge",),
     "model": (
-        *("get_rank", "inject", "lora_state_dict", "mark_only_lora_as_trainable", "max_rank", "merge"),
+        *("get_rank", "inject", "lora_state_dict", "mark_only_lora_as_trainable", "max_rank"),
         *("set_gate", "set_matryoshka_gate", "set_rank", "use_rank"),
     ),
     "ordering": ("order_components",),

@@ -56,7 +56,10 @@ class Watch:
         self.model = model
         self.called: set[int] = set()
         self.read: set[int] = set()
-        self.hooks = [layer.register_forward_pre_hook(self._note) for _, layer in adapted_layers(model)]
+        adapted = [layer for _, layer in adapted_layers(model)]
+        weights = {id(layer._parameters.get("weight")) for layer in adapted} - {id(None)}
+        twins = [m for m in model.modules() if m not in adapted and id(m._parameters.get("weight")) in weights]
+        self.hooks = [module.register_forward_pre_hook(self._note) for module in [*adapted, *twins]]
         if not _open:
             LoRALayer.__getattr__ = _reading  # type: ignore[method-assign, assignment]
         _open.append(self)
@@ -96,11 +99,12 @@ class Watch:
             )
 
     def _runs_instead(self, layer: LoRALayer) -> str | None:
-        """Another module of this one's kind with the very same weight: T5's ``shared`` and its ``embed_tokens``."""
+        """Another module of this one's kind with the very same weight that was called: T5's ``shared`` and its
+        ``embed_tokens``."""
         kind = nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear
         for name, module in self.model.named_modules():
             weight = module._parameters.get("weight")
-            if module is not layer and isinstance(module, kind) and weight is layer._parameters.get("weight"):
+            if id(module) in self.called and isinstance(module, kind) and weight is layer._parameters.get("weight"):
                 return name
         return None
 

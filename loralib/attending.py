@@ -49,7 +49,8 @@ def _enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     call = Call(model, args, kwargs, learning.learn, sys._getframe(1))
     calls().append(call)
-    watch = first_call(model)
+    # A decoder's step of generate runs on what the encoder gave before: it says nothing of the encoder's layers.
+    watch = first_call(model) if kwargs.get("encoder_outputs") is None else None
     if watch is not None:
         _watches[id(call)] = watch
 

@@ -9,6 +9,7 @@ from torch import nn
 from .layers import LoRALayer
 from .model import lora_layers
 from .recomputation import states_put_back
+from .state import HasState, RankState
 
 
 def checkpoint_contexts(model: nn.Module) -> Callable[[], tuple]:
@@ -31,4 +32,8 @@ class Contexts:
     layers: list[LoRALayer]
 
     def __call__(self) -> tuple:
-        return contextlib.nullcontext(), states_put_back([(layer, layer.state) for layer in self.layers])
+        # A merged layer's rank is fixed, and the model that was merged has it no more.
+        states: list[tuple[HasState, RankState]] = [
+            (layer, layer.state) for layer in self.layers if not layer.is_merged
+        ]
+        return contextlib.nullcontext(), states_put_back(states)

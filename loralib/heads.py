@@ -13,11 +13,21 @@ _CLASSIFIER = re.compile(r"For(\w*Classification|MultipleChoice|QuestionAnswerin
 
 
 def default_head(model: nn.Module) -> list[str]:
-    """The direct children of a transformers classifier that are not its base model."""
+    """The direct children of a transformers classifier that are not its base model, nor models by themselves (CLIP's
+    image classifier calls its base otherwise than its prefix says)."""
     if not any(_CLASSIFIER.search(cls.__name__) for cls in type(model).__mro__):
         return []
     base = getattr(model, "base_model_prefix", "")
-    return [name for name, child in model.named_children() if name != base and any(True for _ in child.parameters())]
+    return [
+        name
+        for name, child in model.named_children()
+        if name != base and not _is_model(child) and any(True for _ in child.parameters())
+    ]
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether transformers has it as a model of its own; asked without importing transformers."""
+    return any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
 
 
 def modules_to_save(model: nn.Module) -> list[str]:

@@ -112,6 +112,8 @@ class LoRALayer(Components, Merging):
         """
         check_int("r", r, 0, math.inf, "give the maximum rank as an int, 1 or more (0: no adapter).")
         check_scaling(scaling, lora_alpha)
+        if isinstance(lora_dropout, str) or not 0 <= lora_dropout <= 1:
+            raise ValueError(f"lora_dropout is {lora_dropout!r}; give a probability from 0 to 1.")
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, scaling
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
         self.state = RankState(r)

@@ -1,25 +1,23 @@
-"""The whole model at once: put layers in, set ranks, choose what trains, merge."""
+"""The whole model at once: put layers in, set ranks, choose what trains."""
 
 import contextlib
-import copy
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from .adapting import adapt
-from .attending import attend, attend_anew, attend_no_more
+from .attending import attend, attend_anew
 from .checks import check_int
 from .gate import check_rank, matryoshka_gate, rank_gate
 from .heads import default_head, is_inside, modules_to_save, say_what_moves_beside, tied
-from .inside_peft import merge_by_peft, refuse_add_adapter, refuse_layers_without_ranks
-from .layers import LoRALayer, adapted_among, adapted_layers
+from .inside_peft import refuse_layers_without_ranks
+from .layers import LoRALayer, adapted_among
 from .parts import component_size, own_ranks, part, rank_of
 from .pretrained import guard_pretrained
-from .quantised import keep_gradients, say_what_merging_costs, tell_what_is_whole
-from .sharding import at_rest, is_managed, whole_copy
+from .quantised import keep_gradients
+from .sharding import is_managed
 from .state import RankState, set_states
 from .targets import chosen_layers, layer_options, matches
 from .walking import named_modules, unwrapped
@@ -60,7 +58,7 @@ def inject(
     lora_alpha: float | None = None,
     lora_dropout: float = 0.0,
     scaling: str = "alpha/r",
-    modules_to_save: list[str] | None = None,
+    modules_to_save: str | list[str] | None = None,
     *,
     exclude_modules: str | list[str] | None = None,
     layers_to_transform: int | list[int] | None = None,
@@ -101,6 +99,8 @@ def inject(
     if target_modules is not None and not isinstance(target_modules, (str, list, tuple, set)):
         raise ValueError(f"target_modules is {target_modules!r}; give names of layers, or a regular expression.")
     check_int("r", r, 1, math.inf, "inject needs a maximum rank of 1 or more.")
+    if isinstance(modules_to_save, str):
+        modules_to_save = [modules_to_save]
     heads = default_head(model) if modules_to_save is None else modules_to_save
     heads = list(dict.fromkeys([*getattr(model, "lora_modules_to_save", []), *heads]))  # of an earlier call too
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -117,6 +117,9 @@ def inject(
             "inject before fully_shard."
         )
     names = chosen_layers(model, modules, heads, target_modules, exclude_modules, layers_to_transform, layers_pattern)
+    for name in names:
+        if modules[name].weight.is_meta and hasattr(modules[name], "_hf_hook"):
+            raise ValueError(f"{name} is offloaded by accelerate: its weight is not here to be adapted, load it whole.")
     copied = tied(model, heads)
     options = layer_options(names, r, lora_alpha, rank_pattern, alpha_pattern)
     layers = adapt(modules, options, lora_dropout=lora_dropout, scaling=scaling, in_fp32=autocast_adapter_dtype)
@@ -236,7 +239,8 @@ def use_rank(model: nn.Module, rank) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        set_states(before)
+        still = {id(layer) for _, layer in adapted_among(named_modules(model))}  # a merge in place has taken them out
+        set_states((layer, state) for layer, state in before if id(layer) in still)
 
 
 # --- what trains, what is kept ------------------------------------------------------------------------
@@ -295,56 +299,3 @@ def _refuse_peft(model: nn.Module, instead: str) -> None:
 def _check_bias(bias: str) -> None:
     if bias not in ("none", "all", "lora_only"):
         raise ValueError(f"bias is {bias!r}; choose 'none', 'all' or 'lora_only'.")
-
-
-# --- merging ------------------------------------------------------------------------------------------
-
-
-def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> nn.Module:
-    """A plain model, no loralib layer left, that computes what ``model`` computes at ``rank`` (default: the one in
-    use).
-
-    Works on a copy unless ``inplace``. A model of PEFT's is merged by PEFT, and comes back without PEFT's layers. Of a
-    model under FSDP2 every process gets a whole copy on its CPU (all call this together). Raises ValueError while
-    per-example ranks are set and no rank is given, and for ``inplace`` under FSDP2.
-    """
-    model = unwrapped(model)
-    sharded = at_rest(model)
-    if sharded and inplace:
-        raise ValueError("The model is spread over processes by FSDP, and merging makes it whole: leave out inplace.")
-    if not inplace:
-        model = whole_copy(model) if sharded else copy.deepcopy(model)
-        # Accelerate and TRL put a forward of their own on a model, which runs the original from a copy too.
-        model.__dict__.pop("forward", None)
-    if rank is not None:
-        for _, layer in lora_layers(model):
-            layer.unmerge()
-        if isinstance(rank, torch.Tensor):
-            raise TypeError("rank is a tensor; a merged model has one rank, give an int.")
-        set_rank(model, rank)
-    refuse_add_adapter(model, lora_layers(model) if has_lora(model) else [], "merged")
-    if hasattr(model, "merge_and_unload"):
-        attend_no_more(model)
-        return merge_by_peft(model)
-    say_what_merging_costs(layer for _, layer in adapted_layers(model))
-    stored: list[torch.Tensor] = []
-    plain: dict[LoRALayer, nn.Module] = {}
-    for name, layer in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, LoRALayer)]:
-        if layer not in plain:  # one that stands in several places is one layer there
-            layer.module_name = name
-            plain[layer] = layer.to_plain()
-            stored += layer._base_weight or []
-        if not name:
-            return plain[layer]
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain[layer])
-    attend_no_more(model)
-    tell_what_is_whole(model)
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "apply_lora", False):
-        config.apply_lora = False
-    others = {id(parameter) for parameter in model.parameters()}
-    untied = getattr(model, "lora_untied", False) or any(id(weight) in others for weight in stored)
-    if untied and getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # tied again on loading, one of the two weights would be lost
-    return model

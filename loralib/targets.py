@@ -73,6 +73,7 @@ def chosen_layers(
         found = [name for name in able if is_linear(modules[name]) and modules[name] is not out]
     else:
         found = [name for name in able if matches(name, wanted)]
+    before = found
     if exclude_modules:
         found = [name for name in found if not matches(name, exclude_modules, "exclude_modules")]
     if layers_to_transform is not None:
@@ -80,6 +81,10 @@ def chosen_layers(
         found = [name for name in found if _layer_number(name, layers_pattern) in numbers]
     elif layers_pattern:
         raise ValueError("layers_pattern says where layers are numbered; it needs layers_to_transform.")
+    if before and not found:
+        left_out = {"exclude_modules": exclude_modules, "layers_to_transform": layers_to_transform}
+        told = " and ".join(f"{name} = {value!r}" for name, value in left_out.items() if value or value == 0)
+        raise ValueError(f"{told} leaves out all {len(before)} layers that target_modules matches, as {before[-1]}.")
     if not found:
         raise ValueError(_nothing(model, modules, able, wanted))
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ..files import write_text
-from ..model import merge
+from ..merged import merge
 from ..report.results import RankResults
 from .card import AUTO, model_card, num_labels
 from .directory import EXTRA, cut_adapter

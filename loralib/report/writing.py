@@ -1,5 +1,6 @@
 """What a report leaves on disk."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +22,14 @@ TABLES = (
 
 
 def remove_tables(directory: str | Path) -> None:
-    """Remove what was made of the weights that were in a run's directory."""
-    for file in (file for pattern in TABLES for file in Path(directory).glob(pattern)):
-        file.unlink()
+    """Remove what was made of the weights that were in a run's directory: test predictions, and where there is a table
+    all that goes with it."""
+    directory, patterns = Path(directory), ["test_results_*_r*.txt"]
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        patterns += [f"predictions_{split}.npz" for split in RankResults.read(directory).splits]
+        patterns += [pattern for pattern in TABLES if not pattern.startswith("predictions")]
+    for file in (file for pattern in patterns for file in directory.glob(pattern)):
+        file.unlink(missing_ok=True)
 
 
 def write_run(results: RankResults, directory: str | Path) -> None:

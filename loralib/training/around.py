@@ -13,6 +13,7 @@ from ..model import has_lora, max_rank, set_rank
 from ..schedule import BoundSchedule
 from .part import TrainerPart
 from .precision import frozen_weights_in
+from .refusing import refuse_what_is_not_saved
 
 
 class AtFullRank(TrainerCallback):
@@ -35,6 +36,8 @@ class AroundTraining(TrainerPart):
     def _enter(self) -> None:
         """What is around the training of the model as it is now."""
         assert self.contexts is not None
+        if self.bound is not None and self.model is not None:  # a search makes its models itself
+            refuse_what_is_not_saved(self.model)
         self.contexts.enter_context(self._savings())
         self.contexts.enter_context(self._checkpointing_at_its_ranks())
 
@@ -51,12 +54,16 @@ class AroundTraining(TrainerPart):
         ):  # asked, since not every precision that is named is one that autocast uses here
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         others = (
-            self.is_deepspeed_enabled or self.is_fsdp_enabled or self.args.bf16_full_eval or self.args.fp16_full_eval
+            self.is_deepspeed_enabled
+            or self.is_fsdp_enabled
+            or self.args.bf16_full_eval
+            or self.args.fp16_full_eval
+            or self.args.torch_compile  # which rounds within its kernels
         )
         with contextlib.ExitStack() as stack:
             stack.enter_context(getattr(self.model, "first_token_only", contextlib.nullcontext)())
             if dtype and self.bound is not None and not others:
-                stack.enter_context(frozen_weights_in(self.model, dtype))
+                stack.enter_context(frozen_weights_in(self.model, dtype, device))
             yield
 
     @contextlib.contextmanager

@@ -2,9 +2,33 @@
 
 from typing import Any
 
+from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..adapters.of_peft import is_peft_model
+from ..heads import is_inside, modules_to_save
 from ..inside_peft import trained_beside_ranks
+
+# What PEFT's modules to save and new tokens are called within a name.
+OF_PEFT = {"modules_to_save", "trainable_tokens_delta"}
+
+
+def refuse_what_is_not_saved(model: nn.Module) -> None:
+    """Raise ValueError for a parameter that trains though no checkpoint would hold it."""
+    heads = modules_to_save(model)
+
+    def is_kept(name: str) -> bool:  # PEFT saves what its own configuration says
+        return (
+            ".lora_" in name or is_inside(name, heads) or (is_peft_model(model) and bool(OF_PEFT & {*name.split(".")}))
+        )
+
+    others = [name for name, p in model.named_parameters() if p.requires_grad and not is_kept(f".{name}")]
+    if others:
+        raise ValueError(
+            f"{others[0]!r} (one of {len(others)}) would train, and checkpoints hold the adapter and the modules to "
+            "save alone: call loralib.mark_only_lora_as_trainable(model) before the training, or name its module in "
+            "modules_to_save."
+        )
 
 
 def refuse_scattered_factors(trainer: Any) -> None:

@@ -33,7 +33,7 @@ def run_glues_savings(model, dtype: str):
     with contextlib.ExitStack() as stack:
         stack.enter_context(model.first_token_only())
         if dtype != "fp32":
-            stack.enter_context(frozen_weights_in(model, DTYPES[dtype]))
+            stack.enter_context(frozen_weights_in(model, DTYPES[dtype], model.device.type))
         yield
 
 

@@ -95,7 +95,7 @@ def parsed(line: str, directory) -> bool:
     if program == "dylora" and words[1] == "train":
         own = words[2:] if "..." not in words else [*words[words.index("...") + 1 :], "--task_name", "rte"]
         given = expanded([str(directory / word) if word.endswith(".yaml") else word for word in own])
-        parse([*needed, *given])
+        parse([*needed, "--apply_lora", *given])  # as the command adds it
     elif program == "dylora":
         cli._parser().parse_args(words[1:])
     elif program == "bash" and (words[1].startswith("roberta_") or "/roberta_" in words[1]):

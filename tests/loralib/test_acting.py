@@ -169,3 +169,24 @@ def test_a_merged_model_has_no_hooks_left():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in plain.modules())
     assert not any(m._forward_hooks_always_called or m._forward_pre_hooks_with_kwargs for m in plain.modules())
     assert model._forward_hooks and model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_generating_in_a_fresh_process_judges_no_encoder(kind, targets):
+    """``generate`` calls the encoder by itself, and the model for the decoder alone."""
+    small = dict(vocab_size=50, d_model=16, decoder_start_token_id=0, pad_token_id=0)
+    if kind == "t5":
+        targets = [name.split("_")[0] if name != "embed_tokens" else name for name in targets]  # it has q and v
+        model = tf.T5ForConditionalGeneration(tf.T5Config(d_kv=8, d_ff=16, num_layers=1, num_heads=2, **small))
+    else:
+        config = tf.BartConfig(
+            encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
+            decoder_ffn_dim=16, max_position_embeddings=64, **small,
+        )  # fmt: skip
+        model = tf.BartForConditionalGeneration(config)
+    ready(model, targets)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*adapted, and not called")
+        model.generate(**ids(2, 6), max_new_tokens=3)
+        model(**ids(2, 6), decoder_input_ids=ids(2, 6)["input_ids"])

@@ -6,11 +6,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import GPT2Config, GPT2LMHeadModel, RobertaForSequenceClassification
 
 import loralib as lora
+from loralib.heads import default_head
 from loralib.model import lora_layers
 
 
@@ -228,6 +230,20 @@ def test_what_trains(bias, also):
     assert trains == factors | {"classifier.weight", "classifier.bias"} | also
     state = set(lora.lora_state_dict(model, bias))
     assert state == factors | also | ({"classifier.bias"} if bias == "all" else set())
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "head"),
+    [
+        ("CLIPForImageClassification", "CLIPConfig", ["classifier"]),
+        ("WhisperForAudioClassification", "WhisperConfig", ["projector", "classifier"]),
+        ("BlipForQuestionAnswering", "BlipConfig", []),
+    ],
+)
+def test_a_model_within_a_classifier_is_no_head(name, config, head):
+    with torch.device("meta"):
+        model = getattr(transformers, name)(getattr(transformers, config)())
+    assert default_head(model) == head
 
 
 def test_a_transformers_classifier_keeps_its_head(roberta_config):

@@ -38,7 +38,7 @@ def test_a_head_without_names_is_not_measured_by_the_alphabet(roberta_checkpoint
     with pytest.raises(UsageError, match="tells no names of its outputs, and the labels are no, yes: name them"):
         load()
     _, raw, notes = load("--labels", "yes,no")
-    assert raw["validation"]["label"] == [1, 0] * 3 and "the texts: text" in notes
+    assert raw["validation"]["label"] == [1, 0] * 3 and "the texts: text; 2 labels: yes, no" in notes
 
 
 def test_a_validation_file_needs_labels_before_training(roberta_checkpoint, tmp_path):

@@ -33,7 +33,7 @@ SETTINGS = {
     "lora_scaling": st.sampled_from(["alpha/b", "alpha/r"]),
     "hub_model_id": st.sampled_from(["007", "true", "1e-3", "me/model"]),
 }
-NEEDED = {"model_name_or_path": "some/model", "train_file": "0012.csv"}
+NEEDED = {"model_name_or_path": "some/model", "train_file": "0012.csv", "apply_lora": True}
 
 
 @forall(st.fixed_dictionaries({}, optional=SETTINGS))
@@ -52,7 +52,7 @@ def test_what_is_stored_means_what_was_given(tmp_path_factory, settings):
 
 @pytest.mark.parametrize("flag", ["lora_paced", "lora_frozen", "regression"])
 def test_a_switch_alone_is_on_and_left_out_is_neither(flag):
-    line = ["--model_name_or_path", "m", "--train_file", "t.csv", "--output_dir", "o"]
+    line = ["--model_name_or_path", "m", "--train_file", "t.csv", "--output_dir", "o", "--apply_lora"]
     for given_flag, value in (([f"--{flag}"], True), ([f"--{flag}", "False"], False), ([], None)):
         (found,) = [getattr(part, flag) for part in parse([*line, *given_flag]) if hasattr(part, flag)]
         assert found is value

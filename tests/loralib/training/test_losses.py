@@ -86,6 +86,7 @@ def test_a_model_that_divides_by_items_that_nobody_counts_is_weighed_alike(split
         vocab_size=60, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
     )
     model = lora.inject(LlamaForQuestionAnswering(config), ["q_proj"], r=4)
+    lora.mark_only_lora_as_trainable(model)
     rows = [{"input_ids": [5 + i, 6, 7, 8], "start_positions": i % 4, "end_positions": 3} for i in range(8)]
 
     def run(size, accumulate):

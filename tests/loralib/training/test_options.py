@@ -258,3 +258,12 @@ def test_a_stream_that_knows_its_length_is_a_stream(roberta_config, roberta_chec
 def test_compiled_blocks_are_not_checkpointed(name, roberta_config, roberta_checkpoint, tmp_path):
     with pytest.raises(ValueError, match="leave out torch_compile or activation_checkpointing"):
         trainer(roberta_config, roberta_checkpoint, tmp_path, torch_compile=True, **{name: True})
+
+
+def test_what_no_checkpoint_would_hold_is_not_trained(roberta_config, roberta_checkpoint, tmp_path):
+    t = trainer(roberta_config, roberta_checkpoint, tmp_path)
+    norm = t.model.roberta.encoder.layer[0].output.LayerNorm.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"LayerNorm.weight' \(one of 2\) would train, and checkpoints hold"):
+        t.train()
+    norm.requires_grad_(False)
+    t.train()
