@@ -30,7 +30,8 @@ def frozen_weights_in(model: nn.Module, dtype: torch.dtype, device: str = "cpu")
         if not under | outside:
             return  # the first pass begins, or a pass within it has come here before
         end_noting()
-        under.clear(), outside.clear()
+        under.clear()
+        outside.clear()
         for module in called:
             weight = module._parameters["weight"]
             assert weight is not None
