@@ -82,7 +82,7 @@ def test_a_pip_user_with_a_csv(environment, tmp_path, encoder):
     chosen = run("dylora select out", environment, tmp_path)
     assert chosen.startswith("rank ")
     run(export + "", environment, tmp_path)
-    card = (tmp_path / "adapter" / "README.md").read_text()
+    card = (tmp_path / "smaller" / "README.md").read_text()
     snippet = re.search(r"```python\n(.*?)```", card, re.S)[1]
     (tmp_path / "use.py").write_text(snippet)
     assert run("python use.py", environment, tmp_path).strip() in ("0", "1")
@@ -94,7 +94,6 @@ def test_a_peft_user_with_our_trainer(environment, tmp_path, encoder):
     code = "\n".join(fenced(ROOT / page, "python")).replace('"roberta-base"', repr(str(encoder)))
     (tmp_path / "first.py").write_text(code)
     run("python first.py", environment, tmp_path)
-    shutil.rmtree(tmp_path / "adapter")
     for line in of_page(page, "dylora"):
         run(line + "", environment, tmp_path)
     alone = f"""
@@ -108,12 +107,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 model = AutoModelForSequenceClassification.from_pretrained({str(encoder)!r}, num_labels=2)
-model = PeftModel.from_pretrained(model, "adapter").eval()
+model = PeftModel.from_pretrained(model, "smaller").eval()
 print(model(torch.arange(5, 15)[None]).logits.detach().flatten().tolist())
 """
     (tmp_path / "alone.py").write_text(alone)
     theirs = run("python alone.py", environment, tmp_path)
-    rank = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"]
+    rank = json.loads((tmp_path / "smaller" / "adapter_config.json").read_text())["r"]
     model = AutoModelForSequenceClassification.from_pretrained(encoder, num_labels=2)
     lora.load_adapter(model, tmp_path / "out")
     lora.set_rank(model.eval(), rank)
