@@ -25,8 +25,10 @@ def base_sample(layers: list[tuple[str, LoRALayer]]) -> dict:
 
 def check_base(layer: Any, files: AdapterFiles) -> None:
     """Raise ValueError if the file was trained on other weights (to bf16's precision) than the last adapted layer's."""
-    sample = files.facts.get("base_sample") if layer is not None and not is_quantised(layer.weight) else None
-    if sample and not is_known(layer.weight, sample):
+    weight, sample = getattr(layer, "weight", None), files.facts.get("base_sample")
+    if not sample or not isinstance(weight, torch.Tensor) or is_quantised(weight):
+        return
+    if not is_known(weight, sample):
         raise ValueError(
             f"{files.path} was trained on other base weights ({files.config.get('base_model_name_or_path')}); load "
             "that model first."

@@ -177,6 +177,16 @@ def test_pefts_convolutions_are_cut_again_as_they_were(kernel, tmp_path):
         lora.load_adapter(plain, tmp_path / "4")
 
 
+def test_a_sample_of_what_has_no_weight_is_no_sample(tmp_path):
+    base = Images()
+    model = lora.inject(copy.deepcopy(base), ["qkv"], r=2)
+    lora.save_adapter(model, tmp_path)
+    facts = json.loads((tmp_path / "dylora.json").read_text())
+    for name in ("", "nowhere"):
+        (tmp_path / "dylora.json").write_text(json.dumps(facts | {"base_sample_of": name}))
+        assert lora.load_adapter(copy.deepcopy(base), tmp_path) == []
+
+
 def test_a_file_without_factors_is_not_cut(tmp_path):
     model = Images()
     lora.inject(model, ["qkv"], r=2)
