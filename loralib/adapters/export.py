@@ -13,7 +13,7 @@ from ..merged import merge
 from ..report.results import RankResults
 from .card import AUTO, model_card, num_labels
 from .directory import EXTRA, cut_adapter
-from .hub import TOKENIZER
+from .hub import TOKENIZER, base_of
 from .placing import free_directory, written_whole
 from .serving import check_for_vllm
 from .store import load_adapter
@@ -67,8 +67,8 @@ def export_merged(
         raise FileNotFoundError(f"{source} is no directory; give a run or an adapter's directory.")
     with tempfile.TemporaryDirectory() as work:
         config, facts = cut_adapter(source, work, rank)  # checks the file and the rank before the base model is fetched
-        of_base = {"revision": config["revision"]} if config.get("revision") and not base else {}
-        base, auto = base or config.get("base_model_name_or_path"), AUTO.get(config.get("task_type") or "")
+        base, of_base = base_of(config, base)
+        auto = AUTO.get(config.get("task_type") or "")
         if base is None or auto is None:
             raise ValueError(
                 f"{source} does not say which kind of model it is for; merge it in Python with loralib.merge."

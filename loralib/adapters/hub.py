@@ -16,6 +16,15 @@ FILES = (
 )
 
 
+def base_of(config: dict, asked: str | None) -> tuple[str | None, dict]:
+    """Where an adapter's base model is, and the options that fetch it: where it was ``asked`` for, else what
+    adapter_config.json names, at its revision."""
+    if asked:
+        return asked, {}
+    revision = config.get("revision")
+    return config.get("base_model_name_or_path"), {"revision": revision} if revision else {}
+
+
 def local(path: str | os.PathLike, token: str | None = None, revision: str | None = None) -> Path:
     """``path`` if it is there; else the hub's repository of that name ("owner/name"), fetched into the cache.
 

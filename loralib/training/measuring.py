@@ -137,12 +137,9 @@ class Measurements(TrainerPart):
             reason = nothing_learnt(decide(logits), labels, curve, results.metric, names)
         else:
             file.unlink(missing_ok=True)  # an earlier measurement's
-        if split != results.split():  # an earlier one, on which the rank was chosen
-            pass
-        elif reason is None:
-            results = replace(results, selected_rank=self._chosen(results, split))
-        else:
-            results = replace(results, selected_rank_reason=reason)
+        if split == results.split():  # else the rank was chosen on an earlier one
+            selected = None if reason else self._chosen(results, split)
+            results = replace(results, selected_rank=selected, selected_rank_reason=reason)
         write_run(results, self.args.output_dir)
         return results
 

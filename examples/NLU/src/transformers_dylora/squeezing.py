@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWith
 import loralib as lora
 from loralib.adapters.card import AUTO
 from loralib.adapters.directory import AdapterFiles, read_directory, write_adapter
+from loralib.adapters.hub import base_of
 from loralib.adapters.kinds import head_outputs
 from loralib.adapters.labels import told
 from loralib.report.results import RankResults
@@ -61,8 +62,7 @@ class Adapted:
         """
         files = read_directory(directory)
         kind = files.config.get("task_type") or ""
-        of_base = {"revision": files.config["revision"]} if files.config.get("revision") and not base else {}
-        base = base or files.config.get("base_model_name_or_path")
+        base, of_base = base_of(files.config, base)
         if kind not in ("SEQ_CLS", "CAUSAL_LM"):
             raise UsageError(
                 f"{directory} is a {kind or 'nameless'} adapter; classifiers and language models are measured."
