@@ -40,8 +40,8 @@ def keep_off_fast_path(model: nn.Module) -> None:
 
 
 def look_again(model: nn.Module) -> None:
-    """The next call of ``model`` is its first one."""
-    _looked_at.discard(model)
+    """The next call of ``model`` is its first one, and so is that of a part by itself."""
+    _looked_at.difference_update(model.modules())
 
 
 def first_call(model: nn.Module) -> Watch | None:
@@ -90,7 +90,7 @@ class Watch:
                     f"{name} is not called, since {other} has the same weight and runs in its place, so an adapter "
                     f"would never act; adapt {other} instead."
                 )
-        _looked_at.add(self.model)
+        _looked_at.update(self.model.modules())
         if silent:
             warnings.warn(
                 f"{_listed([name for name, _ in silent])}: adapted, and not called in the first pass of "

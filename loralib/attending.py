@@ -19,17 +19,33 @@ _watches: dict[int, Watch] = {}  # by the call that they watch
 
 
 def attend(model: nn.Module, layers: list[LoRALayer] | None = None) -> None:
-    """Watch the calls of ``model`` from here on; ``layers``: those that run with one rank per example from here on."""
+    """Watch the calls of ``model`` from here on, and those of its parts that ``generate`` calls in its place;
+    ``layers``: those that run with one rank per example from here on."""
     if isinstance(model, LoRALayer):
         return
-    if _enter not in model._forward_pre_hooks.values():
+    if not _is_attended(model):
         keep_off_fast_path(model)
-        model.register_forward_pre_hook(_enter, with_kwargs=True)
-        model.register_forward_hook(_judge)
-        model.register_forward_hook(_leave, always_call=True)
+        for module in [model, *_called_alone(model)]:
+            if not _is_attended(module):
+                module.register_forward_pre_hook(_enter, with_kwargs=True)
+                module.register_forward_hook(_judge)
+                module.register_forward_hook(_leave, always_call=True)
         look_again(model)
     if any(layer.layout is None for layer in layers or []):
-        setattr(model, _UNKNOWN, True)
+        for module in filter(_is_attended, model.modules()):
+            setattr(module, _UNKNOWN, True)
+
+
+def _is_attended(module: nn.Module) -> bool:
+    return _enter in module._forward_pre_hooks.values()
+
+
+def _called_alone(model: nn.Module) -> list[nn.Module]:
+    """The modules that ``generate`` calls and not the model around them: the one inside PEFT's model, an encoder."""
+    found: list[Any] = [module for module in model.modules() if hasattr(type(module), "generate")]
+    pairs = [module for module in found if getattr(getattr(module, "config", None), "is_encoder_decoder", False)]
+    found += [module.get_encoder() for module in pairs if hasattr(type(module), "get_encoder")]
+    return [module for module in dict.fromkeys(found) if module is not model and isinstance(module, nn.Module)]
 
 
 def attend_anew(model: nn.Module) -> None:
@@ -49,8 +65,10 @@ def _enter(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         return
     call = Call(model, args, kwargs, learning.learn, sys._getframe(1))
     calls().append(call)
-    # A decoder's step of generate runs on what the encoder gave before: it says nothing of the encoder's layers.
-    watch = first_call(model) if kwargs.get("encoder_outputs") is None else None
+    # What runs within another call is looked at there. A decoder's step of generate runs on what the encoder gave
+    # before: it says nothing of the encoder's layers.
+    whole = len(calls()) == 1 and kwargs.get("encoder_outputs") is None
+    watch = first_call(model) if whole else None
     if watch is not None:
         _watches[id(call)] = watch
 
@@ -83,7 +101,9 @@ def _learn(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if "torch._dynamo" in sys.modules:  # its import takes a second, and without it nothing is compiled
             learn = torch.compiler.disable(learn)
         learn(model, *args, **kwargs)
-    setattr(model, _UNKNOWN, unknown())  # a single example tells nothing
+    left = unknown()  # a single example tells nothing
+    for module in [model, *(module for module in model.modules() if _UNKNOWN in module.__dict__)]:
+        setattr(module, _UNKNOWN, left)
 
 
 # A mark of torch.compiler.disable's: a compiler leaves its graph here.
@@ -112,12 +132,13 @@ def _leave(model: nn.Module, args: tuple, output: Any) -> None:
 
 def attend_no_more(model: nn.Module) -> None:
     """Take the hooks off: of a model that is plain again."""
-    for hooks in (model._forward_pre_hooks, model._forward_hooks):
-        for key in [key for key, hook in hooks.items() if hook in (_enter, _judge, _leave)]:
-            del hooks[key]
-            for marks in (
-                model._forward_pre_hooks_with_kwargs,
-                model._forward_hooks_with_kwargs,
-                model._forward_hooks_always_called,
-            ):
-                marks.pop(key, None)
+    for module in filter(_is_attended, model.modules()):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if hook in (_enter, _judge, _leave)]:
+                del hooks[key]
+                for marks in (
+                    module._forward_pre_hooks_with_kwargs,
+                    module._forward_hooks_with_kwargs,
+                    module._forward_hooks_always_called,
+                ):
+                    marks.pop(key, None)

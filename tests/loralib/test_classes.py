@@ -1,14 +1,17 @@
 """Classes beside plain text models: what PEFT can load of them, compiled ones, and beams."""
 
+import warnings
+
 import pytest
 import torch
 import transformers as tf
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 import loralib as lora
 from loralib.adapters.kinds import task_type
 from loralib.model import lora_layers
+from loralib.peft import DyLoraConfig
 
 SMALL = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=60)
 
@@ -49,6 +52,15 @@ def bart():
             vocab_size=60, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
             decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=40,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, forced_eos_token_id=None,
+        )
+    )  # fmt: skip
+
+
+def t5():
+    return tf.T5ForConditionalGeneration(
+        tf.T5Config(
+            vocab_size=60, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, pad_token_id=0, eos_token_id=2,
+            decoder_start_token_id=1,
         )
     )  # fmt: skip
 
@@ -139,6 +151,32 @@ def test_one_rank_per_sequence_generates_what_the_merged_models_do(beams):
     for row, rank in enumerate(ranks.tolist()):
         alone = lora.merge(model, rank=rank).generate(ids[row : row + 1], **settings)
         assert found[row].tolist() == alone[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["llama", "bart", "t5"])
+@pytest.mark.parametrize("door", ["inject", "peft"])
+def test_the_first_call_may_be_generate_which_calls_parts_of_a_model(kind, door):
+    """PEFT's ``generate`` calls the model within its own, an encoder-decoder model's the encoder by itself."""
+    torch.manual_seed(0)
+    model = {"llama": llama, "bart": bart, "t5": t5}[kind]().eval()
+    targets = ["q", "v"] if kind == "t5" else ["q_proj", "v_proj"]
+    if door == "peft":
+        task = "CAUSAL_LM" if kind == "llama" else "SEQ_2_SEQ_LM"
+        model = get_peft_model(model, DyLoraConfig(r=4, target_modules=targets, task_type=task)).eval()
+    else:
+        lora.inject(model, targets, r=4)
+    strong(model)
+    ids, ranks = torch.arange(4, 16).reshape(3, 4), torch.tensor([1, 4, 2])
+    settings = dict(max_new_tokens=6, do_sample=False)
+    merged = {rank: lora.merge(model, rank=rank) for rank in (1, 2, 4)}
+    lora.set_rank(model, ranks)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "(?s).*adapted, and not called")
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+    for row, rank in enumerate(ranks.tolist()):
+        alone = merged[rank].generate(ids[row : row + 1], attention_mask=torch.ones(1, 4).long(), **settings)[0]
+        assert found[row].tolist()[: len(alone)] == alone.tolist()
+    assert not any(module._forward_hooks for module in merged[1].modules())
 
 
 @pytest.mark.parametrize("beams", [1, 3])
