@@ -1,6 +1,7 @@
 """Does one DyLoRA run match a whole LoRA sweep? Train and measure the methods of methods.py.
 
     python -m scripts.study rates    --encoder DIR --data DIR     # choose each method's rate, on a tenth of train
+    python -m scripts.study rates --r-max 16 --encoder DIR --data DIR     # the same at a larger r_max, of fewer
     python -m scripts.study leads    --encoder DIR --data DIR     # what else was tried, at one rate on a tenth of train
     python -m scripts.study runs     --encoder DIR --data DIR     # every task, method and seed, on validation
     python -m scripts.study runs     --encoder DIR --data DIR --methods mixed-0.8 --rate 1e-3     # at one's own rate
@@ -28,7 +29,7 @@ from . import cells
 from .cells import BUDGETS, LANGUAGE, R_MAX, Cell, chosen_rates, read_records, usual_records
 from .methods import CUTS, DEFAULT, METHODS
 from .running import ROOT, run_all, run_cell
-from .tried import TRIED
+from .tried import TRIED, named
 
 RESULTS = ROOT / "results" / "study"
 OF_LANGUAGE = ("lora-8", DEFAULT, *(name for names in cells.SWEEP.values() for name in names if name != "lora-8"))
@@ -44,19 +45,20 @@ FLAGS: dict[str, dict] = {
     "--methods": dict(nargs="+", choices=[*METHODS, *TRIED], help="default: all the command is for"),
     "--seeds": dict(nargs="+", type=int, help="default: 0 1 2; of a language model 0 1"),
     "--rate": dict(type=float, help="instead of the chosen one"),
+    "--r-max": dict(type=int, default=R_MAX, choices=[R_MAX, *cells.WIDE_RANKS], help="as in the tables of r_max"),
     "--keep": dict(metavar="DIR", help="for adapters and checkpoints of lora-8"),
     "--processes": dict(type=int, default=os.cpu_count(), help="default: as many as cores"),
     "--results": dict(default=str(RESULTS), metavar="DIR", help="where runs.jsonl and the tables are"),
 }
 MANY = ("--data", "--keep", "--processes", "--results")
 COMMANDS = {
-    "rates": ("--encoder", "--methods", *MANY),
+    "rates": ("--encoder", "--methods", "--r-max", *MANY),
     "leads": ("--encoder", "--methods", *MANY),
     "runs": ("--encoder", "--tasks", "--methods", "--seeds", "--rate", *MANY),
     "wide": ("--encoder", "--methods", *MANY),
     "language": ("--model", "--methods", "--seeds", "--rate", *MANY),
     "tables": ("--results",),
-    "cell": ("--data", "--rate", "--keep", "--results"),
+    "cell": ("--data", "--rate", "--r-max", "--keep", "--results"),
 }
 
 
@@ -71,7 +73,6 @@ def line_parser() -> argparse.ArgumentParser:
     command.add_argument("--encoder", metavar="DIR", help="the encoder")
     command.add_argument("--model", metavar="DIR", help="the language model, for webnlg")
     command.add_argument("--held-out", action="store_true", help="measure on a tenth of train")
-    command.add_argument("--r-max", type=int, default=R_MAX, help="as in the tables of r_max")
     command.add_argument("--targets", choices=[cells.USUAL_TARGETS, cells.ALL_LINEAR], help="what is adapted")
     return parser
 
@@ -87,11 +88,16 @@ def main(argv: list[str] | None = None) -> None:
 
         return write_tables(Path(options.results), read_records(file))
     if options.command == "rates":
-        return search_rates(options, file, options.methods or [*METHODS])
+        methods = options.methods or [*(METHODS if options.r_max == R_MAX else cells.WIDE_METHODS)]
+        if small := [name for name in methods if options.r_max > R_MAX > named(name).r]:
+            parser.error(
+                f"{', '.join(small)}: of a rank of its own, whatever r_max is; leave it out at {options.r_max}."
+            )
+        return search_rates(options, file, methods, r_max=options.r_max)
     if options.command == "leads":
         return run_all(cells.lead_cells(options.methods or ["lora-8", DEFAULT, *TRIED]), options)
     if options.command == "wide":
-        return run_all(cells.wide_cells(options.methods), options)
+        return run_all(cells.wide_cells(read_records(file), options.methods), options)
     if options.command == "language":
         methods, runs = options.methods or OF_LANGUAGE, cells.LANGUAGE_RATE_RUNS
         if options.rate:
@@ -121,9 +127,11 @@ def main(argv: list[str] | None = None) -> None:
     one_cell(parser, options, rates)
 
 
-def search_rates(options, file: Path, methods, runs=None, targets: str = cells.USUAL_TARGETS) -> None:
+def search_rates(
+    options, file: Path, methods, runs=None, targets: str = cells.USUAL_TARGETS, r_max: int = R_MAX
+) -> None:
     """Measure until every method's grid is closed; the next rate of a grid follows from the scores of the last."""
-    while missing := cells.rate_cells(methods, read_records(file), runs, targets):
+    while missing := cells.rate_cells(methods, read_records(file), runs, targets, r_max):
         run_all(missing, options)
 
 

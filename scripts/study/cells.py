@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,9 +45,10 @@ LEAD_RUNS = tuple((task, seed) for seed in (0, 1) for task in ("mnli", "qqp", "q
 TRIED_RATE = 1e-3
 USUAL_TARGETS = "query,value"
 ALL_LINEAR = "all-linear"
-# r_max and targets as people use them: two tasks each.
+# r_max and targets as people use them: two tasks each, and at larger r_max the methods whose rates are searched.
 WIDE_TASKS = "cola", "sst2"
 WIDE_RANKS = 16, 64
+WIDE_METHODS = ("lora-8", DEFAULT, "halving")
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,12 @@ def read_records(file: Path) -> list[dict]:
 
 def usual_records(records: list[dict]) -> list[dict]:
     """Those of the main tables."""
-    return [r for r in records if Cell(*(r[name] for name in Cell.__dataclass_fields__)).usual]
+    return at(records)
+
+
+def at(records: list[dict], r_max: int = R_MAX, targets: str = USUAL_TARGETS) -> list[dict]:
+    """Those of one r_max and choice of layers, on GLUE."""
+    return [r for r in records if r["task"] in BUDGETS and (r["r_max"], r["targets"]) == (r_max, targets)]
 
 
 def area(scores: dict) -> float:
@@ -170,12 +177,16 @@ def chosen_strengths(records: list[dict], runs: Runs | None = None) -> dict[int,
 
 
 def rate_cells(
-    methods: list[str], records: list[dict], runs: Runs | None = None, targets: str = USUAL_TARGETS
+    methods: list[str],
+    records: list[dict],
+    runs: Runs | None = None,
+    targets: str = USUAL_TARGETS,
+    r_max: int = R_MAX,
 ) -> list[Cell]:
     """What has to be measured next so that each method's rate can be chosen; none once all grids are closed."""
-    scores = held_out_scores(records, runs)
+    scores = held_out_scores([r for r in records if (r["r_max"], r["targets"]) == (r_max, targets)], runs)
     cells = [
-        Cell(task, name, seed, rate, "held_out", targets=targets)
+        Cell(task, name, seed, rate, "held_out", r_max, targets)
         for name in methods
         for rate in next_rates(scores.get(name, {}))
         for task, seed in runs or RATE_RUNS
@@ -187,13 +198,21 @@ def lead_cells(methods: list[str]) -> list[Cell]:
     return [Cell(task, name, seed, TRIED_RATE, "held_out") for task, seed in LEAD_RUNS for name in methods]
 
 
-def wide_cells(methods: list[str] | None = None) -> list[Cell]:
-    """``methods`` (default: our default, beside plain LoRA of rank r_max, cut by SVD) at larger r_max, one seed; and
-    with all linear layers (by default beside the sweep too), two seeds."""
+def wide_rates(records: list[dict], r_max: int) -> dict[str, float]:
+    """Each method's rate at a larger r_max: the chosen one, else TRIED_RATE."""
+    return defaultdict(lambda: TRIED_RATE, chosen_rates(at(records, r_max)))
+
+
+def wide_cells(records: list[dict], methods: list[str] | None = None) -> list[Cell]:
+    """``methods`` (default: our default, beside plain LoRA of rank r_max, cut by SVD) at larger r_max, one seed, at the
+    rates that ``records`` choose; and with all linear layers (by default beside the sweep too), two seeds."""
     sweep = [] if methods else [names[0] for r, names in sorted(SWEEP.items()) if r < R_MAX]
     methods = methods or ["lora-8", DEFAULT]
     cells = [
-        Cell(task, name, 0, TRIED_RATE, r_max=r_max) for r_max in WIDE_RANKS for task in WIDE_TASKS for name in methods
+        Cell(task, name, 0, wide_rates(records, r_max)[name], r_max=r_max)
+        for r_max in WIDE_RANKS
+        for task in WIDE_TASKS
+        for name in methods
     ]
     return cells + [
         Cell(task, name, seed, TRIED_RATE, targets=ALL_LINEAR)

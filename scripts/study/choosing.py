@@ -3,7 +3,7 @@
 from collections import Counter
 
 from .cells import RATE_RUNS
-from .held_out import lead_table, rate_table, tried_table
+from .held_out import lead_table, rate_table, tried_table, wide_rate_tables
 from .language_tables import held_out_tables
 from .methods import METHODS
 from .naming import NAMES
@@ -28,6 +28,7 @@ def choosing_page(records: list[dict], everything: list[dict]) -> list[str]:
         f"tasks counts for all. In the last column the best mean stands beside its rate. {searched_on(records)}",
         "",
         *rate_table(records),
+        *wide_rate_tables(everything),
         *lead_table(records),
         *held_out_tables(everything),
         *tried_table(records),

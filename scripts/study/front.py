@@ -62,6 +62,7 @@ COMMANDS = [
     f"{RUNS} squeeze-1 squeeze-2 squeeze-4 --rate 1e-3 --seeds 3 4",
     f"{RUNS} adalora-1 adalora-2 adalora-4 adalora-8 --seeds 3 4",
     f"{RUNS} matryoshka-sum --rate 5e-4",
+    "    python -m scripts.study rates --encoder encoder --data glue --r-max 16      # and 64",
     "    python -m scripts.study wide --encoder encoder --data glue",
     "    python -m scripts.study wide --encoder encoder --data glue --methods halving",
     "    python -m scripts.study language --model SmolLM2-135M-Instruct --data glue     # glue holds webnlg too",

@@ -4,7 +4,18 @@ from collections import defaultdict
 
 from loralib.report.tables import markdown_table
 
-from .cells import LEAD_RUNS, RATE_RUNS, TRIED_RATE, area, chosen_rates, chosen_strengths, held_out_scores, next_rates
+from .cells import (
+    LEAD_RUNS,
+    RATE_RUNS,
+    TRIED_RATE,
+    WIDE_RANKS,
+    area,
+    at,
+    chosen_rates,
+    chosen_strengths,
+    held_out_scores,
+    next_rates,
+)
 from .methods import DEFAULT, METHODS, R_MAX, SHOWN
 from .naming import HEAD, NAMES, OF_SWEEP, order, title, with_error
 from .shown import computed_in
@@ -15,8 +26,9 @@ BAR = "cut-svd"
 LEAD_TASKS = tuple(dict.fromkeys(task for task, _ in LEAD_RUNS))
 
 
-def rate_table(records: list[dict]) -> list[str]:
-    """How rates are chosen: AURAC on the held-out tenths of RATE_RUNS, seed by seed, and what each method takes."""
+def rate_table(records: list[dict], r_max: int = R_MAX) -> list[str]:
+    """How rates are chosen: AURAC on the held-out tenths of RATE_RUNS, seed by seed, and what each method takes.
+    ``records``: those of one r_max."""
     cells: dict = defaultdict(list)
     tasks, chosen, scored = (
         list(dict.fromkeys(task for task, _ in RATE_RUNS)),
@@ -29,16 +41,28 @@ def rate_table(records: list[dict]) -> list[str]:
     rates = sorted({rate for method, rate, _ in cells if method in METHODS})
     rows, strengths = [], set(chosen_strengths(records).values())
     for method in order({m for m, _, _ in cells} & set(METHODS)):
-        row = [title(method)]
+        row = [title(method, r_max)]
         for rate in rates:
             parts = [", ".join(f"{v:.1f}" for _, v in sorted(cells[method, rate, task])) or "-" for task in tasks]
             row.append(" / ".join(parts) if any(part != "-" for part in parts) else "")
         if best := chosen.get(method):
-            taken = f"{best:g}: {scored[method][best]:.1f}" + (", for the sweep" if method in strengths else "")
+            taken = f"{best:g}: {scored[method][best]:.1f}" + (
+                ", for the sweep" if method in strengths and r_max == R_MAX else ""
+            )
         else:
             taken = "open: " + ", ".join(f"{rate:g}" for rate in next_rates(scored.get(method, {})))
         rows.append([*row, taken])
     return [markdown_table(["method", *(f"{rate:g}" for rate in rates), "chosen"], rows, "l"), ""]
+
+
+def wide_rate_tables(everything: list[dict]) -> list[str]:
+    """The same at larger r_max."""
+    lines = []
+    for r_max in WIDE_RANKS:
+        own = [r for r in at(everything, r_max) if r["split"] == "held_out"]
+        lines += [f"### r_max {r_max}", "", *rate_table(own, r_max)] if own else []
+    about = "As above; AURAC over ranks 1, 2, 4, .. r_max (`python -m scripts.study rates --r-max 16`, or 64)."
+    return ["## Larger r_max", "", about, "", *lines] if lines else []
 
 
 def tried_table(records: list[dict]) -> list[str]:

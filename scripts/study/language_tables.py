@@ -33,11 +33,14 @@ def rates_of(held_out: dict[str, dict[float, float]]) -> dict[str, float]:
     return {method: max(by_rate, key=by_rate.__getitem__) for method, by_rate in held_out.items()}
 
 
+def at_r_max(rates: dict[str, float]) -> dict[str, dict[int, float]]:
+    return {method: {R_MAX: rate} for method, rate in rates.items()}
+
+
 def validation_tables(records: list[dict]) -> list[str]:
     """The language model on validation."""
     task, own, held_out = of_language(records)
-    rates = rates_of(held_out)
-    kept = Kept(task, ALL_LINEAR, rates)
+    kept = Kept(task, ALL_LINEAR, at_r_max(rates_of(held_out)))
     found = curves_of(in_one_place(own, kept, computed_in), kept, PLAIN_SWEEP)
     if not found[DEFAULT]:
         return []
@@ -67,7 +70,7 @@ def held_out_tables(records: list[dict]) -> list[str]:
     if not own:
         return []
     rates = rates_of(held_out)
-    kept = Kept(task, ALL_LINEAR, rates, split="held_out")
+    kept = Kept(task, ALL_LINEAR, at_r_max(rates), split="held_out")
     found = curves_of(own, kept, PLAIN_SWEEP)
     devices = sorted({device_of(r) for name in (*PLAIN_SWEEP.values(), DEFAULT) for r in kept.runs(own, name, R_MAX)})
     return [

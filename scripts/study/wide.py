@@ -9,7 +9,7 @@ from loralib.report.tables import markdown_table
 from . import cells
 from .cells import ALL_LINEAR, TRIED_RATE, WIDE_TASKS
 from .held_out import BAR
-from .methods import DEFAULT, PLAIN_SWEEP, R_MAX, shown_up_to
+from .methods import CUTS, DEFAULT, PLAIN_SWEEP, R_MAX, shown_up_to
 from .naming import NAMES, OF_SWEEP, ROWS, order, title, with_error
 from .shown import device_of
 
@@ -19,17 +19,20 @@ Curves = dict[str, dict[int, dict[int, float]]]  # {row: {seed: {rank: score}}}
 
 @dataclass(frozen=True)
 class Kept:
-    """Which runs a table shows: those of one task, r_max, choice of layers, split and, by method, rate."""
+    """Which runs a table shows: those of one task, r_max, choice of layers, split and rate.
+
+    ``rates``: {method: {r_max: rate}}; any other is TRIED_RATE.
+    """
 
     task: str
     targets: str
-    rates: dict[str, float]
+    rates: dict[str, dict[int, float]]
     r_max: int = R_MAX
     split: str = "validation"
 
     def runs(self, records: list[dict], method: str, r_max: int) -> list[dict]:
         wanted = {"task": self.task, "targets": self.targets, "split": self.split, "method": method, "r_max": r_max}
-        rate = self.rates.get("lora-8" if method == BAR else method, TRIED_RATE)
+        rate = self.rates.get(CUTS[method].of if method in CUTS else method, {}).get(r_max, TRIED_RATE)
         return [r for r in records if r["rate"] == rate and all(r[key] == value for key, value in wanted.items())]
 
 
@@ -75,12 +78,11 @@ def curve_table(
 
 def rank_tables(records: list[dict]) -> list[str]:
     """The default at larger r_max."""
-    sweep = {r: name for r, name in PLAIN_SWEEP.items() if r < R_MAX}
-    lines = []
+    lines, rates = [], wide_rates(records)
     for r_max in cells.WIDE_RANKS:
         for task in WIDE_TASKS:
-            kept = Kept(task, cells.USUAL_TARGETS, {}, r_max)
-            found = curves_of(in_one_place(records, kept), kept, sweep)
+            kept = Kept(task, cells.USUAL_TARGETS, rates, r_max)
+            found = curves_of(in_one_place(records, kept), kept, PLAIN_SWEEP)
             if not found[DEFAULT]:
                 continue
             ranks = shown_up_to(r_max)
@@ -96,11 +98,31 @@ def rank_tables(records: list[dict]) -> list[str]:
     return [
         "## Larger r_max",
         "",
-        f"Rate {TRIED_RATE:g}, strength 2 (the sweep below rank 8: 16/r), seed 0 alone. No rate was "
-        "searched at these r_max.",
+        f"Strength 2 (the sweep below rank 8: 16/r), seed 0 alone. {told_rates(rates)}",
         "",
         *lines,
     ]
+
+
+def wide_rates(records: list[dict]) -> dict[str, dict[int, float]]:
+    """{method: {r_max: the chosen rate}} of larger r_max."""
+    found: dict = defaultdict(dict)
+    for r_max in cells.WIDE_RANKS:
+        for method, rate in cells.chosen_rates(cells.at(records, r_max)).items():
+            found[method][r_max] = rate
+    return found
+
+
+def told_rates(rates: dict[str, dict[int, float]]) -> str:
+    """The rates of a table's rows, as sentences."""
+    told = []
+    for r_max in cells.WIDE_RANKS:
+        own = [f"{title(name, r_max)}: {rates[name][r_max]:g}" for name in order(rates) if r_max in rates[name]]
+        told += [f"at r_max {r_max} {'; '.join(own)}"] if own else []
+    if not told:
+        return f"Rate {TRIED_RATE:g}; none was searched at these r_max."
+    how = "[as those of r_max 8](choosing.md#larger-r_max)"
+    return f"Rates, chosen {how}, {', '.join(told)}. All else at {TRIED_RATE:g}."
 
 
 def target_tables(records: list[dict]) -> list[str]:

@@ -235,6 +235,7 @@ def test_a_cell_that_is_none_says_which_there_are(given, tiny, capsys):
         (["cell", "cola", "lora-8", "0", "--model", "m"], "cola needs --encoder"),
         (["wide", "--encoder", "e", "--seeds", "5"], "unrecognized arguments: --seeds 5"),
         (["language", "--encoder", "e"], "--model"),
+        (["rates", "--encoder", "e", "--r-max", "16", "--methods", "lora-1"], "lora-1: of a rank of its own"),
     ],
 )
 def test_a_command_takes_its_own_flags_alone(line, sentence, capsys):

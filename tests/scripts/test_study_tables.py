@@ -28,7 +28,7 @@ from scripts.study.running import ROOT
 def lines_of(method, scores):
     """Held-out records of a method, ``scores`` by rate, the same for every task and seed."""
     return [
-        {"method": method, "rate": rate, "task": task, "scores": {"1": score}, "split": "held_out", "seed": seed}
+        vars(cells.Cell(task, method, seed, rate, "held_out")) | {"scores": {"1": score}}
         for task, seed in cells.RATE_RUNS
         for rate, score in scores.items()
     ]
@@ -334,6 +334,17 @@ def test_wide_tables_pair_the_default_with_the_sweep_and_svd():
     assert "LoRA r=16, reduced by SVD" in text and "r_max 64" not in text
     assert not wide.target_tables(lines) + language_tables.held_out_tables(lines)
     assert not language_tables.validation_tables(lines)
+    assert "none was searched" in text
+    # At rates of their own: the search's runs choose them, and the runs at those are shown.
+    for rate, score in ((5e-4, 30.0), (1e-3, 20.0), (2.5e-4, 25.0), (2e-3, 10.0)):
+        searched = [cells.Cell(task, "lora-8", seed, rate, "held_out", 16) for task, seed in cells.RATE_RUNS]
+        lines += [vars(cell) | {"scores": {"16": score}} for cell in searched]
+    assert cells.wide_cells(lines)[0].rate == 5e-4 and cells.wide_cells(lines)[1].rate == 1e-3
+    assert not cells.rate_cells(["lora-8"], lines, r_max=16) and cells.rate_cells(["lora-8"], lines)
+    lines += [line("lora-8", 0, {16: 97.0}, r_max=16, rate=5e-4)]
+    text = "\n".join(wide.rank_tables(lines))
+    assert "at r_max 16 LoRA r=16, strength 2: 0.0005." in text and "| 97.0 |" in text and "| 96.0 |" not in text
+    assert "| LoRA r=16, strength 2 | 25.0, 25.0 / 25.0, 25.0 | 30.0" in "\n".join(held_out.wide_rate_tables(lines))
     lines = [
         line(name, seed, scores, targets=cells.ALL_LINEAR)
         for seed, more in ((0, 0.0), (1, 2.0))
