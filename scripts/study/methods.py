@@ -58,6 +58,8 @@ class Method:
     wide_A: bool = False  # lora_A drawn with a bound of 1/sqrt(r) in place of 1/sqrt(in): MatryoshkaLoRA's release
     # Once the components are ordered, groups of examples: each group's share of the update, and its weights of ranks.
     tail: tuple[tuple[float, dict[int, float]], ...] = ()
+    tail_end: tuple[float, ...] = ()  # the groups' shares at the end, to which they move evenly
+    again: tuple[float, ...] = ()  # after which shares of the training the components are ordered once more
     by_cost: float = 0.0  # the rest of the tail's share goes to ranks 1, 2 and 4 by what the cut costs at the ordering
     adalora: bool = False  # r is what a layer has in the end, on average
 
@@ -144,9 +146,10 @@ class Cut:
     """What a trained adapter gives at the lower ranks, without training on: made from each run of the method ``of``.
 
     ``by``: "rank" (the same in every layer), or what chooses as many components as at rank b over all layers:
-    "importance", "values" (one threshold on singular values: PARA, arXiv 2604.27796) or "energy" (one share of each
-    layer's squared singular values: PEFT's ``convert_to_lora`` with a threshold). Or what a rank gets for itself on top
-    of "rank": "heads" or "strengths" (private.py). ``tried``: measured with the leads alone.
+    "importance", "values" (one threshold on singular values: PARA, arXiv 2604.27796), "energy" (one share of each
+    layer's squared singular values: PEFT's ``convert_to_lora`` with a threshold) or "whitened" (one threshold on how
+    much of the data's input passes). Or what a rank gets for itself on top of "rank": "heads" or "strengths"
+    (private.py). ``tried``: measured with the leads alone.
     """
 
     title: str
@@ -161,6 +164,7 @@ CUTS = {
     "cut-energy": Cut("LoRA r=8, one share of energy", by="energy"),
     "cut-fisher": Cut("LoRA r=8, by Fisher information", by="importance"),
     "mixed-0.8-fisher": Cut("our default, by Fisher information", "mixed-0.8", "importance"),
+    "cut-whitened": Cut("LoRA r=8, one threshold on what the data passes through", by="whitened", tried=True),
     "cut-alpha/b": Cut("LoRA r=8, cut, alpha/b"),
     "cut-alpha/r": Cut("LoRA r=8, cut, alpha/r"),
     **{

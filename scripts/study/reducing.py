@@ -51,6 +51,46 @@ def singular_values(model) -> dict[LoRALayer, torch.Tensor]:
     }
 
 
+@torch.no_grad()
+def whitened(model, batches: Iterable[dict]) -> dict[LoRALayer, torch.Tensor]:
+    """Rewrite the components of every layer so that the first b lose the least of its output on the batches; of each
+    component the root of its mean squared output: {layer: (r,)}.
+
+    With C = E[x x^T] of the layer's input, tokens alone, and B A C^(1/2) = U S V^T the factors are U S and
+    V^T C^(-1/2).
+    """
+    found: dict[LoRALayer, torch.Tensor] = {}
+    for layer, moment in second_moments(model, batches).items():
+        sizes, axes = torch.linalg.eigh(moment)
+        sizes = sizes.clamp(min=1e-9 * float(sizes[-1])).sqrt()
+        root, back = (axes * sizes @ axes.T, axes / sizes @ axes.T)
+        U, S, Vt = torch.linalg.svd(layer.lora_B.double().cpu() @ (layer.lora_A.double().cpu() @ root))
+        layer.lora_B.copy_(U[:, : layer.r] * S[: layer.r])
+        layer.lora_A.copy_(Vt[: layer.r] @ back)
+        found[layer] = layer.strength() * S[: layer.r]
+    return found
+
+
+def second_moments(model, batches: Iterable[dict]) -> dict[LoRALayer, torch.Tensor]:
+    """E[x x^T] of what each layer gets for the tokens of the batches, padding left out."""
+    total: dict[LoRALayer, torch.Tensor] = {}
+    tokens, mask = 0, torch.empty(0)
+
+    def add(layer, args) -> None:
+        x = args[0][mask].double().cpu()
+        total[layer] = total.get(layer, 0) + x.T @ x
+
+    hooks = [layer.register_forward_pre_hook(add) for _, layer in lora_layers(model)]
+    model.eval()
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        tokens += int(mask.sum())
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {layer: moment / tokens for layer, moment in total.items()}
+
+
 def highest(scores: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALayer, torch.Tensor]:
     """Which components to keep so that as many are left as at rank b, for layers of one size: {layer: bool (r,)}."""
     flat = torch.cat(list(scores.values()))
@@ -78,8 +118,8 @@ def of_one_share(values: dict[LoRALayer, torch.Tensor], b: int) -> dict[LoRALaye
 
 def to_keep(model, by: str, levels: Iterable[int], batches: Iterable[dict]) -> dict[int, dict[LoRALayer, torch.Tensor]]:
     """{level b: which components of each layer to keep}; ``by`` as in ``methods.Cut``."""
-    if by == "importance":
-        scores = importance(model, batches)
+    if by in ("importance", "whitened"):
+        scores = importance(model, batches) if by == "importance" else whitened(model, batches)
         return {b: highest(scores, b) for b in levels}
     choose = {"values": highest, "energy": of_one_share}[by]
     return {b: choose(singular_values(model), b) for b in levels}

@@ -139,12 +139,18 @@ class StudyTrainer(DyLoRATrainer):
         """Whether the part at r_max is over."""
         return self.state.global_step >= self.bound.full_steps
 
+    def steps_of(self, shares: tuple[float, ...]) -> list[int]:
+        """The updates before which these shares of the training are over."""
+        return [round(share * self.state.max_steps) for share in shares]
+
     def training_setting(self, batch_size: int) -> Setting:
         setting, method = super().training_setting(batch_size), self.method
         if method.skew and (setting.order or not self.draws_by_now()):
             return Skewed(setting.rank, order=setting.order, factors=method.skew, strength=method.strength)
         if not self.draws_by_now():
             return setting
+        if self.place.micro == 0 and self.state.global_step in self.steps_of(method.again):
+            setting = replace(setting, order=True)
         if method.gate_after:
             return replace(setting, gate_ranks=method.gate_after, reduce="mean")
         if method.tail:
@@ -192,6 +198,10 @@ class StudyTrainer(DyLoRATrainer):
             for b, weight in weights.items():
                 row[b - 1] = weight
         shares = [share for share, _ in self.groups]
+        if self.method.tail_end:
+            first, last = self.bound.full_steps, self.state.max_steps
+            done = (self.state.global_step - first) / max(1, last - 1 - first)
+            shares = [a + done * (b - a) for a, b in zip(shares, self.method.tail_end, strict=True)]
         drawn = even_draw(shares, self.place.size(0), f"{self.args.seed}:{self.state.global_step}")
         return rows[drawn - 1][list(self.place.places())]
 

@@ -41,6 +41,22 @@ TRIED = {
         for share in (0.7, 0.9)
     },
     **{
+        f"again-{len(again) + 1}": Method(
+            f"ordered after 0.8, {' and '.join(map(str, again))} of the training, mixed from the first on",
+            replace(MIXED, full_rank_share=0.8),
+            again=again,
+            **CONSTANT_2,
+        )
+        for again in ((0.9,), (0.87, 0.93))
+    },
+    "rising": Method(
+        "ordered after 0.8 of the training, then mixed, rank 1's share of the examples rising from 1/6 to 1/2",
+        replace(ORDERED, full_rank_share=0.8),
+        tail=((1 / 6, {1: 1.0}), (5 / 6, ALL_POWERS)),
+        tail_end=(1 / 2, 1 / 2),
+        **CONSTANT_2,
+    ),
+    **{
         f"{name}-{share}": Method(
             f"ordered after {share} of the training, then {how}",
             replace(ORDERED, full_rank_share=share),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -118,6 +119,59 @@ def test_a_model_is_reduced_to_its_most_important_components_and_whole_again():
         if b == 3:
             torch.testing.assert_close(model(input_ids=inputs).logits, before)
     torch.testing.assert_close(model(input_ids=inputs).logits, before)
+
+
+def test_whitened_components_lose_the_least_of_what_the_data_gives():
+    """Their squares are what each adds to a layer's mean squared output, and those that are cut are lost, no more; a
+    cut by SVD loses more."""
+    model, inputs = encoder_with_adapters()
+    batches = [{"input_ids": inputs, "attention_mask": (torch.arange(7) < torch.tensor([7, 5, 6, 2])[:, None]).long()}]
+    passed = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, args: passed.update({layer: args[0]}))
+        for _, layer in lora_layers(model)
+    ]
+    with torch.no_grad():
+        model(**batches[0])
+    for hook in hooks:
+        hook.remove()
+    xs = {layer: x[batches[0]["attention_mask"].bool()] for layer, x in passed.items()}
+    update = {layer: (layer.lora_B @ layer.lora_A).detach() for layer in xs}
+
+    def lost(layer, b):
+        kept = (layer.lora_B[:, :b] @ layer.lora_A[:b]).detach()
+        return float((layer.strength() * xs[layer] @ (update[layer] - kept).T).square().sum(1).mean())
+
+    lora.order_components(model)
+    by_svd = {layer: lost(layer, 1) for layer in xs}
+    for layer, sizes in reducing.whitened(model, batches).items():
+        torch.testing.assert_close(layer.lora_B @ layer.lora_A, update[layer])
+        for b in (0, 1, 2, 3):
+            assert lost(layer, b) == pytest.approx(float(sizes[b:].square().sum()), rel=1e-6, abs=1e-9)
+        assert lost(layer, 1) <= by_svd[layer] * (1 + 1e-9)
+    assert any(lost(layer, 1) < 0.99 * by_svd[layer] for layer in xs)
+
+
+@pytest.mark.parametrize("name", ["again-3", "rising"])
+def test_ordered_once_more_and_shares_that_rise(name):
+    method = study_tried.TRIED[name]
+    trainer = study_trainer.StudyTrainer.__new__(study_trainer.StudyTrainer)
+    bound = method.schedule.resolve(8, "alpha/r", 100)
+    plain = types.SimpleNamespace(
+        method=method, bound=bound, asked=[lora.RankSchedule(seed=0)], ordered=True, groups=[*method.tail],
+        args=types.SimpleNamespace(seed=0, process_index=0), state=types.SimpleNamespace(max_steps=100),
+        place=types.SimpleNamespace(micro=0, size=lambda n=0: 60, places=lambda: range(60)),
+    )  # fmt: skip
+    vars(trainer).update(vars(plain))
+    orders, at_1 = [], []
+    for step in range(80, 100):
+        trainer.state.global_step = step
+        setting = trainer.training_setting(60)
+        orders += [step] if setting.order else []
+        at_1 += [int((setting.rank[:, 0] == 1).sum())] if name == "rising" else []
+    assert orders == {"again-3": [87, 93], "rising": []}[name]
+    if name == "rising":
+        assert at_1[0] == 10 and at_1[-1] == 30 and at_1 == sorted(at_1)
 
 
 @pytest.mark.parametrize("b", [1, 2, 3])
@@ -261,6 +315,8 @@ def test_a_method_of_ones_own_beside_the_wide_tables_and_at_a_rate_of_ones_own(t
 VARIANTS = [
     *("ordered-0.3", "ordered-geometric", "mixed-0.9", "thirds-0.8", "by-cost-0.8", "ordered-gate", "ordered-distil"),
     *(
+        "again-3",
+        "rising",
         "strengths-1/k",
         "paces-1/k",
         "paces-by-cost",
