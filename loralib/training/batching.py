@@ -6,7 +6,7 @@ at the same place whatever the micro-batch size and the number of processes, and
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -124,23 +124,26 @@ class ByLength(Sampler[int]):
         return iter(self.order)
 
 
-def lengths_of(dataset, column: str = "length") -> list[int]:
-    """Tokens of each example by its ``column``, else its ``input_ids``; all 1 where neither tells, which leaves the
-    order to the shuffle. Raises ValueError for a column that holds no lengths, unless it is only called "length"."""
-    names = getattr(dataset, "column_names", None)
+def lengths_of(dataset, column: str = "length", inputs: str = "input_ids") -> list[int]:
+    """Tokens of each example by its ``column``, else by its ``inputs``; all 1 where neither tells, which leaves the
+    order to the shuffle. Raises ValueError for a column that holds no lengths, unless it is only called "length".
+
+    Columns are read as they are stored, whatever format or transform a data set gives its examples.
+    """
+    stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    names = getattr(stored, "column_names", None)
     if names is not None:
         if column in names:
-            # Numbers of numpy's and torch's, as a data set's format gives them, too.
-            sizes = [size.item() if hasattr(size, "item") else size for size in dataset[column]]
+            sizes = [size.item() if hasattr(size, "item") else size for size in stored[column]]
             wrong = [size for size in sizes if not isinstance(size, int) or size < 0]
             if not wrong:
                 return sizes
             if column != "length":
                 raise ValueError(f"column {column!r} holds {wrong[0]!r}; lengths are whole numbers from 0 on.")
-        if "input_ids" in names:
-            return [len(ids) for ids in dataset["input_ids"]]
-    elif len(dataset) and isinstance(dataset[0], dict) and "input_ids" in dataset[0]:
-        return [len(dataset[i]["input_ids"]) for i in range(len(dataset))]
+        if inputs in names:
+            return [len(ids) for ids in stored[inputs]]
+    elif len(dataset) and isinstance(dataset[0], Mapping) and inputs in dataset[0]:
+        return [len(dataset[i][inputs]) for i in range(len(dataset))]
     return [1] * len(dataset)
 
 

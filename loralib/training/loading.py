@@ -73,7 +73,13 @@ class ExactBatches(TrainerPart):
             return super()._get_eval_sampler(eval_dataset)
         if eval_dataset is None or not has_length(eval_dataset):
             return None
-        return ByLength(lengths_of(eval_dataset, self.args.length_column_name))
+        return ByLength(self._lengths(eval_dataset))
+
+    def _lengths(self, dataset) -> list[int]:
+        """Of a data set's examples; of sound where grouping by length is asked for, since it is read for that."""
+        asked = self.args.train_sampling_strategy == "group_by_length"
+        first, *_ = getattr(self.processing_class, "model_input_names", None) or ["input_ids"]  # as Trainer does
+        return lengths_of(dataset, self.args.length_column_name, first if asked else "input_ids")
 
     def _get_dataloader(self, *args, is_training=False, **kwargs):
         """Trainer's; but --dataloader_drop_last, which is about training, drops nothing that is to be measured."""
@@ -97,7 +103,7 @@ class ExactBatches(TrainerPart):
         grouped = strategy == "group_by_length" or (strategy == "random" and self.group_by_length)
         size = len(self.train_dataset)
         batches = GroupedBatches(
-            lengths_of(self.train_dataset, args.length_column_name) if grouped else [1] * size,
+            self._lengths(self.train_dataset) if grouped else [1] * size,
             self._train_batch_size,
             args.gradient_accumulation_steps,
             args.world_size,

@@ -85,7 +85,7 @@ def rank_metrics(
     for k in range(len(ranks)):
         named = {}
         if task_metrics and scored.labels is not None and scored.predictions is not None:
-            named = dict(task_metrics(scored.prediction(k, with_losses)))
+            named = {name: _plain(value) for name, value in task_metrics(scored.prediction(k, with_losses)).items()}
         loss = scored.loss(k)
         if loss is not None:
             named["loss"] = loss
@@ -102,6 +102,11 @@ def rank_metrics(
         elif name != "perplexity":
             metrics |= {f"mean_{name}": float(np.mean(curve)), f"aurac_{name}": aurac(ranks, curve)}
     return metrics
+
+
+def _plain(value: Any) -> Any:
+    """A number for an array or tensor that holds one (torchmetrics')."""
+    return value.item() if isinstance(value, (torch.Tensor, np.ndarray)) and not value.ndim else value
 
 
 def counted_tokens(labels: Any, size: int, causal: bool) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """The part of the trainer that writes and reads: checkpoints hold the adapter and the modules to save, in PEFT's
 format."""
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..adapters.card import model_card
 from ..adapters.directory import CONFIG, EXTRA, read_configs, read_facts
@@ -14,6 +16,25 @@ from ..files import write_text
 from ..ordering import order_components
 from ..schedule import FACTS, BoundSchedule
 from .part import TrainerPart
+
+
+@contextlib.contextmanager
+def _writes_no_weights(model: torch.nn.Module, file: Path):
+    """Within the body ``save_pretrained`` of the model does nothing; and ``file``, into which Trainer writes the
+    weights of a model that is none of transformers', is afterwards as before."""
+    own, aside = model.__dict__.get("save_pretrained"), file.with_name(f"{file.name}.aside")
+    if file.exists():
+        file.replace(aside)
+    model.__dict__["save_pretrained"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del model.__dict__["save_pretrained"]
+        if own is not None:
+            model.__dict__["save_pretrained"] = own
+        file.unlink(missing_ok=True)
+        if aside.exists():
+            aside.replace(file)
 
 
 class AdapterCheckpoints(TrainerPart):
@@ -42,9 +63,8 @@ class AdapterCheckpoints(TrainerPart):
         if not self.args.should_save:  # every process comes here, one writes
             return None
         output_dir.mkdir(parents=True, exist_ok=True)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        torch.save(self.args, output_dir / "training_args.bin")
+        with _writes_no_weights(self.model, output_dir / SAFE_WEIGHTS_NAME):
+            super()._save(str(output_dir), {})  # all else is Trainer's to write, and that of classes in between
 
     def _push_from_checkpoint(self, checkpoint_folder):
         """As Trainer's, which copies what it knows of a checkpoint to where it uploads from, and dylora.json too."""

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import math
+import re
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -215,9 +216,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
             self._refuse_more_rows(setting, rows)
             setting.apply(self.model, self.optimizer)
             self.ordered |= setting.order
-        # compute_loss below weighs every micro-batch, unless a subclass has one of its own instead.
-        self.loss_is_scaled_for_ga = type(self).loss_is_scaled_for_ga
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        with self.weighed():
+            loss = super().training_step(model, inputs, num_items_in_batch)
         self._refuse_non_finite("loss", loss)
         return loss
 
@@ -293,11 +293,12 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
 
 
 def _objective(metrics: dict[str, float]) -> float:
-    areas = [value for name, value in metrics.items() if name.startswith("eval_aurac_")]
-    if areas:
+    """Of several evaluation sets, whose metrics have the set's name before their own, the sum."""
+    if areas := [value for name, value in metrics.items() if re.match("eval_(.+_)?aurac_", name)]:
         return sum(areas)
-    ranked = any(name.startswith("eval_r1_") for name in metrics)
-    return metrics["eval_loss"] if ranked else default_compute_objective(metrics)
+    if not any(re.match(r"eval_(.+_)?r\d+_loss$", name) for name in metrics):
+        return default_compute_objective(metrics)
+    return sum(v for name, v in metrics.items() if re.match(r"eval_(?!(.+_)?r\d+_loss$)(.+_)?loss$", name))
 
 
 class DyLoRATrainer(DyLoRAMixin, Trainer):

@@ -130,11 +130,61 @@ def test_the_first_token_alone_gives_the_same_logits_and_gradients(pair, attenti
         output.loss.backward()
         return [output.logits.detach(), *(p.grad.clone() for p in ours.parameters() if p.grad is not None)]
 
+    whole, rows = run(), []
+    ours.classifier.register_forward_pre_hook(lambda head, args: rows.append(args[0].shape[1]))
+    for checkpointing in (False, True):
+        if checkpointing:
+            ours.train().gradient_checkpointing_enable()
+        with ours.first_token_only():
+            assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(run(), whole, strict=True))
+            assert rows[-1] == 1
+    run()
+    assert rows[-1] == IDS.shape[1]
+
+
+def mean_head(width):
+    class Mean(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out = torch.nn.Linear(width, 3)
+
+        def forward(self, features, **_):
+            return self.out(features.mean(1))
+
+    return Mean()
+
+
+@pytest.mark.parametrize("reader", ["head", "flag", "config", "hook", "the model within"])
+def test_whatever_else_reads_the_last_layer_gets_all_of_it(pair, reader):
+    _, ours = pair
+    randomise(ours)
+    found, asked = [], {"output_hidden_states": True} if reader == "flag" else {}
+    if reader == "head":
+        ours.classifier = mean_head(ours.config.hidden_size)
+    ours.config.output_hidden_states = reader == "config"
+    if reader == "hook":
+        ours.roberta.encoder.register_forward_hook(lambda module, args, output: found.append(output[0].detach()))
+
+    def run():
+        with torch.no_grad():
+            if reader == "the model within":
+                ours(**INPUTS)
+                return ours.roberta(IDS).last_hidden_state
+            output = ours(**INPUTS, **asked)
+        return found.pop() if found else output.logits if reader == "head" else output.hidden_states[-1]
+
     whole = run()
     with ours.first_token_only():
-        assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(run(), whole, strict=True))
-        assert ours.roberta(IDS).last_hidden_state.shape[1] == 1
-    assert ours.roberta(IDS).last_hidden_state.shape[1] == 9
+        torch.testing.assert_close(run(), whole)
+
+
+def test_the_first_token_alone_compiles_into_one_graph(pair):
+    _, ours = pair
+    randomise(ours)
+    ours.set_rank(2)
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    with torch.no_grad(), ours.first_token_only():
+        torch.testing.assert_close(compiled(**INPUTS).logits, ours(**INPUTS).logits)
 
 
 def test_gradient_checkpointing_with_mixed_ranks(pair):

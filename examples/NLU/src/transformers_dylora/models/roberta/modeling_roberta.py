@@ -10,6 +10,7 @@ logits are the stock model's.
 """
 
 import contextlib
+import functools
 
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,7 +62,7 @@ class RobertaAttention(stock.RobertaAttention):
 
 
 class RobertaLayer(stock.RobertaLayer):
-    first_token_only = False  # set on the last layer by RobertaForSequenceClassification.first_token_only
+    first_token_only = False  # set on the last layer by RobertaModel, for the call that it makes
 
     def __init__(self, config, layer_idx=None):
         super().__init__(config, layer_idx=layer_idx)
@@ -95,9 +96,16 @@ class RobertaModel(RobertaPreTrainedModel, stock.RobertaModel):
         self.encoder = RobertaEncoder(config)
         self.post_init()
 
+    def forward(self, *args, first_token_only=False, **kwargs):
+        # It stays set until the next call: a checkpointed layer that is computed again computes the same.
+        self.encoder.layer[-1].first_token_only = first_token_only
+        return super().forward(*args, **kwargs)
+
 
 class RobertaForSequenceClassification(RobertaPreTrainedModel, stock.RobertaForSequenceClassification):
     """Sequence classification with adapted query and value; ranks are 1-based, 0 is the base model."""
+
+    reads_first_token = False  # within first_token_only
 
     def __init__(self, config):
         super().__init__(config)
@@ -114,19 +122,31 @@ class RobertaForSequenceClassification(RobertaPreTrainedModel, stock.RobertaForS
 
     @contextlib.contextmanager
     def first_token_only(self):
-        """Within the body the last layer computes the first token's row alone, which is all that the classifier reads.
+        """Within the body the last layer computes the first token's row alone, in calls of which nothing else reads it.
 
-        The same logits and gradients but for rounding, for less time; hidden states and attentions of the last layer
-        then have one row. Without effect for a decoder and for attention kernels whose mask is not (batch, heads, from,
-        to).
+        The same logits and gradients but for rounding, for less time. Without effect for another head than RoBERTa's
+        own, where hidden states or attentions are asked for or hooks look at them, for a decoder and for attention
+        kernels whose mask is not (batch, heads, from, to).
         """
-        last = self.roberta.encoder.layer[-1]
-        before = last.first_token_only
-        last.first_token_only = not self.config.is_decoder and self.config._attn_implementation in ("sdpa", "eager")
+        before, self.reads_first_token = self.reads_first_token, True
         try:
             yield
         finally:
-            last.first_token_only = before
+            self.reads_first_token = before
+            self.roberta.encoder.layer[-1].first_token_only = False
+
+    @functools.wraps(stock.RobertaForSequenceClassification.forward)
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, first_token_only=self.reads_first_token and self._needs_no_more(kwargs), **kwargs)
+
+    def _needs_no_more(self, asked: dict) -> bool:
+        """Whether of the last layer's output the first token is all that a call needs."""
+        outputs = ("output_hidden_states", "output_attentions")
+        more = any(getattr(self.config, name, False) if asked.get(name) is None else asked[name] for name in outputs)
+        last = self.roberta.encoder.layer[-1]
+        watched = any(m._forward_hooks for m in (self.roberta, self.roberta.encoder, last, last.attention, last.output))
+        usual = not self.config.is_decoder and self.config._attn_implementation in ("sdpa", "eager")
+        return usual and not more and not watched and type(self.classifier) is stock.RobertaClassificationHead
 
     def get_dimension(self) -> int:
         """r_max."""
