@@ -57,8 +57,8 @@ class Watch:
         self.called: set[int] = set()
         self.read: set[int] = set()
         adapted = [layer for _, layer in adapted_layers(model)]
-        weights = {id(layer._parameters.get("weight")) for layer in adapted} - {id(None)}
-        twins = [m for m in model.modules() if m not in adapted and id(m._parameters.get("weight")) in weights]
+        weights = {id(own_weight(layer)) for layer in adapted} - {id(None)}
+        twins = [m for m in model.modules() if m not in adapted and id(own_weight(m)) in weights]
         self.hooks = [module.register_forward_pre_hook(self._note) for module in [*adapted, *twins]]
         if not _open:
             LoRALayer.__getattr__ = _reading  # type: ignore[method-assign, assignment]
@@ -103,10 +103,18 @@ class Watch:
         ``embed_tokens``."""
         kind = nn.Embedding if isinstance(layer, nn.Embedding) else nn.Linear
         for name, module in self.model.named_modules():
-            weight = module._parameters.get("weight")
-            if id(module) in self.called and isinstance(module, kind) and weight is layer._parameters.get("weight"):
+            same = own_weight(module) is own_weight(layer)
+            if id(module) in self.called and isinstance(module, kind) and same:
                 return name
         return None
+
+
+def own_weight(module: nn.Module) -> torch.Tensor | None:
+    """A module's parameter "weight"; of scripted ones too, whose parameters stand in no dictionary."""
+    held = module._parameters
+    if "weight" not in held:
+        return None
+    return held["weight"]
 
 
 def _listed(names: list[str]) -> str:

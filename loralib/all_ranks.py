@@ -66,6 +66,7 @@ def at_ranks(
     ranks = [check_rank(b, r_max) for b in ranks]
     run = run or (lambda batch: model(**batch))
     code = getattr(run, "__code__", None)
+    settings = _settings_of(run)
     stack = not any("label" in name for name in inputs) if stack is None else stack
     # Under FSDP a pass is all processes' together, and how many there are must not depend on the batch of each.
     stack = stack and model not in _one_by_one and not is_sharded_model(model)
@@ -79,23 +80,28 @@ def at_ranks(
                 return run(_own(batch))
 
         for group, rank, batch in plan:
-            parts = _together(model, at, code, group, rank, batch, inputs) if len(group) > 1 else None
+            parts = _together(model, at, code, settings, group, rank, batch, inputs) if len(group) > 1 else None
             for place, b in enumerate(group):
                 yield b, at(b, inputs) if parts is None else parts[place]
 
 
-def _together(model: nn.Module, at, code, group: list[int], rank, batch, inputs) -> list[Any] | None:
+def _together(
+    model: nn.Module, at, code, settings: list[Any], group: list[int], rank, batch, inputs
+) -> list[Any] | None:
     """The outputs of several ranks, cut from those of a pass that they share; None if they cannot share one."""
     try:
         whole = at(rank, batch)
     except LayoutError:
         _one_by_one.add(model)
         return None
+    except Exception:  # of an input that only looks as if it held the batch: rank by rank shows what is wrong
+        return None
     leaves, spec = tree_flatten(whole)
     ndims = tuple(leaf.ndim if isinstance(leaf, torch.Tensor) else None for leaf in leaves)
-    # What makes the outputs is known by its code; another run's may hold the batch elsewhere.
-    kind, known = (code, ndims), _cuts.setdefault(model, {}) if code is not None else {}
+    # What makes the outputs is known by its code and its settings; another run's may hold the batch elsewhere.
     size = examples_in(inputs)
+    kind = (code, ndims, *((name, _kind_of(value, size)) for name, value in inputs.items()), *settings)
+    known = _cuts.setdefault(model, {}) if code is not None else {}
     if kind not in known or not all(map(_fits(size, len(group)), leaves, known[kind])):
         # With other factors and without dropout: at those at hand the ranks may be too alike to tell them apart.
         with aside(model), random_factors(model):
@@ -110,6 +116,20 @@ def _together(model: nn.Module, at, code, group: list[int], rank, batch, inputs)
         tree_unflatten([_part(leaf, d, p, len(group)) for leaf, d in zip(leaves, dims, strict=True)], spec)
         for p in range(len(group))
     ]
+
+
+def _kind_of(value: Any, size: int) -> Any:
+    """What of an input may decide how a pass treats the batch: plain values, and shapes but for their numbers."""
+    if isinstance(value, torch.Tensor):
+        return value.ndim, value.dtype, bool(value.ndim) and len(value) == size
+    return value if isinstance(value, (bool, int, float, str)) else type(value)
+
+
+def _settings_of(run: Callable) -> list[Any]:
+    """The flags and words that a function was made with, and of what type all else is: a number may be a counter."""
+    cells = [cell for cell in getattr(run, "__closure__", None) or () if cell != types.CellType()]
+    values = [cell.cell_contents for cell in cells]
+    return [value if isinstance(value, (bool, str)) else type(value) for value in values]
 
 
 PLAIN = (torch.Tensor, bool, int, float, str, type(None))
@@ -177,7 +197,11 @@ def passes(inputs: dict[str, Any], ranks: list[int], stack: bool = True) -> list
             for key, value in inputs.items()
         }
     return [
-        (group, group[0] if len(group) == 1 else torch.tensor(group).repeat_interleave(size), repeated[len(group)])
+        (
+            group,
+            group[0] if len(group) == 1 else torch.tensor(group, device="cpu").repeat_interleave(size),
+            repeated[len(group)],
+        )
         for group in groups
     ]
 

@@ -93,10 +93,13 @@ def _end(call: Call) -> None:
 
 
 def _learn(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    def unknown() -> bool:
-        return any(layer.layout is None for _, layer in adapted_layers(model))
+    if learning.passes_run():  # a model that is compiled in place is traced in these passes too
+        return
 
-    if unknown():  # else it was declared since
+    def unknown() -> bool:
+        return any(layer.layout is None and layer.state.learn for _, layer in adapted_layers(model))
+
+    if unknown():  # else it was declared since, or the ranks are no longer those of examples
         learn = learning.learn_layout
         if "torch._dynamo" in sys.modules:  # its import takes a second, and without it nothing is compiled
             learn = torch.compiler.disable(learn)

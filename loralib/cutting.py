@@ -33,14 +33,14 @@ class Batch:
 
         No value is new, so that none is out of range, and what belongs to one token in several inputs stays together.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator("cpu").manual_seed(seed)
         drawn: dict[torch.Size, torch.Tensor] = {}
         leaves = []
         for leaf, dim in zip(self.leaves, self.dims, strict=True):
             if dim is not None:
                 rows = leaf.shape[:2]
                 if rows not in drawn:
-                    drawn[rows] = torch.randint(rows.numel(), (rows.numel(),), generator=generator)
+                    drawn[rows] = torch.randint(rows.numel(), (rows.numel(),), generator=generator, device="cpu")
                 leaf = leaf.flatten(0, len(rows) - 1)[drawn[rows].to(leaf.device)].view(leaf.shape)
             leaves.append(leaf)
         return replace(self, leaves=leaves)

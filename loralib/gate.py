@@ -92,6 +92,6 @@ def matryoshka_gate(r: int, alpha: float, scaling: str, ranks=None, reduce: str 
     """
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; choose 'sum' or 'mean'.")
-    ranks = torch.as_tensor(list(ranks) if ranks is not None else range(1, r + 1))
+    ranks = torch.as_tensor(list(ranks) if ranks is not None else range(1, r + 1), device="cpu")
     gates = rank_gate(check_rank(ranks, r), r, alpha, scaling)
     return getattr(gates, reduce)(0)

@@ -41,7 +41,7 @@ def component_importance(
         for example in examples:
             example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, dict(example))
             set_rank(model, max_rank(model))
-            gates = [torch.full((layer.r,), layer.strength(), requires_grad=True) for _, layer in layers]
+            gates = [torch.full((layer.r,), layer.strength(), requires_grad=True, device="cpu") for _, layer in layers]
             for (_, layer), gate in zip(layers, gates, strict=True):
                 layer.set_gate(gate)
             with torch.enable_grad():
@@ -70,8 +70,8 @@ def spread(importance: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[s
     A layer's count may be 0. ``sizes``: the numbers of one component of each layer.
     """
     names = list(importance)
-    owner = torch.cat([torch.full((len(importance[name]),), i) for i, name in enumerate(names)])
-    size = torch.tensor([sizes[name] for name in names])[owner]
+    owner = torch.cat([torch.full((len(importance[name]),), i, device="cpu") for i, name in enumerate(names)])
+    size = torch.tensor([sizes[name] for name in names], device="cpu")[owner]
     score = torch.cat([importance[name].double().cpu() for name in names]) / size
     best = score.argsort(descending=True, stable=True)
     used = size[best].cumsum(0)

@@ -217,7 +217,17 @@ class LoRALayer(Components, Merging):
 
     def base(self, x: torch.Tensor) -> torch.Tensor:
         """W0 x, by the base layer."""
-        return self.own_base(x) if self._base is None else self._base(x)
+        if self._base is None:
+            return self.own_base(x)
+        return (self._replica_of_base() if "_is_replica" in self.__dict__ else self._base)(x)
+
+    def _replica_of_base(self) -> nn.Module:
+        """The base layer with the parameters of this replica, which nn.DataParallel has put on another device."""
+        assert self._base is not None
+        replica = self._base._replicate_for_data_parallel()
+        for name in (*self._base._parameters, *self._base._buffers):
+            setattr(replica, name, getattr(self, name))
+        return replica
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.r == 0 or self.is_merged:

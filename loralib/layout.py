@@ -163,7 +163,7 @@ class Seen:
         """``places``: how many of the first dimensions, at most 2, can hold the examples."""
         places = min(places, 2, x.ndim)
         flat = x.detach().reshape(*x.shape[:places], -1).float().nan_to_num(0.0, 0.0, 0.0)
-        weights = torch.randn(flat.shape[-1], generator=torch.Generator().manual_seed(0))
+        weights = torch.randn(flat.shape[-1], generator=torch.Generator("cpu").manual_seed(0), device="cpu")
         with torch.autocast(x.device.type, enabled=False):
             marks = (flat @ weights.to(flat.device)).cpu()
         rounded = torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.float16, torch.bfloat16)
@@ -201,7 +201,8 @@ def infer(batch: Seen, alone: Sequence[tuple[int, Seen]], n: int) -> list[Layout
         if batch.shape[dim] != n * rows or any(batch.shape[d] != single[d] for d in others) or (dim and rows != 1):
             continue
         for tiled in (False, True)[: 1 + (rows > 1)]:
-            places = {i: torch.arange(rows) * n + i if tiled else torch.arange(rows) + i * rows for i, _ in alone}
+            each = torch.arange(rows, device="cpu")
+            places = {i: each * n + i if tiled else each + i * rows for i, _ in alone}
             if all(same(batch.print.index_select(dim, places[i]), seen.print, batch.rounded) for i, seen in alone):
                 found.append(Layout(dim, rows, tiled))
     return found or "its rows in a batch are not those of the examples one by one"

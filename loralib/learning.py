@@ -288,12 +288,12 @@ def _is_doubtful(layer: LoRALayer, layouts: Layouts, first: Round) -> bool:
 @contextlib.contextmanager
 def random_factors(model: nn.Module) -> Iterator[None]:
     """Within the body the adapters have other factors, whose update is about as large as its input."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     with contextlib.ExitStack() as stack:
         for _, layer in adapted_layers(model):
             for factor in (layer.lora_A, layer.lora_B):
                 stack.callback(setattr, factor, "data", factor.data)
-                random = torch.randn(factor.shape, generator=generator) / math.sqrt(factor.shape[-1])
+                random = torch.randn(factor.shape, generator=generator, device="cpu") / math.sqrt(factor.shape[-1])
                 factor.data = random.to(factor.device, factor.dtype)
         yield
 
@@ -308,7 +308,7 @@ def _grows(model: nn.Module, batch: Batch, n: int, chosen: list[int], layouts: L
             stack.callback(setattr, layer, "layout", layer.layout)
         for layer, layout in layouts.items():
             layer.layout = layout
-        ranks = torch.arange(n)
+        ranks = torch.arange(n, device="cpu")
         for _, layer in adapted_layers(model):
             each = (ranks % (layer.r + 1)).to(layer.weight.device)
             gate = rank_gate(each, layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype())

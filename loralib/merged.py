@@ -1,12 +1,12 @@
 """A plain model out of one with ranks."""
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 
 from .attending import attend_no_more
+from .copying import deep_copy
 from .inside_peft import merge_by_peft, refuse_add_adapter
 from .layers import LoRALayer, adapted_layers
 from .model import has_lora, lora_layers, set_rank
@@ -28,7 +28,7 @@ def merge(model: nn.Module, rank: int | None = None, inplace: bool = False) -> n
     if sharded and inplace:
         raise ValueError("The model is spread over processes by FSDP, and merging makes it whole: leave out inplace.")
     if not inplace:
-        model = whole_copy(model) if sharded else copy.deepcopy(model)
+        model = whole_copy(model) if sharded else deep_copy(model)
         # Accelerate and TRL put a forward of their own on a model, which runs the original from a copy too.
         model.__dict__.pop("forward", None)
     if rank is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,12 +53,15 @@ class Merging(nn.Module):
 
     def delta_weight(self) -> torch.Tensor:
         """What the update at the rank (or gate) in use adds to the weight. Raises ValueError for per-example ranks."""
-        gate = self.state.gate
-        if gate is None:
-            return self.delta(*self.first_components(self.state.rank), self.strength())
-        if gate.ndim == 2:
+        gate, device = self.state.gate, self.lora_A.device.type
+        if gate is not None and gate.ndim == 2:
             raise ValueError(f"{self.described()} has one rank per example; set one rank for all before merging.")
-        return self.delta(self.lora_A, self.lora_B, gate)
+        # A weight is made once: autocast, if it is on, would round it for good.
+        precise = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with precise:
+            if gate is None:
+                return self.delta(*self.first_components(self.state.rank), self.strength())
+            return self.delta(self.lora_A, self.lora_B, gate)
 
     @torch.no_grad()
     def merge(self) -> None:

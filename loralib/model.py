@@ -258,14 +258,18 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     attend(model)
     heads = modules_to_save(model)
     adapted = {f"{name}.bias" for name, _ in lora_layers(model)}
-    for name, parameter in model.named_parameters():
+    trained: set[nn.Parameter] = set()
+    for name, parameter in model.named_parameters(remove_duplicate=False):  # a module may have two names
         leaf = name.rpartition(".")[2]
-        parameter.requires_grad = (
+        if (
             leaf in ("lora_A", "lora_B")
             or is_inside(name, heads)
             or (bias == "all" and leaf == "bias")
             or (bias == "lora_only" and name in adapted)
-        )
+        ):
+            trained.add(parameter)
+    for parameter in model.parameters():
+        parameter.requires_grad = parameter in trained
 
 
 def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, torch.Tensor]:

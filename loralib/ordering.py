@@ -31,12 +31,19 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     follow as if entries were independent, with R's squared; a second set of values (schedule-free optimizers) moves as
     the first. States in 8 or 4 bits (bitsandbytes, torchao) are read and written so. Warns of a state of which is not
     known what it follows, and leaves it as it is. In a distributed run all processes call this together; the first
-    one's result counts. Raises RuntimeError if a layer is merged.
+    one's result counts. Raises RuntimeError if a layer is merged, ValueError for factors that are not
+    finite; nothing is changed then.
     """
     layers = lora_layers(model)
     for _, layer in layers:
         layer.check_unmerged()
     at_rest(model)
+    for name, layer in layers:
+        if not all(bool(torch.isfinite(whole(factor)).all()) for factor in (layer.lora_A, layer.lora_B)):
+            raise ValueError(
+                f"{name} holds a number that is not finite, so its components have no order; train anew with a lower "
+                "learning rate."
+            )
     spread, rank = any(layer.components_at for _, layer in layers), get_rank(model)
     unknown: set[str] = set()
     for _, layer in layers:

@@ -128,7 +128,7 @@ def _of_layer(layer: LoRALayer, paces: Sequence[float]) -> torch.Tensor:
     lowest rank of the model that uses it."""
     counts = [part(layer, b) for b in range(1, len(paces) + 1)]
     own = [paces[next((i for i, n in enumerate(counts) if n >= k), -1)] for k in range(1, layer.r + 1)]
-    return torch.tensor(own).view(-1, *([1] * (2 if isinstance(layer, Embedding) else 1)))
+    return torch.tensor(own, device="cpu").view(-1, *([1] * (2 if isinstance(layer, Embedding) else 1)))
 
 
 def _from_zero(layer: LoRALayer) -> nn.Parameter:

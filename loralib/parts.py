@@ -43,7 +43,7 @@ def rank_of(layers: list[LoRALayer]) -> Any:
     if widest.components_at is None or widest.get_rank() is None:
         return widest.get_rank()
     # The rank of which every layer has its part: (layers, .., ranks).
-    parts = torch.tensor([[part(layer, b) for b in range(widest.r + 1)] for layer in layers])
+    parts = torch.tensor([[part(layer, b) for b in range(widest.r + 1)] for layer in layers], device="cpu")
     now = torch.stack([torch.as_tensor(layer.get_rank()).cpu() for layer in layers])
     rank = (parts.view(len(layers), *[1] * (now.ndim - 1), -1) == now[..., None]).all(0).long().argmax(-1)
     return rank if rank.ndim else int(rank)

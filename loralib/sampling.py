@@ -95,7 +95,7 @@ class RankSampler:
         if self.distribution == "halving" and self.per == "example":
             return self._even(batch_size, source)
         draw = source.choices(self.ranks, self.probabilities(), k=1 if self.per == "step" else batch_size)
-        return draw[0] if self.per == "step" else torch.tensor(draw)
+        return draw[0] if self.per == "step" else torch.tensor(draw, device="cpu")
 
     def _even(self, batch_size: int, source: random.Random) -> torch.Tensor:
         """Each rank batch_size * p(b) times, to less than one more or less, in random order."""
@@ -103,11 +103,11 @@ class RankSampler:
         first = source.random()
         places = [bisect.bisect_right(edges, (i + first) / batch_size, hi=len(edges) - 1) for i in range(batch_size)]
         source.shuffle(places)
-        return torch.tensor([self.ranks[place] for place in places])
+        return torch.tensor([self.ranks[place] for place in places], device="cpu")
 
     def _mixed(self, batch_size: int, source: random.Random) -> torch.Tensor:
         ladder = self.ladder()
-        weights = torch.zeros(batch_size, self.r_max)
+        weights = torch.zeros(batch_size, self.r_max, device="cpu")
         weights[:, [b - 1 for b in ladder]] = 1 / len(ladder)
         lowest = source.sample(range(batch_size), int(LOWEST_SHARE * batch_size + source.random()))
         weights[lowest] = 0

@@ -206,7 +206,7 @@ class BoundSchedule:
         due = step == full_steps and micro_step == 0 if ordered is None else not first_part and not ordered
         rank: int | torch.Tensor
         if first_part:
-            rank = self.r_max if kind.sampling == "step" else torch.full((size,), self.r_max)
+            rank = self.r_max if kind.sampling == "step" else torch.full((size,), self.r_max, device="cpu")
         else:
             # With places one draw serves all micro-batches and processes.
             rank = self.sampler()(step, size, *((micro_step, process) if places is None else ()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from .adapting import can_adapt, is_linear
 from .checks import check_int
+from .heads import is_inside
 
 ALL_LINEAR = "all-linear"
 
@@ -58,15 +60,16 @@ def chosen_layers(
     layers_to_transform: int | Collection[int] | None = None,
     layers_pattern: str | Collection[str] | None = None,
 ) -> list[str]:
-    """The names of the layers to adapt, in the model's order; ``heads`` and what is in them are left out.
+    """The names of the layers to adapt, in the model's order; ``heads`` and what is in them are left out. What is left
+    out under one of its names is so under all.
 
-    Raises ValueError if there are none, naming what could have matched.
+    Raises ValueError if there are none, naming what could have matched, and for a name of which nothing can be adapted;
+    warns of names that are none of the model's.
     """
-    inside = tuple(f".{head}." for head in heads)
-    able = [
-        name for name, module in modules.items()
-        if name and can_adapt(module) and not any(head in f".{name}." for head in inside)
-    ]  # fmt: skip
+    held = {module for name, module in modules.items() if is_inside(name, heads)}
+    able = [name for name, module in modules.items() if name and can_adapt(module) and module not in held]
+    _check_names(modules, held, "target_modules", target_modules)
+    _check_names(modules, held, "exclude_modules", exclude_modules)
     wanted = usual_targets(model) if target_modules is None else target_modules
     if wanted == ALL_LINEAR:
         out = getattr(model, "get_output_embeddings", lambda: None)()
@@ -75,7 +78,8 @@ def chosen_layers(
         found = [name for name in able if matches(name, wanted)]
     before = found
     if exclude_modules:
-        found = [name for name in found if not matches(name, exclude_modules, "exclude_modules")]
+        left = {module for name, module in modules.items() if matches(name, exclude_modules, "exclude_modules")}
+        found = [name for name in found if modules[name] not in left]
     if layers_to_transform is not None:
         numbers = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
         found = [name for name in found if _layer_number(name, layers_pattern) in numbers]
@@ -83,11 +87,27 @@ def chosen_layers(
         raise ValueError("layers_pattern says where layers are numbered; it needs layers_to_transform.")
     if before and not found:
         left_out = {"exclude_modules": exclude_modules, "layers_to_transform": layers_to_transform}
-        told = " and ".join(f"{name} = {value!r}" for name, value in left_out.items() if value or value == 0)
+        told = " and ".join(f"{name} = {value!r}" for name, value in left_out.items() if value is not None)
         raise ValueError(f"{told} leaves out all {len(before)} layers that target_modules matches, as {before[-1]}.")
     if not found:
         raise ValueError(_nothing(model, modules, able, wanted))
     return found
+
+
+def _check_names(
+    modules: Mapping[str, nn.Module], held: Collection[nn.Module], what: str, names: str | Collection[str] | None
+) -> None:
+    """Raise ValueError for a name to adapt of which no layer can be; warn of one that no module has."""
+    for name in names if names and not isinstance(names, str) else ():
+        named = {where: module for where, module in modules.items() if where and matches(where, [name])}
+        if not named:
+            warnings.warn(f"{what} names {name!r}, which ends no module's name.", stacklevel=4)
+        elif what == "target_modules" and not any(can_adapt(m) or m in held for m in named.values()):
+            where, module = next(iter(named.items()))
+            raise ValueError(
+                f"target_modules names {name!r}, and {where} is a {type(module).__name__}, which cannot be adapted; "
+                "leave it out."
+            )
 
 
 def _layer_number(name: str, pattern: str | Collection[str] | None) -> int | None:

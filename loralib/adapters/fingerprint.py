@@ -13,7 +13,8 @@ def fingerprint(tensor: torch.Tensor) -> list[float]:
 
 def is_known(tensor: torch.Tensor, numbers: list[float], rtol: float = 0.02) -> bool:
     """Whether the numbers are the tensor's, to ``rtol`` (default: what bf16 rounds off, and more)."""
-    return torch.allclose(torch.tensor(fingerprint(tensor)), torch.tensor(numbers), rtol=rtol, atol=1e-4)
+    own, known = (torch.tensor(each, device="cpu") for each in (fingerprint(tensor), numbers))
+    return torch.allclose(own, known, rtol=rtol, atol=1e-4)
 
 
 def of_factors(tensors: dict[str, torch.Tensor]) -> list[float]:

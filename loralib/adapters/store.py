@@ -4,10 +4,10 @@ the released DyLoRA code are loaded too.
 What the files hold is in ``loralib.adapters.directory``.
 """
 
-import copy
 import math
 import os
 import re
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from ..checks import check_int
+from ..copying import deep_copy
 from ..gate import scale
 from ..heads import default_head, is_inside, modules_to_save
 from ..inside_peft import refuse_add_adapter, refuse_heads_of_add_adapter
-from ..layers import LoRALayer
+from ..layers import Embedding, LoRALayer
 from ..model import has_lora, inject, lora_layers, refuse_trained_biases
 from ..parts import part
 from ..sharding import at_rest, by_one_process, put, whole
@@ -79,7 +80,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "target_modules": _target_names(model, layers),
         "modules_to_save": heads or ([] if default_head(model) else None),
-        "lora_dropout": getattr(first.lora_dropout, "p", 0.0),
+        "lora_dropout": _dropout(layers),
         "bias": "none",
         "inference_mode": True,
         "init_lora_weights": True,
@@ -96,6 +97,19 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
     facts |= base_sample(layers) | ({"projections": merged} if merged else {}) | spread_facts(layers, rank)
     facts |= label_facts(model) | (extra or {})
     by_one_process(sharded, lambda: write_adapter(path, tensors, config, facts))
+
+
+def _dropout(layers: list[tuple[str, LoRALayer]]) -> float:
+    """That of the layers; an embedding has none, whatever the others have. Warns of several, of which a file holds
+    one."""
+    found = [getattr(layer.lora_dropout, "p", 0.0) for _, layer in layers if not isinstance(layer, Embedding)]
+    if len(set(found)) > 1:
+        warnings.warn(
+            f"The layers have several dropouts ({', '.join(f'{p:g}' for p in sorted(set(found)))}), and an adapter's "
+            f"files hold one: a training that goes on from them has {found[0]:g} everywhere.",
+            stacklevel=3,
+        )
+    return float(found[0]) if found else 0.0
 
 
 def _target_names(model: nn.Module, layers: list[tuple[str, LoRALayer]]) -> list[str] | str:
@@ -163,7 +177,7 @@ def load_adapter(
             )
         to_inject = _layers_of(model, files)
         weights = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in model.parameters()}
-        skeleton = copy.deepcopy(model, weights)
+        skeleton = deep_copy(model, weights)
         for options in to_inject:
             inject(skeleton, **_cut(options, rank))
 
@@ -205,7 +219,7 @@ def _cut(options: dict, rank: int | None) -> dict:
 
 def _layers_of(model: nn.Module, files: AdapterFiles) -> list[dict]:
     """The calls of ``inject`` that make the layers which the file holds: one per rank and strength."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     groups = defaultdict(list)
     for _, name, factor, value in files.factors():
         if factor != "A":

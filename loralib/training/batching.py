@@ -28,8 +28,8 @@ def epoch_order(lengths: list[int], global_batch: int, seed: int, epoch: int) ->
     Sorting costs mixing, so the blocks are the smallest (1, 2, 4, .. updates) that keep padding under ``PADDING``. The
     last, incomplete update stays last.
     """
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-    order = torch.randperm(len(lengths), generator=generator)
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    order = torch.randperm(len(lengths), generator=generator, device="cpu")
     whole = len(order) // global_batch * global_batch
     sizes = torch.as_tensor(lengths)
     rest, order = order[whole:], order[:whole]
@@ -39,7 +39,7 @@ def epoch_order(lengths: list[int], global_batch: int, seed: int, epoch: int) ->
     while block < updates and _padding(sizes[grouped]) > PADDING:
         block *= 2
         grouped = _sorted_in_blocks(order, sizes, block * global_batch)
-    grouped = grouped.view(updates, global_batch)[torch.randperm(updates, generator=generator)].flatten()
+    grouped = grouped.view(updates, global_batch)[torch.randperm(updates, generator=generator, device="cpu")].flatten()
     return [*grouped.tolist(), *rest[sizes[rest].argsort(stable=True)].tolist()]
 
 

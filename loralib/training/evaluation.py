@@ -84,7 +84,7 @@ class EvaluationOfRanks(TrainerPart):
         target = inputs.get("labels", given[0] if len(given) == 1 else None)
         self.labels_are_tokens = getattr(target, "ndim", 0) > 1
         weights = counted_tokens(target if rows == size else None, size, task_type(self.model) == "CAUSAL_LM")
-        contradicted = torch.full((size,), float(bool(self.loss_follows) and not all(agree)))
+        contradicted = torch.full((size,), float(bool(self.loss_follows) and not all(agree)), device="cpu")
         found = {
             "losses": torch.stack([*losses, weights.cpu()], dim=-1).to(self.args.device),
             "contradicted": contradicted.to(self.args.device),
@@ -215,7 +215,11 @@ class EvaluationOfRanks(TrainerPart):
 
 def _for_each(loss: torch.Tensor | None, size: int) -> torch.Tensor:
     """A batch's loss as that of each of its examples."""
-    return torch.full((size,), torch.nan) if loss is None else loss.detach().float().mean().cpu().expand(size)
+    return (
+        torch.full((size,), torch.nan, device="cpu")
+        if loss is None
+        else loss.detach().float().mean().cpu().expand(size)
+    )
 
 
 def _contradicted(gathered: Any) -> bool:

@@ -115,9 +115,9 @@ def counted_tokens(labels: Any, size: int, causal: bool) -> torch.Tensor:
     -100 marks a token that does not count; a causal model's first token is predicted from nothing.
     """
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or not labels.ndim:
-        return torch.ones(size)
+        return torch.ones(size, device="cpu")
     if labels.ndim == 1:
-        return labels.ne(-100).float() if len(labels) == size else torch.ones(size)
+        return labels.ne(-100).float() if len(labels) == size else torch.ones(size, device="cpu")
     return (labels[:, 1:] if causal else labels).ne(-100).flatten(1).sum(1).float()
 
 

@@ -58,11 +58,67 @@ def test_targets_match_as_in_peft():
     assert type(lora.inject(Net(), "key", r=1).query) is nn.Linear
 
 
-@pytest.mark.parametrize("targets", [["quer"], [], "nothing.*", ["attention"], ["out_proj"]])
+@pytest.mark.filterwarnings("ignore:target_modules names 'quer'")
+@pytest.mark.parametrize("targets", [["quer"], [], "nothing.*", "attention"])
 def test_no_match_names_what_could_have(targets):
-    """out_proj of nn.MultiheadAttention is a Linear that attention never calls: adapting it would do nothing."""
     with pytest.raises(ValueError, match="classifier, conv, embed, key, query"):
         lora.inject(Net(), targets, r=2)
+
+
+@pytest.mark.parametrize("name", ["attention", "out_proj"])
+def test_a_name_of_which_nothing_can_be_adapted_is_refused_beside_others(name):
+    """out_proj of nn.MultiheadAttention is a Linear that attention never calls: adapting it would do nothing."""
+    with pytest.raises(
+        ValueError, match=f"target_modules names '{name}', and .* which cannot be adapted; leave it out"
+    ):
+        lora.inject(Net(), ["query", name], r=2)
+
+
+def test_a_name_that_is_no_modules_is_said():
+    with pytest.warns(UserWarning, match="target_modules names 'quer', which ends no module's name"):
+        lora.inject(Net(), ["key", "quer"], r=2)
+    with pytest.warns(UserWarning, match="exclude_modules names 'quer'"):
+        lora.inject(Net(), ["key"], r=2, exclude_modules=["quer"])
+    with pytest.raises(ValueError, match=r"layers_to_transform = \[\] leaves out all"):
+        lora.inject(Net(), ["key"], r=2, layers_to_transform=[])
+
+
+def test_a_module_of_two_names_is_judged_by_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 2)])
+            self.classifier = self.heads[0]
+
+        def forward(self, x):
+            return self.classifier(self.body(x))
+
+    model = lora.inject(Twice(), "all-linear", r=2, modules_to_save=["classifier"])
+    lora.mark_only_lora_as_trainable(model)
+    assert type(model.classifier) is nn.Linear and model.classifier.weight.requires_grad
+    assert isinstance(model.body, lora.Linear) and not model.body.weight.requires_grad
+    left_out = lora.inject(Twice(), "all-linear", r=2, exclude_modules=["classifier"])
+    assert type(left_out.heads[0]) is nn.Linear and isinstance(left_out.body, lora.Linear)
+
+
+def test_an_adapter_of_a_module_of_two_names_comes_back(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 2)])
+            self.classifier = self.heads[0]
+
+        def forward(self, x):
+            return self.classifier(self.body(x))
+
+    plain = Twice()
+    model = lora.inject(copy.deepcopy(plain), "all-linear", r=2, modules_to_save=["classifier"])
+    nn.init.normal_(model.body.lora_B)
+    nn.init.normal_(model.classifier.weight)
+    lora.save_adapter(model, tmp_path)
+    lora.load_adapter(plain, tmp_path)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(plain(x), model(x))
 
 
 @pytest.mark.parametrize("r", [0, -1, True, 2.0])
