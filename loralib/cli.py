@@ -254,7 +254,7 @@ def _warn_of_plain_lora(directory: str, rank: int) -> None:
     from .adapters.directory import read_configs
 
     config, facts = read_configs(directory)
-    if not facts and rank < config["r"]:
+    if not {"sampling", "ordered"} & facts.keys() and rank < config["r"]:
         print(
             f"dylora: {directory} does not say that it was trained for ranks below {config['r']}. If it was not, use "
             "dylora squeeze, which orders its components before it cuts them.",

@@ -44,6 +44,7 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
                 f"{name} holds a number that is not finite, so its components have no order; train anew with a lower "
                 "learning rate."
             )
+    setattr(model, "lora_trained", {**getattr(model, "lora_trained", {}), "ordered": True})  # noqa: B010
     spread, rank = any(layer.components_at for _, layer in layers), get_rank(model)
     unknown: set[str] = set()
     for _, layer in layers:

@@ -45,11 +45,12 @@ def squeeze(args) -> None:
         sizes = rank_sizes(directory)
         _print_sizes(sizes, None if args.importance else kept)
         if adapted and args.data:
-            results = adapted.measure(args.data)
-            print_table(results)
+            results, found = adapted.measure(args.data), None
             if rank is None:
                 found = chosen(args, results)
                 rank, results = found.rank, replace(results, selected_rank=found)
+            print_table(results)
+            if found is not None:
                 print(f"rank {rank}: {why(results, found)}")
         if rank is None:
             rank = _largest(sizes, args.max_parameters)
@@ -66,7 +67,7 @@ def _print_sizes(sizes: dict[int, Size], kept: dict[int, float] | None) -> None:
         return
     rows = [[str(b), f"{size.parameters:,}", str(size.layers), str(size.most)] for b, size in sizes.items()]
     head = ["rank", "parameters", "layers", "most in one"]
-    print_grid("as many parameters as at that rank, in the layers where they matter", head, rows)
+    print_grid("at most as many parameters as at that rank, in the layers where they matter", head, rows)
 
 
 def _largest(sizes: dict[int, Size], parameters: int) -> int:

@@ -82,7 +82,9 @@ def load(args: Arguments):
 
 
 def line_parser() -> HfArgumentParser:
-    return HfArgumentParser((Arguments, SFTConfig))
+    parser = HfArgumentParser((Arguments, SFTConfig))
+    parser.set_defaults(use_cpu=not torch.accelerator.is_available())
+    return parser
 
 
 def main(argv: list[str] | None = None):

@@ -50,6 +50,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike, rank: int | None = N
         raise ValueError("path is empty; give the directory that the adapter is written to.")
     model = unwrapped(model)
     sharded = at_rest(model)
+    extra = getattr(model, "lora_trained", {}) | (extra or {})  # what a loop of one's own, or an ordering, left there
     layers = [(peft_format.clean(name), layer) for name, layer in lora_layers(model)]
     r_max = max(layer.r for _, layer in layers)
     rank = r_max if rank is None else rank

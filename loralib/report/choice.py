@@ -68,7 +68,7 @@ def select_rank(
         if not 0 <= margin < math.inf:
             raise ValueError(f"within is {within!r}; give '1se' or a number of points, 0 or more.")
         margins = np.full(len(ranks), margin / points)
-        near = f"within {margin:g} points of"
+        near = f"within {margin:g}{' points' if points != 1 else ''} of"
     chosen = next(k for k in range(len(ranks)) if clean[best] - clean[k] <= margins[k] + 1e-12)
     # Of the best beside itself there is no difference to be unsure of.
     error = float(margins[chosen]) if within == "1se" and chosen != best else None

@@ -116,6 +116,11 @@ def measured_elsewhere(results: RankResults) -> bool:
     return results.adapter is not None and not beside.exists()
 
 
+def _as_text(value: Any) -> str:
+    """A setting as labels show it; 16 and 16.0 are one."""
+    return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def curves(runs: list[RankResults]) -> list[Curve]:
     """One curve for each task, split, method and setting; runs that differ in nothing but the seed are averaged. Two
     of one seed, or of none that is known, are no two seeds, and stand apart."""
@@ -127,7 +132,7 @@ def curves(runs: list[RankResults]) -> list[Curve]:
             own = settings_of_run(results) | {"examples": results.splits[split][0].samples}
             own |= {"data": results.data[split]} if split in results.data else {}
             start = (results.task, split, label(results), results.metric, ranks)
-            key = (*start, tuple((name, str(value)) for name, value in own.items()))
+            key = (*start, tuple((name, _as_text(value)) for name, value in own.items()))
             seeds = [other.seed for other in groups.get(key, [])]
             if seeds and (results.seed is None or results.seed in seeds or measured_elsewhere(results)):
                 key = (*start, (*key[-1], ("run", str(results.directory))))

@@ -8,12 +8,14 @@ import pytest
 import yaml
 from hypothesis import given as forall
 from hypothesis import strategies as st
+from transformers import AutoModelForSequenceClassification
 from transformers_dylora.arguments import line_parser, parse
 from transformers_dylora.data import held_out, load_files
 from transformers_dylora.errors import UsageError
 from transformers_dylora.run_glue import train
 from transformers_dylora.settings import expanded, given, store_config, without_tokens
 
+import loralib as lora
 from loralib.cli import main
 
 from .test_run_glue import cache, glue  # noqa: F401
@@ -215,3 +217,23 @@ def test_own_data_without_a_word_more_and_again_from_its_config(roberta_checkpoi
     assert weights[0] == weights[1]
     stored = [yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in ("one", "two")]
     assert stored[0] | {"output_dir": "two"} == stored[1]
+
+
+def test_the_adapter_to_start_from_says_its_rank_and_whether_it_can_go_on_as_released(tmp_path, roberta_checkpoint):
+    model = lora.inject(AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint), ["query"], r=3)
+    lora.save_adapter(model, tmp_path / "adapter")
+    words = ["--model_name_or_path", "m", "--task_name", "rte", "--output_dir", "o", "--apply_lora", "--lora_path"]
+    found, _, _ = parse([*words, str(tmp_path / "adapter")])
+    assert (found.lora_r, found.lora_alpha, found.measured_ranks()) == (3, 6, [1, 2, 3])
+    assert parse([*words[:-1]])[0].lora_r == 8
+    with pytest.raises(UsageError, match="was trained at alpha/r: train that one with --as_released too"):
+        parse([*words, str(tmp_path / "adapter"), "--as_released"])[0].scaling()
+
+
+def test_help_tells_what_dylora_train_does_by_itself(capsys):
+    with pytest.raises(SystemExit):
+        train(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    line_parser().set_defaults(apply_lora=False, do_train=False, do_eval=False)
+    assert told.startswith("usage: dylora train [FILE.yaml] FLAGS")
+    assert "trains the whole model. (default: True)" in told

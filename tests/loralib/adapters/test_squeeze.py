@@ -15,6 +15,7 @@ import loralib as lora
 from loralib.adapters.directory import cut_adapter, describe_adapter
 from loralib.adapters.squeeze import squeeze_adapter
 from loralib.cli import main
+from loralib.peft import DyLoraConfig
 
 IDS = torch.arange(5, 17).reshape(2, 6)
 
@@ -334,3 +335,30 @@ def test_an_export_over_an_earlier_one_keeps_none_of_its_tokenizer(roberta_check
     for file in (tmp_path / "theirs").glob("tokenizer*"):
         file.unlink()
     assert main(command) == 0 and not list((tmp_path / "out").glob("tokenizer*"))
+
+
+def test_export_asks_of_ranks_that_nothing_was_told_of(roberta_checkpoint, tmp_path, capsys):
+    """A DyLoraConfig that a trainer without ranks trained; and a loop of one's own, which is known to have drawn."""
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint),
+        DyLoraConfig(r=4, lora_alpha=8, target_modules=["query"], task_type="SEQ_CLS"),
+    )
+    model.save_pretrained(tmp_path / "never")
+    assert main(["export", str(tmp_path / "never"), "--rank", "2", "--to", str(tmp_path / "small")]) == 0
+    assert "does not say that it was trained for ranks below 4" in capsys.readouterr().err
+    for name, prepare in (("ordered", lora.order_components), ("drawn", draw)):
+        model = lora.inject(AutoModelForSequenceClassification.from_pretrained(roberta_checkpoint), ["query"], r=4)
+        prepare(model)
+        lora.save_adapter(model, tmp_path / name)
+        assert main(["export", str(tmp_path / name), "--rank", "2", "--to", str(tmp_path / f"{name}2")]) == 0
+        assert "does not say" not in capsys.readouterr().err
+    facts = json.loads((tmp_path / "drawn" / "dylora.json").read_text())
+    assert facts["sampling"] == "step" and facts["full_rank_share"] == 0
+
+
+def draw(model):
+    lora.mark_only_lora_as_trainable(model)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    schedule = lora.RankSchedule("step", full_rank_share=0).resolve(r_max=4)
+    for batch in schedule.over([{"input_ids": IDS}] * 2, model, optimizer):
+        model(**batch).logits.sum().backward()

@@ -136,6 +136,12 @@ def run_in(directory, seed, settings=None, **changes):
     return dataclasses.replace(as_results(seed=seed, **changes), directory=str(directory))
 
 
+def test_a_number_is_the_same_setting_however_it_is_written(tmp_path):
+    runs = [run_in(tmp_path / str(seed), seed, {"lora_alpha": alpha}) for seed, alpha in ((0, 16), (1, 16.0))]
+    (curve,) = curves(runs)
+    assert curve.seeds == 2
+
+
 @pytest.mark.parametrize("stored", ["[1, 2]", "7", "{"])
 def test_stored_settings_that_are_none_separate_no_runs(stored, tmp_path):
     runs = [run_in(tmp_path / str(seed), seed) for seed in (0, 1)]

@@ -180,9 +180,15 @@ class ModelArguments:
     )
 
     apply_lora: bool = field(
-        default=False, metadata={"help": "Train a DyLoRA adapter and the head. Without it, the whole model."}
+        default=False,
+        metadata={"help": "Train a DyLoRA adapter and the head. Without it run_glue.py trains the whole model."},
     )
-    lora_r: int = field(default=8, metadata={"help": "r_max: the adapter works at every rank from 1 to this."})
+    lora_r: int | None = field(
+        default=None,
+        metadata={
+            "help": "r_max: the adapter works at every rank from 1 to this. Default: that of --lora_path; else 8."
+        },
+    )
     lora_alpha: float | None = field(
         default=None,
         metadata={"help": "alpha of the scaling rule. Default: that of --lora_path; else twice --lora_r."},
@@ -282,6 +288,9 @@ class ModelArguments:
             return
         if self.cls_dropout is not None and not 0 <= self.cls_dropout < 1:
             raise UsageError(f"--cls_dropout is {self.cls_dropout}; give a number from 0 to below 1.")
+        files = self._adapter_files()
+        if self.lora_r is None:
+            self.lora_r = 8 if files is None else files.config["r"]
         if self.lora_r < 1:
             raise UsageError(f"--lora_r is {self.lora_r}; give 1 or more.")
         self.lora_alpha = self.alpha() if self.lora_alpha is None else self.lora_alpha
@@ -316,14 +325,20 @@ class ModelArguments:
 
     def alpha(self) -> float:
         """That of the adapter to start from, for --lora_r; else twice --lora_r. A ``.bin`` says none."""
-        if not self.lora_path or not os.path.isdir(self.lora_path):
+        files = self._adapter_files()
+        if files is None:
             return 2 * self.lora_r
-        try:
-            files = read_directory(self.lora_path)
-        except (ValueError, FileNotFoundError) as error:
-            raise UsageError(f"--lora_path: {error}") from error
         alpha = files.config["lora_alpha"]
         return alpha * self.lora_r / files.config["r"] if files.scaling == "alpha/r" else alpha
+
+    def _adapter_files(self):
+        """The adapter to start from, where it is a directory."""
+        if not self.lora_path or not os.path.isdir(self.lora_path):
+            return None
+        try:
+            return read_directory(self.lora_path)
+        except (ValueError, FileNotFoundError) as error:
+            raise UsageError(f"--lora_path: {error}") from error
 
     def scaling(self) -> str:
         """The scaling rule: the flag's, else that of the adapter to start from, else what --as_released or the default
@@ -336,6 +351,12 @@ class ModelArguments:
                 raise UsageError(
                     "--as_released means --lora_scaling alpha/b; leave out one of it and --lora_scaling "
                     f"{self.lora_scaling}."
+                )
+            files = self._adapter_files()
+            if files is not None and files.scaling != "alpha/b":
+                raise UsageError(
+                    f"--as_released trains at scaling alpha/b, and {self.lora_path} was trained at {files.scaling}: "
+                    "train that one with --as_released too, or start from none (--lora_path none)."
                 )
             return "alpha/b"
         if self.lora_scaling is not None:
@@ -447,6 +468,13 @@ class GlueTrainingArguments(TrainingArguments):
         )
 
 
+ABOUT = (
+    "Trains an adapter for every rank on a GLUE task or files of your own, and measures each. FILE.yaml holds "
+    "settings, which flags override. For example: dylora train --model_name_or_path roberta-base --task_name rte "
+    "--learning_rate 5e-4 --output_dir rte/model"
+)
+
+
 class LineParser(HfArgumentParser):
     """HfArgumentParser, but what is wrong comes as one UsageError, without the usage of 150 flags."""
 
@@ -458,7 +486,7 @@ class LineParser(HfArgumentParser):
 @cache
 def line_parser() -> LineParser:
     """What reads a command line."""
-    return LineParser((ModelArguments, DataArguments, GlueTrainingArguments))
+    return LineParser((ModelArguments, DataArguments, GlueTrainingArguments), description=ABOUT)
 
 
 def parse(argv: list[str]) -> tuple[ModelArguments, DataArguments, GlueTrainingArguments]:

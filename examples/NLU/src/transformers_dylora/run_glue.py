@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None, program: str = "run_glue.py") -> RankRes
     It may begin with a YAML file of settings, which the flags after it override.
     """
     argv = expanded(sys.argv[1:] if argv is None else argv)
-    line_parser().prog = program
+    line_parser().prog, line_parser().usage = program, f"{program} [FILE.yaml] FLAGS"
     model_args, data_args, training_args = parse(argv)
     with one_sentence(training_args):
         return run(model_args, data_args, training_args, argv, program)
@@ -62,6 +62,8 @@ def train(argv: list[str] | None = None) -> RankResults | None:
     usual = [FLAGS["train"], FLAGS["validation"]] if asked <= refused else []
     usual = [flag for flag in usual if flag not in refused]
     usual += [] if flags & {"--apply_lora", "--help"} else ["--apply_lora"]
+    if flags & {"--help"}:
+        line_parser().set_defaults(apply_lora=True, do_train=True, do_eval=True)
     return main([*usual, *argv], "dylora train")
 
 
