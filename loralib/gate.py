@@ -51,10 +51,11 @@ def check_rank(rank, r: int):
             raise ValueError(
                 f"rank is a tensor of shape {tuple(rank.shape)}; give one rank per example, shape (batch,)."
             )
+        rank = rank.long()  # unsigned ones too, of which torch compares no more than bytes
         low, high = (int(v) for v in torch.aminmax(rank))
         if low < 0 or high > r:
             raise ValueError(f"rank holds {low if low < 0 else high}; every rank lies in 0..{r}.")
-        return rank.long()
+        return rank
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(
             f"rank is {rank!r} ({type(rank).__name__}); give an int from 0 to {r} or a LongTensor of shape (batch,)."
@@ -92,6 +93,8 @@ def matryoshka_gate(r: int, alpha: float, scaling: str, ranks=None, reduce: str 
     """
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; choose 'sum' or 'mean'.")
+    if ranks is not None and not len(list(ranks)):
+        raise ValueError("ranks is empty; name the ranks that train, or leave it out for all of them.")
     ranks = torch.as_tensor(list(ranks) if ranks is not None else range(1, r + 1), device="cpu")
     gates = rank_gate(check_rank(ranks, r), r, alpha, scaling)
     return getattr(gates, reduce)(0)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .checks import check_int
+from .checks import check_int, is_number
 from .components import Components
 from .gate import check_rank, check_scaling, rank_gate, scale
 from .layout import FIRST, Layout, LayoutError, layout_of
@@ -112,10 +112,10 @@ class LoRALayer(Components, Merging):
         """
         check_int("r", r, 0, math.inf, "give the maximum rank as an int, 1 or more (0: no adapter).")
         check_scaling(scaling, lora_alpha)
-        if isinstance(lora_dropout, str) or not 0 <= lora_dropout <= 1:
+        if not is_number(lora_dropout) or not 0 <= lora_dropout <= 1:
             raise ValueError(f"lora_dropout is {lora_dropout!r}; give a probability from 0 to 1.")
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, scaling
-        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout else nn.Identity()
+        self.lora_dropout = nn.Dropout(float(lora_dropout)) if lora_dropout else nn.Identity()
         self.state = RankState(r)
         self.layout: Layout | str | None = None  # where a batch's examples stand in the input; or why they do not
         if r:
@@ -229,11 +229,12 @@ class LoRALayer(Components, Merging):
             setattr(replica, name, getattr(self, name))
         return replica
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """The base layer's output plus the update; called as torch's layers are, ``input=`` included."""
         if self.r == 0 or self.is_merged:
-            return self.base(x)
-        self.begin(x)
-        return self.finish(self.base(x), x)
+            return self.base(input)
+        self.begin(input)
+        return self.finish(self.base(input), input)
 
     def begin(self, x: torch.Tensor) -> None:
         """Raise RuntimeError if this pass recomputes one that ran at another rank."""

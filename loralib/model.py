@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -96,8 +96,13 @@ def inject(
     Raises ValueError if a rank is below 1, if nothing matches (naming what could have), if a layer that matches
     computes in its own way, or if a module to save does not exist; the model is unchanged then.
     """
-    if target_modules is not None and not isinstance(target_modules, (str, list, tuple, set)):
-        raise ValueError(f"target_modules is {target_modules!r}; give names of layers, or a regular expression.")
+    for what, names_given in (("target_modules", target_modules), ("exclude_modules", exclude_modules)):
+        listed = [] if names_given is None or isinstance(names_given, str) else names_given
+        if not isinstance(listed, (list, tuple, set)) or not all(isinstance(name, str) for name in listed):
+            raise ValueError(f"{what} is {names_given!r}; give names of layers, or a regular expression.")
+    for what, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if pattern is not None and not isinstance(pattern, Mapping):
+            raise ValueError(f"{what} is {pattern!r}; give a dictionary of endings of names.")
     check_int("r", r, 1, math.inf, "inject needs a maximum rank of 1 or more.")
     if isinstance(modules_to_save, str):
         modules_to_save = [modules_to_save]

@@ -10,7 +10,7 @@ from typing import Literal, TypeGuard, TypeVar, get_args
 import torch
 from torch import nn
 
-from .checks import check_int
+from .checks import check_int, is_number
 from .gate import SCALINGS, check_rank
 from .layout import examples_in
 from .model import lora_layers, max_rank, scaling_of, set_rank
@@ -80,8 +80,8 @@ class RankSchedule:
         for name, value in (("frozen", self.frozen), ("paced", self.paced)):
             if not isinstance(value, bool) and (name, value) != ("paced", None):
                 raise ValueError(f"{name} is {value!r}; give True or False.")
-        if not 0 < self.p < 1:
-            raise ValueError(f"p is {self.p}; the geometric distribution needs a number between 0 and 1.")
+        if not is_number(self.p) or not 0 < self.p < 1:
+            raise ValueError(f"p is {self.p!r}; the geometric distribution needs a number between 0 and 1.")
         if self.frozen and not self.draws:
             raise ValueError(f"frozen training needs drawn ranks; sampling={self.sampling!r} draws none.")
         idle = {
@@ -244,6 +244,8 @@ class BoundSchedule:
         number of updates than these, if neither it nor ``batches`` tells that number, if ``optimizer`` holds
         nothing of the adapter, and if it is not given and the schedule is paced.
         """
+        check_int("accumulate", accumulate, 1, math.inf, "give the batches to an update, 1 or more.")
+        check_int("epochs", epochs, 1, math.inf, "give how often the batches come, 1 or more.")
         found = max_rank(model), scaling_of(model)
         if found != (self.r_max, self.scaling):
             raise ValueError(

@@ -196,3 +196,40 @@ def test_no_warning_where_all_names_are_the_models():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lora.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"], r=2, exclude_modules=["1"])
+
+
+def test_a_layer_is_called_as_torchs_are():
+    layer, x = lora.Linear(4, 3, r=2), torch.randn(2, 4)
+    torch.testing.assert_close(layer(input=x), layer(x))
+
+
+def test_factors_that_layers_share_are_not_turned():
+    model = filled(lora.inject(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), ["0", "1"], r=2))
+    model[1].lora_A = model[0].lora_A
+    before = model[0].lora_B.detach().clone()
+    with pytest.raises(ValueError, match="0 and 1 share a factor"):
+        lora.order_components(model)
+    assert torch.equal(model[0].lora_B, before)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        (lambda m: lora.inject(m, [None], r=2), r"target_modules is \[None\]"),
+        (lambda m: lora.inject(m, ["0"], r=2, exclude_modules=5), "exclude_modules is 5"),
+        (lambda m: lora.inject(m, ["0"], r=2, rank_pattern=["0"]), "rank_pattern is .* dictionary"),
+        (lambda m: lora.inject(m, ["0"], r=2, lora_dropout=None), "lora_dropout is None"),
+        (lambda m: lora.RankSchedule(p="0.1"), "p is '0.1'"),
+        (lambda m: list(lora.RankSchedule().resolve(r_max=2).over([], lora.inject(m, ["0"], r=2), accumulate=0)), "accumulate is 0"),
+        (lambda m: lora.set_matryoshka_gate(lora.inject(m, ["0"], r=2), []), "ranks is empty"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_sentence(wrong, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        wrong(nn.Sequential(nn.Linear(4, 4)))
+
+
+def test_ranks_may_be_unsigned():
+    model = filled(lora.inject(nn.Sequential(nn.Linear(4, 4)), ["0"], r=2))
+    lora.set_rank(model, torch.tensor([1, 2], dtype=torch.uint16))
+    assert lora.get_rank(model).tolist() == [1, 2]
