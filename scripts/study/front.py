@@ -29,8 +29,8 @@ SETUP = [
     "- **DyLoRA (our default)**: a LoRA of rank 8 for 0.8 of the steps; then its components are put in order by their "
     "singular values, and the rest trains ranks mixed: a third of the examples at rank 1, the others with the "
     "adapters of ranks 1, 2, 4 and 8 averaged. This is not the paper's training, which draws one rank for each step "
-    "from the first on: that scored less on each task that it ran on, in the mean of the ranks (`DyLoRA, per step` "
-    "and `as released` in [all tables](tables.md); three tasks, at rates chosen as for all).",
+    "from the first on: that scored less in the mean of the ranks (`DyLoRA, per step` and `as released` "
+    "[below](#beside-every-peer), at rates chosen as for all).",
     "- **DyLoRA, halving**: ordered after 0.3 of the steps; then half of an update's examples at rank 8, a quarter at "
     "rank 1, an eighth each at ranks 2 and 4, and component k's column of B moves 8/k times as far in a step.",
     "- **The sweep**: a LoRA trained for rank 1, another for rank 2, .. : four trainings. Chosen: each at its own "
@@ -44,8 +44,8 @@ SETUP = [
     "each task has one validation set.",
 ]
 PEERS = (
-    "What the names mean stands with [all tables](tables.md). DyLoRA as released, per step and per example, and other "
-    "fixed gates, ran on three tasks and stand there. MatryoshkaLoRA's authors trained language models of 1 and 8 "
+    "What the names mean stands with [all tables](tables.md); there too, on three tasks alone, are ranks drawn "
+    "geometrically and a fixed gate that sums. MatryoshkaLoRA's authors trained language models of 1 and 8 "
     "billion parameters; a classifier as small as this one may be far from what suits their settings. AdaLoRA's "
     "trained CoLA for 25 epochs, here it is 4: two seeds of it tell no more than that it is no better in the mean."
 )
