@@ -33,15 +33,18 @@ class WeighedLosses(TrainerPart):
         compute, own = self.compute_loss, vars(self).get("compute_loss")
         told = type(self).loss_is_scaled_for_ga
 
-        def weighing(model, inputs, num_items_in_batch=None):
+        def weighing(model, inputs, return_outputs=False, num_items_in_batch=None):
             says_nothing = _counts_nothing(inputs.get("labels"))  # before Trainer takes them out
-            loss = compute(model, inputs, num_items_in_batch=num_items_in_batch)
+            found = compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            loss, *outputs = found if return_outputs else (found,)
             if says_nothing:
                 loss = loss.nan_to_num(nan=0.0)  # a mean over nothing
-            self.loss_is_scaled_for_ga = True
             if self._is_empty():
-                return loss * 0.0
-            return loss if told else loss * self._weight(num_items_in_batch if told is None else None)
+                loss = loss * 0.0
+            elif not told:
+                loss = loss * self._weight(num_items_in_batch if told is None else None)
+            self.loss_is_scaled_for_ga = True
+            return (loss, *outputs) if return_outputs else loss
 
         self.compute_loss = weighing
         try:

@@ -112,6 +112,26 @@ def test_a_loss_of_ones_own_weighs_each_example_alike(before, behind, tmp_path):
         np.testing.assert_allclose(uneven, one, rtol=2e-3)
 
 
+class Looks(Trainer):
+    """Has a step of its own, which wants the outputs beside the loss."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss, outputs = self.compute_loss(
+            model, self._prepare_inputs(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
+        assert outputs.logits.requires_grad
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+def test_a_step_of_a_base_class_gets_the_outputs_beside_the_weighed_loss(tmp_path):
+    kind = type("Own", (DyLoRAMixin, Looks), {})
+    one = norms(made(kind, tmp_path, per_device_train_batch_size=8))
+    several = norms(made(kind, tmp_path, per_device_train_batch_size=3, gradient_accumulation_steps=3))
+    np.testing.assert_allclose(several, one, rtol=2e-3)
+
+
 def test_a_batch_whose_labels_do_not_count_tells_nothing_of_the_loss(tmp_path):
     ignored = [{"input_ids": list(range(5, 30)), "labels": -100}] * 4 + rows(4)
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=4, per_device_eval_batch_size=4)
