@@ -47,7 +47,8 @@ USUAL_TARGETS = "query,value"
 ALL_LINEAR = "all-linear"
 # r_max and targets as people use them: two tasks each, and at larger r_max the methods whose rates are searched.
 WIDE_TASKS = "cola", "sst2"
-WIDE_RANKS = 16, 64
+WIDE_SEEDS = {16: (0, 1), 64: (0,)}  # of each r_max
+WIDE_RANKS = tuple(WIDE_SEEDS)
 WIDE_METHODS = ("lora-8", DEFAULT, "halving")
 
 
@@ -204,13 +205,14 @@ def wide_rates(records: list[dict], r_max: int) -> dict[str, float]:
 
 
 def wide_cells(records: list[dict], methods: list[str] | None = None) -> list[Cell]:
-    """``methods`` (default: our default, beside plain LoRA of rank r_max, cut by SVD) at larger r_max, one seed, at the
-    rates that ``records`` choose; and with all linear layers (by default beside the sweep too), two seeds."""
+    """``methods`` (default: our default, beside plain LoRA of rank r_max, cut by SVD) at larger r_max, at the rates
+    that ``records`` choose; and with all linear layers (by default beside the sweep too), two seeds."""
     sweep = [] if methods else [names[0] for r, names in sorted(SWEEP.items()) if r < R_MAX]
     methods = methods or ["lora-8", DEFAULT]
     cells = [
-        Cell(task, name, 0, wide_rates(records, r_max)[name], r_max=r_max)
-        for r_max in WIDE_RANKS
+        Cell(task, name, seed, wide_rates(records, r_max)[name], r_max=r_max)
+        for r_max, seeds in WIDE_SEEDS.items()
+        for seed in seeds
         for task in WIDE_TASKS
         for name in methods
     ]

@@ -303,7 +303,10 @@ def test_a_method_of_ones_own_beside_the_wide_tables_and_at_a_rate_of_ones_own(t
     monkeypatch.setattr(study, "run_all", lambda wanted, options: asked.extend(wanted))
     more = ["--results", str(tmp_path)]
     study.main(["wide", "--encoder", "e", "--methods", "halving", *more])
-    wanted = [(task, "halving", r_max, 0) for r_max in cells.WIDE_RANKS for task in cells.WIDE_TASKS]
+    wanted = [
+        (task, "halving", r_max, seed) for r_max, seeds in ((16, (0, 1)), (64, (0,))) for seed in seeds
+        for task in cells.WIDE_TASKS
+    ]  # fmt: skip
     wanted += [(task, "halving", study_methods.R_MAX, seed) for seed in (0, 1) for task in cells.WIDE_TASKS]
     assert [(c.task, c.method, c.r_max, c.seed) for c in asked] == wanted
     asked.clear()
