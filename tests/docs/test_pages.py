@@ -82,6 +82,11 @@ def flags_after(words, start):
     return words[words.index(start) + 1 :] if isinstance(start, str) else words[start:]
 
 
+def without_adapter(flags: list[str]) -> list[str]:
+    """The flags with no adapter to start from, since the page's own is not there."""
+    return ["none" if i and flags[i - 1] == "--lora_path" else flag for i, flag in enumerate(flags)]
+
+
 def parsed(line: str, directory) -> bool:
     """Whether a real parser takes the line; SystemExit or UsageError if it refuses, False if no parser is known."""
     from transformers_dylora.arguments import parse
@@ -94,6 +99,7 @@ def parsed(line: str, directory) -> bool:
     needed = ["--model_name_or_path", "m", "--output_dir", "o"]
     if program == "dylora" and words[1] == "train":
         own = words[2:] if "..." not in words else [*words[words.index("...") + 1 :], "--task_name", "rte"]
+        own = without_adapter(own)
         given = expanded([str(directory / word) if word.endswith(".yaml") else word for word in own])
         parse([*needed, "--apply_lora", *given])  # as the command adds it
     elif program == "dylora":
@@ -101,10 +107,7 @@ def parsed(line: str, directory) -> bool:
     elif program == "bash" and (words[1].startswith("roberta_") or "/roberta_" in words[1]):
         recipe = ROOT / "examples" / "NLU" / words[1].split("/")[-1]
         assert recipe.exists(), recipe
-        free = list(words[2:])
-        if "--lora_path" in free and free[free.index("--lora_path") + 1] != "none":
-            free[free.index("--lora_path") + 1] = "none"
-        parse([*needed, "--task_name", "rte", "--apply_lora", *free])
+        parse([*needed, "--task_name", "rte", "--apply_lora", *without_adapter(words[2:])])
     elif "transformers_dylora.run_glue" in line:
         parse(flags_after(words, "transformers_dylora.run_glue"))
     elif program == "bash" and words[1].startswith("scripts/"):

@@ -76,7 +76,7 @@ def test_each_rank_has_its_own_strengths_and_the_model_is_whole_again(small):
 
 def test_they_are_measured_with_the_leads_alone():
     tried = {name for name, made in study_methods.CUTS.items() if made.tried}
-    assert tried == {"cut-heads", "cut-strengths", "mixed-0.8-heads", "mixed-0.8-strengths"}
+    assert tried == {"cut-whitened", "cut-heads", "cut-strengths", "mixed-0.8-heads", "mixed-0.8-strengths"}
     assert cells.Cell("mnli", "lora-8", 0, cells.TRIED_RATE, "held_out").is_lead
     assert not cells.Cell("mnli", "lora-8", 0, cells.TRIED_RATE, "validation").is_lead
     assert not cells.Cell("cola", "lora-8", 0, cells.TRIED_RATE, "held_out").is_lead
