@@ -83,7 +83,8 @@ class EvaluationOfRanks(TrainerPart):
         losses = of_logits if self.loss_follows else of_batches
         target = inputs.get("labels", given[0] if len(given) == 1 else None)
         self.labels_are_tokens = getattr(target, "ndim", 0) > 1
-        weights = counted_tokens(target if rows == size else None, size, task_type(self.model) == "CAUSAL_LM")
+        of_examples = isinstance(target, torch.Tensor) and target.shape[:1] == (size,)
+        weights = counted_tokens(target if of_examples else None, size, task_type(self.model) == "CAUSAL_LM")
         contradicted = torch.full((size,), float(bool(self.loss_follows) and not all(agree)), device="cpu")
         found = {
             "losses": torch.stack([*losses, weights.cpu()], dim=-1).to(self.args.device),

@@ -83,16 +83,17 @@ def test_a_name_that_is_no_modules_is_said():
         lora.inject(Net(), ["key"], r=2, layers_to_transform=[])
 
 
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 2)])
+        self.classifier = self.heads[0]
+
+    def forward(self, x):
+        return self.classifier(self.body(x))
+
+
 def test_a_module_of_two_names_is_judged_by_both():
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 2)])
-            self.classifier = self.heads[0]
-
-        def forward(self, x):
-            return self.classifier(self.body(x))
-
     model = lora.inject(Twice(), "all-linear", r=2, modules_to_save=["classifier"])
     lora.mark_only_lora_as_trainable(model)
     assert type(model.classifier) is nn.Linear and model.classifier.weight.requires_grad
@@ -102,15 +103,6 @@ def test_a_module_of_two_names_is_judged_by_both():
 
 
 def test_an_adapter_of_a_module_of_two_names_comes_back(tmp_path):
-    class Twice(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.body, self.heads = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 2)])
-            self.classifier = self.heads[0]
-
-        def forward(self, x):
-            return self.classifier(self.body(x))
-
     plain = Twice()
     model = lora.inject(copy.deepcopy(plain), "all-linear", r=2, modules_to_save=["classifier"])
     nn.init.normal_(model.body.lora_B)
