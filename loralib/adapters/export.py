@@ -122,11 +122,7 @@ def _save_tokenizer(source: Path, base: str, options: dict, target: Path) -> boo
         return copy_tokenizer(Path(base), target)
     try:
         AutoTokenizer.from_pretrained(base, **options).save_pretrained(target)
-    except (
-        OSError,
-        ValueError,
-        ImportError,
-        KeyError,
-    ):  # a model of images or sounds, or one that needs a package more
+    # A model of images or sounds, or one that needs a package more.
+    except (OSError, ValueError, ImportError, KeyError):
         return False
     return True

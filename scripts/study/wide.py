@@ -79,7 +79,7 @@ def curve_table(
 
 def rank_tables(records: list[dict]) -> list[str]:
     """The default at larger r_max."""
-    lines, rates = [], wide_rates(records)
+    lines, rates = [], rates_by_r_max(records)
     for r_max in cells.WIDE_RANKS:
         for task in WIDE_TASKS:
             kept = Kept(task, cells.USUAL_TARGETS, rates, r_max)
@@ -107,7 +107,7 @@ def rank_tables(records: list[dict]) -> list[str]:
     ]
 
 
-def wide_rates(records: list[dict]) -> dict[str, dict[int, float]]:
+def rates_by_r_max(records: list[dict]) -> dict[str, dict[int, float]]:
     """{method: {r_max: the chosen rate}} of larger r_max."""
     found: dict = defaultdict(dict)
     for r_max in cells.WIDE_RANKS:
