@@ -12,6 +12,7 @@ from ..layers import LoRALayer
 from ..quantised import is_quantised
 from .directory import AdapterFiles
 from .fingerprint import fingerprint, is_known
+from .keys import is_of_base
 from .peft_format import PREFIX
 
 
@@ -43,7 +44,7 @@ def base_plan(state: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], 
     """
     plan = {}
     for key, value in tensors.items():
-        if ".base_layer." not in key:
+        if not is_of_base(key):
             continue
         name = key if key in state else key.removeprefix(PREFIX).replace(".base_layer.", ".")
         own = state.get(name)

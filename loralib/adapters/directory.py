@@ -23,6 +23,7 @@ from ..gate import scale
 from ..titles import before_ordering
 from . import fields, peft_format
 from .fingerprint import of_factors
+from .keys import factor_in
 from .kinds import head_outputs
 from .refusing import refuse_bad_numbers, refuse_facts_of_other_weights, refuse_half_pairs
 
@@ -67,9 +68,8 @@ class AdapterFiles:
     def factors(self) -> Iterator[tuple[str, str, str, torch.Tensor]]:
         """(key, layer's name, "A" or "B", tensor) of every factor."""
         for key, value in self.tensors.items():
-            name, is_factor, factor = key.removeprefix(peft_format.PREFIX).partition(".lora_")
-            if is_factor:
-                yield key, name, factor.removeprefix("embedding_")[0], value
+            if found := factor_in(key.removeprefix(peft_format.PREFIX)):
+                yield key, *found, value
 
     @property
     def has_own_convolutions(self) -> bool:
@@ -156,7 +156,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength
     usual = "alpha/sqrt(b)" if config.get("use_rslora") else "alpha/r"  # as DyLoraConfig takes PEFT's own files
-    sizes = [value.shape[0] for key, value in tensors.items() if ".lora_A" in key or ".lora_embedding_A" in key]
+    sizes = [value.shape[0] for key, value in tensors.items() if (found := factor_in(key)) and found[1] == "A"]
     whole = max(sizes, default=config["r"])  # a rank_pattern may say more than r
     files = AdapterFiles(path, tensors, config, facts, rank or whole, scaling or usual)
     for name, counts in (facts.get("components_at") or {}).items():
@@ -254,7 +254,7 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     then a rank of its own, and one without a component is left out. Raises ValueError for a rank that is not there."""
     check_int("rank", rank, 1, files.rank, f"the adapter in {files.path} can be cut to 1..{files.rank}.")
     files.refuse_unordered(rank)
-    tensors = {key: value for key, value in files.tensors.items() if ".lora_" not in key}
+    tensors = {key: value for key, value in files.tensors.items() if not factor_in(key)}
     sizes: dict[str, tuple[int, float]] = {}
     ranks: dict[str, int] = {}
     spread = files.facts.get("components_at") or {}

@@ -3,6 +3,7 @@
 import torch
 
 from ..sharding import whole
+from .keys import factor_in
 
 
 def fingerprint(tensor: torch.Tensor) -> list[float]:
@@ -24,11 +25,11 @@ def of_factors(tensors: dict[str, torch.Tensor]) -> list[float]:
 
 def are_known(tensors: dict[str, torch.Tensor], numbers: list[float]) -> bool:
     """Whether the numbers are those of ``of_factors``, were the factors rounded to 8 bits."""
-    return any(".lora_" in key for key in tensors) and is_known(_last_factors(tensors), numbers, rtol=0.1)
+    return any(map(factor_in, tensors)) and is_known(_last_factors(tensors), numbers, rtol=0.1)
 
 
 def _last_factors(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
     # A and B: the first hardly moves in a short training, the second is zero before it.
-    keys = sorted(key for key in tensors if ".lora_" in key)
-    last = [key for key in keys if key.rpartition(".lora_")[0] == keys[-1].rpartition(".lora_")[0]]
-    return torch.cat([tensors[key].flatten().float() for key in last])
+    layers = {key: found[0] for key in sorted(tensors) if (found := factor_in(key))}
+    *_, last = layers.values()
+    return torch.cat([tensors[key].flatten().float() for key, layer in layers.items() if layer == last])

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .keys import factor_in
+
 
 def task_type(model: nn.Module) -> str | None:
     """PEFT's name for what the model's class does, or None if it has none.
@@ -40,5 +42,5 @@ def label_facts(model: nn.Module) -> dict:
 def head_outputs(tensors: Mapping[str, torch.Tensor]) -> int | None:
     """How many outputs the head in an adapter's file has: the rows of the narrowest matrix that was saved beside the
     factors (layers of a head before the last are as wide as the model); None without one."""
-    heads = [len(value) for key, value in tensors.items() if ".lora_" not in key and key.endswith("weight")]
+    heads = [len(value) for key, value in tensors.items() if not factor_in(key) and key.endswith("weight")]
     return min(heads, default=None)

@@ -13,6 +13,7 @@ from ..layers import LoRALayer
 from ..sharding import at_rest, by_one_process, put, whole
 from .base import base_plan, warn_of_new_tokens
 from .directory import cut_adapter, read_directory, write_adapter
+from .keys import is_of_base
 from .kinds import label_facts
 from .labels import refuse_other_labels
 from .refusing import refuse_failed_training
@@ -69,7 +70,7 @@ def load_peft_adapter(model, layers: list[tuple[str, LoRALayer]], path: str | os
     files = read_directory(path)
     own = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     weights = base_plan(model.state_dict(), files.tensors, files.path)
-    stored = {key for key in files.tensors if ".base_layer." not in key}
+    stored = {key for key in files.tensors if not is_of_base(key)}
     for key in sorted(own.keys() ^ stored):
         raise ValueError(f"{path} and the model differ in {key!r}: it was made with other targets or modules to save.")
     for key, value in own.items():

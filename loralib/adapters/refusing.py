@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from .fingerprint import are_known
+from .keys import factor_in, other_half
 
 
 def refuse_facts_of_other_weights(facts: dict, tensors: dict[str, torch.Tensor], file: Path) -> None:
@@ -16,11 +17,10 @@ def refuse_facts_of_other_weights(facts: dict, tensors: dict[str, torch.Tensor],
 def refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Raise ValueError for a factor without its other half, and for halves of different ranks."""
     for key, value in tensors.items():
-        if ".lora_" not in key:
+        if factor_in(key) is None:
             continue
-        other = key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
-        other = other if other != key else key.replace("lora_B", "lora_A").replace("embedding_B", "embedding_A")
-        if other == key or other not in tensors:
+        other = other_half(key)
+        if other not in tensors:
             raise ValueError(f"{path} holds {key!r} without {other!r}; the adapter is incomplete.")
         if value.ndim < 2 or (key < other and value.shape[0] != tensors[other].shape[1:2].numel()):
             raise ValueError(
@@ -33,7 +33,7 @@ def refuse_bad_numbers(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Raise ValueError for a factor that is no float, and for what holds nan or inf. A module to save may count (the
     batches that a BatchNorm has seen)."""
     for key, value in tensors.items():
-        if ".lora_" in key and not value.is_floating_point():
+        if factor_in(key) and not value.is_floating_point():
             raise ValueError(f"{path} holds {key!r} in {value.dtype}; an adapter's numbers are floats.")
         if not torch.isfinite(value).all():
             raise ValueError(f"{path} holds numbers that are not finite ({key!r}): its training failed; train it anew.")

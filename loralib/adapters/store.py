@@ -29,6 +29,7 @@ from . import labels, peft_format
 from .base import base_plan, base_sample, check_base, warn_of_new_tokens
 from .directory import AdapterFiles, cut, read_bin, read_directory, write_adapter
 from .hub import local
+from .keys import factor_in, is_of_base
 from .kinds import label_facts, task_type
 from .of_peft import is_peft_model, load_peft_adapter, save_peft_adapter
 from .refusing import refuse_failed_training
@@ -188,8 +189,8 @@ def load_adapter(
     if files is not None:
         _labels_in_order(skeleton, files, head_plan, head)
         heads = modules_to_save(skeleton)
-        for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if ".lora_" not in key):
-            if not is_inside(key, heads) and ".base_layer." not in key:
+        for key in (key.removeprefix(peft_format.PREFIX) for key in tensors if not factor_in(key)):
+            if not is_inside(key, heads) and not is_of_base(key):
                 raise ValueError(
                     f"{path} holds {key!r}, trained beside the adapter, and the model does not take it; name its "
                     "module in modules_to_save (biases cannot be loaded)."
@@ -288,7 +289,7 @@ def _adapter_plan(
                 f"{shape_A} and {shape_B}: it is for another base model."
             )
         plan |= {f"{name}.lora_A": A, f"{name}.lora_B": B}
-    left = [key for key in tensors if ".lora_" in key and key not in used]
+    left = [key for key in tensors if factor_in(key) and key not in used]
     if left:
         raise ValueError(
             f"{path} holds {left[0]!r}, for which the model has no loralib layer; adapt the same target modules."

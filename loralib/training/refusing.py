@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..adapters.keys import factor_in
 from ..adapters.of_peft import is_peft_model
 from ..heads import is_inside, modules_to_save
 from ..inside_peft import trained_beside_ranks
@@ -17,10 +18,11 @@ def refuse_what_is_not_saved(model: nn.Module) -> None:
     """Raise ValueError for a parameter that trains though no checkpoint would hold it."""
     heads = modules_to_save(model)
 
-    def is_kept(name: str) -> bool:  # PEFT saves what its own configuration says
-        return (
-            ".lora_" in name or is_inside(name, heads) or (is_peft_model(model) and bool(OF_PEFT & {*name.split(".")}))
-        )
+    def is_kept(name: str) -> bool:
+        if is_inside(name, heads) or factor_in(name):
+            return True
+        # PEFT saves what its own configuration says, and its names of factors hold the adapter's.
+        return is_peft_model(model) and (".lora_" in name or bool(OF_PEFT & {*name.split(".")}))
 
     others = [name for name, p in model.named_parameters() if p.requires_grad and not is_kept(f".{name}")]
     if others:

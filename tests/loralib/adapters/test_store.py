@@ -29,6 +29,7 @@ from transformers import (
 
 import loralib as lora
 from loralib.adapters.directory import cut_adapter, describe_adapter
+from loralib.model import lora_layers
 from loralib.peft import DyLoraConfig
 
 SCALINGS = ["alpha/b", "alpha/r", "alpha/sqrt(b)"]
@@ -646,3 +647,28 @@ def test_equal_adapters_are_equal_files(roberta_config, tmp_path):
         assert all(
             torch.equal(opened.get_tensor(k), v) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()
         )
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_x", "base_layer", "lora_B.base_layer"])
+def test_names_like_those_of_a_file_are_names(name, tmp_path):
+    # In a file the ending of a key alone tells a factor from what stands before it.
+    def model(seed):
+        torch.manual_seed(seed)
+        inner, head = nn.Linear(4, 4), nn.Linear(4, 4)
+        for part in reversed(name.split(".")):
+            inner = nn.Sequential(OrderedDict([(part, inner)]))
+        return nn.Sequential(OrderedDict([("body", inner), ("lora_head", head)]))
+
+    trained, fresh = model(0), model(0)
+    lora.inject(trained, [name], r=4, modules_to_save=["lora_head"])
+    ((_, layer),) = lora_layers(trained)
+    nn.init.normal_(layer.lora_B)
+    lora.save_adapter(trained, tmp_path / "whole")
+    assert describe_adapter(tmp_path / "whole")["head_parameters"] == 4 * 4 + 4
+    cut_adapter(tmp_path / "whole", tmp_path / "cut", 2)
+    x = torch.randn(3, 4)
+    for directory, rank in (("whole", 4), ("cut", 2)):
+        loaded = copy.deepcopy(fresh)
+        lora.load_adapter(loaded, tmp_path / directory)
+        with lora.use_rank(trained, rank), torch.no_grad():
+            torch.testing.assert_close(loaded(x), trained(x))

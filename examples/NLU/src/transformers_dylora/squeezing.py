@@ -15,6 +15,7 @@ import loralib as lora
 from loralib.adapters.card import AUTO
 from loralib.adapters.directory import AdapterFiles, read_directory, write_adapter
 from loralib.adapters.hub import base_of
+from loralib.adapters.keys import is_of_base
 from loralib.adapters.kinds import head_outputs
 from loralib.adapters.labels import told
 from loralib.report.results import RankResults
@@ -164,7 +165,7 @@ class Adapted:
             key: value.to(given[key].dtype if key in given else value.dtype) for key, value in files.tensors.items()
         }
         # Weights of the base's own that came beside (embeddings): saving leaves them to the base.
-        tensors |= {key: value for key, value in given.items() if ".base_layer." in key}
+        tensors |= {key: value for key, value in given.items() if is_of_base(key)}
         named = {name: value for name in OF_BASE if (value := self.given.config.get(name))}
         write_adapter(self.directory, tensors, files.config | named, files.facts | {"scaling": files.scaling})
 
