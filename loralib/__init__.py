@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .pacing import pace_components
     from .sampling import RankSampler
     from .schedule import RankSchedule
+    from .strengths import fit_strengths
 
 # Where each name is found when it is first asked for (PEP 562): importing loralib, or running its command, loads no
 # torch. A test holds this table to the imports above, which are for type checkers.
@@ -56,6 +57,7 @@ _MODULES = {
     "pacing": ("pace_components",),
     "sampling": ("RankSampler",),
     "schedule": ("RankSchedule",),
+    "strengths": ("fit_strengths",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -74,6 +76,7 @@ __all__ = [
     "checkpoint_contexts",
     "component_importance",
     "declare_layout",
+    "fit_strengths",
     "freeze_undrawn",
     "get_rank",
     "inject",

@@ -74,27 +74,35 @@ def scale(rank, r: int, alpha: float, scaling: str):
     return alpha / {"alpha/b": b, "alpha/r": r, "alpha/sqrt(b)": math.sqrt(b)}[scaling]
 
 
-def rank_gate(ranks: torch.Tensor, r: int, alpha: float, scaling: str, dtype=torch.float32) -> torch.Tensor:
+def rank_gate(
+    ranks: torch.Tensor, r: int, alpha: float, scaling: str, dtype=torch.float32, strength_at=None
+) -> torch.Tensor:
     """The gate of ranks (batch,), or of weights (batch, n) of the ranks 1..n, those above r counting as r: (batch,
-    r)."""
+    r). ``strength_at``: factors of scale(1) .. scale(r), if any."""
     if ranks.is_floating_point():
         each = torch.arange(1, ranks.shape[1] + 1, device=ranks.device).clamp(max=r)
-        gates = rank_gate(each, r, alpha, scaling, dtype)
+        gates = rank_gate(each, r, alpha, scaling, dtype, strength_at)
         return (ranks.to(dtype)[..., None] * gates).sum(1)  # no matrix product: autocast would round it
     component = torch.arange(r, device=ranks.device)
-    return (component < ranks[:, None]) * scale(ranks.to(dtype), r, alpha, scaling)[:, None]
+    strength = scale(ranks.to(dtype), r, alpha, scaling)
+    if strength_at is not None:
+        strength = strength * torch.as_tensor(strength_at, dtype=dtype, device=ranks.device)[ranks.clamp(min=1) - 1]
+    return (component < ranks[:, None]) * strength[:, None]
 
 
-def matryoshka_gate(r: int, alpha: float, scaling: str, ranks=None, reduce: str = "sum") -> torch.Tensor:
+def matryoshka_gate(
+    r: int, alpha: float, scaling: str, ranks=None, reduce: str = "sum", strength_at=None
+) -> torch.Tensor:
     """One fixed gate that trains all ``ranks`` at once: (r,).
 
     The sum (MatryoshkaLoRA's diagonal P, arXiv 2605.07850) or the mean over ``ranks`` (default 1..r)
-    of their gates. Raises TypeError or ValueError for what is no rank in 0..r, ValueError for another reduction.
+    of their gates; ``strength_at`` as of ``rank_gate``. Raises TypeError or ValueError for what is no rank in 0..r,
+    ValueError for another reduction.
     """
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce is {reduce!r}; choose 'sum' or 'mean'.")
     if ranks is not None and not len(list(ranks)):
         raise ValueError("ranks is empty; name the ranks that train, or leave it out for all of them.")
     ranks = torch.as_tensor(list(ranks) if ranks is not None else range(1, r + 1), device="cpu")
-    gates = rank_gate(check_rank(ranks, r), r, alpha, scaling)
+    gates = rank_gate(check_rank(ranks, r), r, alpha, scaling, strength_at=strength_at)
     return getattr(gates, reduce)(0)

@@ -1,13 +1,13 @@
 """Components in the order of their importance over all layers, so that a rank's parameters go where they matter."""
 
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
+from .inside_peft import warn_of_what_peft_drops
+from .losses import Loss, finite_loss, on_device
 from .model import lora_layers, max_rank, scaling_of, set_rank
 from .parts import component_size
 from .sharding import at_rest
@@ -15,7 +15,7 @@ from .walking import modes_of, put_modes
 
 
 def component_importance(
-    model: nn.Module, examples: Iterable[dict], loss: Callable[[nn.Module, dict], torch.Tensor] | None = None
+    model: nn.Module, examples: Iterable[dict], loss: Loss | None = None
 ) -> dict[str, torch.Tensor]:
     """How much the loss depends on each component of each layer, at r_max: {layer's name: float tensor (r,)}.
 
@@ -39,16 +39,14 @@ def component_importance(
     model.eval()
     try:
         for example in examples:
-            example = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, dict(example))
+            example = on_device(example, device)
             set_rank(model, max_rank(model))
             gates = [torch.full((layer.r,), layer.strength(), requires_grad=True, device="cpu") for _, layer in layers]
             for (_, layer), gate in zip(layers, gates, strict=True):
                 layer.set_gate(gate)
             with torch.enable_grad():
-                value = model(**example).loss if loss is None else loss(model, example)
-                if not isinstance(value, torch.Tensor) or value.numel() != 1 or not torch.isfinite(value):
-                    raise ValueError(f"The loss of example {count + 1} is {value}; importance needs a finite number.")
-                gradients: Any = torch.autograd.grad(value.sum(), gates, allow_unused=True)
+                value = finite_loss(model, example, loss, f"example {count + 1}")
+                gradients: Any = torch.autograd.grad(value, gates, allow_unused=True)
             for (name, _), gate, gradient in zip(layers, gates, gradients, strict=True):
                 if gradient is not None:  # of a layer that was not called
                     found[name] += (gradient * gate.detach()).square().to(found[name].device)
@@ -83,9 +81,7 @@ def spread(importance: dict[str, torch.Tensor], sizes: dict[str, int]) -> dict[s
     return {name: tuple(int(count[i]) for count in counts) for i, name in enumerate(names)}
 
 
-def order_by_importance(
-    model: nn.Module, examples: Iterable[dict], loss: Callable[[nn.Module, dict], torch.Tensor] | None = None
-) -> None:
+def order_by_importance(model: nn.Module, examples: Iterable[dict], loss: Loss | None = None) -> None:
     """Spread ranks over the layers, in place: from now on rank b of the model keeps the most important components of
     all layers, no more numbers than b components of every layer hold (``spread``).
 
@@ -108,11 +104,6 @@ def order_by_importance(
         with torch.no_grad():
             layer.lora_A.copy_(layer.split_A(layer.lora_A)[:, order].flatten(0, 2))
             layer.lora_B.copy_(layer.split_B(layer.lora_B)[:, order].flatten(1, 2))
-        layer.components_at = counts[name]
+        layer.components_at, layer.strength_at = counts[name], None
     set_rank(model, max_rank(model))
-    if hasattr(model, "peft_config"):
-        warnings.warn(
-            "PEFT's save_pretrained does not keep which components a rank has here; save with loralib.save_adapter, at "
-            "the rank that stock PEFT is to load.",
-            stacklevel=2,
-        )
+    warn_of_what_peft_drops(model, "which components a rank has")

@@ -1,5 +1,6 @@
 """What a model of PEFT's asks of the functions for whole models; PEFT itself is not imported."""
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -81,3 +82,13 @@ def merge_by_peft(model: Any) -> nn.Module:
             holders[id(weight)] -= 1
             base.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
     return model.merge_and_unload()
+
+
+def warn_of_what_peft_drops(model: nn.Module, what: str) -> None:
+    """Warn that a model of PEFT's has what only an adapter saved by us keeps."""
+    if hasattr(model, "peft_config"):
+        warnings.warn(
+            f"PEFT's save_pretrained does not keep {what} here; save with loralib.save_adapter, at the rank that stock "
+            "PEFT is to load.",
+            stacklevel=3,
+        )

@@ -63,6 +63,8 @@ class LoRALayer(Components, Merging):
     rows = 1  # Conv: rows of lora_A that make one component
     # How many components the ranks 1..r_max of the model take here, where importance spread them (``parts.py``).
     components_at: tuple[int, ...] | None = None
+    # Factors of scale(1) .. scale(r), where they were learnt after a training (``strengths.py``).
+    strength_at: tuple[float, ...] | None = None
 
     def __init__(
         self,
@@ -187,13 +189,17 @@ class LoRALayer(Components, Merging):
         rank = check_rank(rank, self.r)
         gate = None
         if isinstance(rank, torch.Tensor) and self.r:
-            gate = rank_gate(rank, self.r, self.lora_alpha, self.scaling, self.gate_dtype()).to(self.weight.device)
+            gate = self.gate_of(rank).to(self.weight.device)
             rank = None if rank.is_floating_point() else rank
         set_states([(self, RankState(rank, gate, bool(frozen)))])
 
     def set_gate(self, gate: torch.Tensor) -> None:
         """Multiply the components by ``gate``, a float tensor (r,) or (batch, r), scaling included."""
         set_states([(self, self.gate_state(gate))])
+
+    def gate_of(self, ranks: torch.Tensor) -> torch.Tensor:
+        """The gate of ranks (batch,) of this layer, or of weights of them: see ``loralib.gate``."""
+        return rank_gate(ranks, self.r, self.lora_alpha, self.scaling, self.gate_dtype(), self.strength_at)
 
     def gate_state(self, gate: torch.Tensor, learn: bool = False) -> RankState:
         """The state in which ``gate`` multiplies the components. Raises TypeError or ValueError for what is no gate."""
@@ -286,8 +292,10 @@ class LoRALayer(Components, Merging):
         return x.ndim - 1
 
     def strength(self) -> float:
-        """scale(b) at the int rank in use."""
-        return scale(self.state.rank, self.r, self.lora_alpha, self.scaling)
+        """scale(b) at the int rank in use, and what was learnt of it."""
+        b = self.state.rank
+        own = 1.0 if self.strength_at is None else self.strength_at[max(b, 1) - 1]
+        return scale(b, self.r, self.lora_alpha, self.scaling) * own
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, r={self.r}, lora_alpha={self.lora_alpha}, scaling={self.scaling!r}"

@@ -18,7 +18,6 @@ from torch import nn
 
 from .checks import check_int
 from .cutting import Batch, batches
-from .gate import rank_gate
 from .layers import LoRALayer, adapted_layers
 from .layout import (
     ALIKE,
@@ -311,8 +310,7 @@ def _grows(model: nn.Module, batch: Batch, n: int, chosen: list[int], layouts: L
         ranks = torch.arange(n, device="cpu")
         for _, layer in adapted_layers(model):
             each = (ranks % (layer.r + 1)).to(layer.weight.device)
-            gate = rank_gate(each, layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype())
-            layer.state = RankState(each, gate, learn=True)
+            layer.state = RankState(each, layer.gate_of(each), learn=True)
         try:
             whole, outputs = _pass(model, batch)
         except Exception:  # shapes that the model does not expect

@@ -10,7 +10,7 @@ from torch import nn
 from .adapting import adapt
 from .attending import attend, attend_anew
 from .checks import check_int
-from .gate import check_rank, matryoshka_gate, rank_gate
+from .gate import check_rank, matryoshka_gate
 from .heads import default_head, is_inside, modules_to_save, say_what_moves_beside, tied
 from .inside_peft import refuse_layers_without_ranks
 from .layers import LoRALayer, adapted_among
@@ -188,10 +188,10 @@ def set_rank(model: nn.Module, rank, frozen: bool = False) -> None:
             states.append((layer, RankState(part(layer, rank), None, bool(frozen))))
             continue
         kind = (layer.r, layer.lora_alpha, layer.scaling, layer.gate_dtype())
-        key = (*kind, layer.weight.device, layer.components_at)
+        key = (*kind, layer.weight.device, layer.components_at, layer.strength_at)
         if key not in shared:
             ranks = own_ranks(layer, rank)
-            gate = rank_gate(ranks, *kind).to(layer.weight.device)  # one transfer, not a kernel for each step of it
+            gate = layer.gate_of(ranks).to(layer.weight.device)  # one transfer, not a kernel for each step of it
             shared[key] = RankState(None if weighted else ranks, gate, bool(frozen), learn=layer is not model)
         states.append((layer, shared[key]))
     attend(model, [layer for layer, state in states if state.learn])
@@ -224,7 +224,9 @@ def set_matryoshka_gate(model: nn.Module, ranks=None, reduce: str = "sum") -> No
     r_max = max(layer.r for _, layer in layers)
     ranks = [check_rank(b, r_max) for b in (range(1, r_max + 1) if ranks is None else ranks)]
     gates = [
-        matryoshka_gate(layer.r, layer.lora_alpha, layer.scaling, [part(layer, b) for b in ranks], reduce)
+        matryoshka_gate(
+            layer.r, layer.lora_alpha, layer.scaling, [part(layer, b) for b in ranks], reduce, layer.strength_at
+        )
         for _, layer in layers
     ]
     set_states([(layer, layer.gate_state(gate)) for (_, layer), gate in zip(layers, gates, strict=True)])

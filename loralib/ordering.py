@@ -52,7 +52,7 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     spread, rank = any(layer.components_at for _, layer in layers), get_rank(model)
     unknown: set[str] = set()
     for _, layer in layers:
-        layer.components_at = None  # of another order
+        layer.components_at = layer.strength_at = None  # of another order
         (kept, see_kept), (other, see_other) = _factors(layer)
         result = ordered(see_kept(whole(kept)).cpu().double(), see_other(whole(other)).cpu().double())
         precision = torch.promote_types(kept.dtype, torch.float32)

@@ -51,6 +51,7 @@ OTHERS = (
 # Facts of an adapter that only layers of ours keep.
 ELSEWHERE = {
     "components_at": "ranks that importance spread over the layers",
+    "strength_at": "strengths that were learnt for each rank",
     "scalings": "several rules of strength",
     "projections": "layers of several projections",
 }

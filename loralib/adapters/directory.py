@@ -26,6 +26,7 @@ from .fingerprint import of_factors
 from .keys import factor_in
 from .kinds import head_outputs
 from .refusing import refuse_bad_numbers, refuse_facts_of_other_weights, refuse_half_pairs
+from .spreading import up_to
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -70,6 +71,20 @@ class AdapterFiles:
         for key, value in self.tensors.items():
             if found := factor_in(key.removeprefix(peft_format.PREFIX)):
                 yield key, *found, value
+
+    def components(self, name: str, A: torch.Tensor) -> int:
+        """How many components a layer has. Raises ValueError where its rank in the configuration is no number of
+        them."""
+        projections = self.facts.get("projections", {}).get(name, 1)
+        R, _ = self.rank_and_alpha(name)
+        size = projections * (A.shape[2:].numel() if self.has_own_convolutions else 1)  # a component's, as PEFT counts
+        r, left = divmod(R, size)
+        if left or not R:
+            raise ValueError(
+                f"{self.path} says rank {R} for {name}, which is no multiple of the {size} that a component takes; "
+                "save the adapter anew."
+            )
+        return r
 
     @property
     def has_own_convolutions(self) -> bool:
@@ -164,6 +179,12 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
             raise ValueError(
                 f"{path / EXTRA} has components_at for other ranks than the weights; save the adapter anew."
             )
+    if strengths := facts.get("strength_at"):
+        held = {name: files.components(name, value) for _, name, factor, value in files.factors() if factor == "A"}
+        if any(held.get(name) != len(own) for name, own in strengths.items()):
+            raise ValueError(
+                f"{path / EXTRA} has strength_at for other layers or ranks than the weights; save the adapter anew."
+            )
     return files
 
 
@@ -257,20 +278,14 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     tensors = {key: value for key, value in files.tensors.items() if not factor_in(key)}
     sizes: dict[str, tuple[int, float]] = {}
     ranks: dict[str, int] = {}
-    spread = files.facts.get("components_at") or {}
+    spread, strengths = (files.facts.get(name) or {} for name in ("components_at", "strength_at"))
     theirs = False
     for key, name, factor, value in sorted(files.factors(), key=lambda found: found[2]):  # all A come before all B
         projections = files.facts.get("projections", {}).get(name, 1)
         dim = "AB".index(factor)
         R, _ = files.rank_and_alpha(name)
         if dim == 0:
-            of_peft = value.shape[2:].numel() if files.has_own_convolutions else 1  # a component's, by PEFT's count
-            ranks[name], left = divmod(R, projections * of_peft)
-            if left or not R:
-                raise ValueError(
-                    f"{files.path} says rank {R} for {name}, which is no multiple of the {projections * of_peft} that "
-                    "a component takes; save the adapter anew."
-                )
+            ranks[name] = files.components(name, value)
             theirs |= value.ndim > 2 and not files.has_own_convolutions
         if value.shape[dim] != R:
             raise ValueError(f"{files.path} says rank {R} for {name}, and {key} has {value.shape[dim]}; mend its r.")
@@ -282,6 +297,8 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
         by_projection = value.unflatten(dim, (projections, -1))
         kept = by_projection.shape[dim + 1] // r * b
         tensors[key] = by_projection.narrow(dim + 1, 0, kept).flatten(dim, dim + 1).contiguous()
+        if name in strengths and factor == "B":
+            tensors[key] = tensors[key] * strengths[name][b - 1]
         rule, R_b = files.scaling_of(name), R // r * b
         strength = files.strength(name) * scale(b, r, 1, rule) / scale(r, r, 1, rule)
         alpha = strength * (math.sqrt(R_b) if files.config.get("use_rslora") else R_b)
@@ -297,6 +314,7 @@ def cut(files: AdapterFiles, rank: int) -> AdapterFiles:
     if rank < files.rank:
         facts.pop("spread", None)
         facts |= {"spread": True} if facts.pop("components_at", None) else {}
+        facts |= {"strength_at": {name: up_to(rank, own) for name, own in strengths.items()}} if strengths else {}
     if files.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and not facts.keys() & {"num_labels", "labels"}:
         found = head_outputs(files.tensors)
         facts |= {"num_labels": found} if found else {}

@@ -54,6 +54,11 @@ def _counts_by_name(value: Any) -> bool:
     return rising and len(set(map(len, value.values()))) == 1
 
 
+def _strengths(value: Any) -> bool:
+    """Factors at ranks 1, 2, .. r of a layer, of which the last is 1."""
+    return _list_of(_number)(value) and bool(value) and value[-1] == 1
+
+
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
@@ -104,6 +109,7 @@ FACTS = {
         lambda value: isinstance(value, dict) and set(value.values()) <= set(SCALINGS),
         f"one of {', '.join(SCALINGS)} by layers' names",
     ),
+    "strength_at": (_by_name(_strengths), "for each layer factors above 0 at its ranks, the last of them 1"),
     "components_at": (_counts_by_name, "for each layer as many rising counts of components as there are ranks"),
 }
 

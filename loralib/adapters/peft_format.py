@@ -144,7 +144,8 @@ def entries(layers: list[tuple[str, LoRALayer]], rank: int) -> tuple[dict[str, t
         b = part(layer, rank)
         if not b:
             continue  # importance leaves it no component at this rank
-        factors = layer.cut(whole(layer.lora_A.detach()), whole(layer.lora_B.detach()), b)
+        A, B = layer.cut(whole(layer.lora_A.detach()), whole(layer.lora_B.detach()), b)
+        factors = A, B if layer.strength_at is None else B * layer.strength_at[b - 1]
         tensors.update(zip(keys(layer, name), to_peft(layer, name, *factors), strict=True))
         R = b * expansion(layer)
         strength = scale(b, layer.r, layer.lora_alpha, layer.scaling)

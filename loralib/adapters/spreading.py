@@ -1,4 +1,7 @@
-"""Ranks that importance spread over the layers (``loralib.importance``), in an adapter's files."""
+"""What a rank is in each layer, in an adapter's files: ranks that importance spread over the layers
+(``loralib.importance``), and strengths of their own (``loralib.strengths``)."""
+
+from collections.abc import Sequence
 
 from ..layers import LoRALayer
 from .peft_format import PREFIX, clean
@@ -10,17 +13,25 @@ def file_name(name: str) -> str:
 
 
 def spread_facts(layers: list[tuple[str, LoRALayer]], rank: int) -> dict:
-    """What dylora.json tells of an adapter saved at ``rank``: the counts of each rank as long as it is whole; cut, each
-    layer has a rank of its own."""
+    """What dylora.json tells of an adapter saved at ``rank``: the counts of each rank as long as it is whole (cut, each
+    layer has a rank of its own), and the strengths up to ``rank``, beside the one there."""
+    strengths = {file_name(name): up_to(rank, layer.strength_at) for name, layer in layers if layer.strength_at}
+    facts: dict = {"strength_at": strengths} if strengths else {}
     counts = {file_name(name): list(layer.components_at) for name, layer in layers if layer.components_at}
     if not counts:
-        return {}
-    return {"components_at": counts} if rank == max(layer.r for _, layer in layers) else {"spread": True}
+        return facts
+    return facts | ({"components_at": counts} if rank == max(layer.r for _, layer in layers) else {"spread": True})
+
+
+def up_to(rank: int, strength_at: Sequence[float]) -> list[float]:
+    """The factors of a layer's strengths, once the one at ``rank`` is part of lora_B."""
+    kept = [float(factor) for factor in strength_at[:rank]]
+    return [factor / kept[-1] for factor in kept]
 
 
 def take_spread(layers: list[tuple[str, LoRALayer]], facts: dict) -> None:
-    """Give the layers of a model the counts of a file."""
-    counts = facts.get("components_at") or {}
+    """Give the layers of a model the counts and strengths of a file."""
     for name, layer in layers:
-        own = counts.get(file_name(name))
-        layer.components_at = tuple(own) if own else None
+        for fact in ("components_at", "strength_at"):
+            own = (facts.get(fact) or {}).get(file_name(name))
+            setattr(layer, fact, tuple(own) if own else None)

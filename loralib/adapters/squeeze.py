@@ -50,7 +50,7 @@ def squeeze_adapter(source: str | Path, target: str | Path) -> dict[int, float]:
     r_max = max(R for R, _ in sizes.values())
     config = files.config | peft_format.patterns(sizes) | {"use_rslora": False}
     facts = {"lora_alpha": config["lora_alpha"], **files.facts}
-    for name in ("components_at", "scalings"):  # of another order, and of other rules
+    for name in ("components_at", "strength_at", "scalings"):  # of another order, and of other rules
         facts.pop(name, None)
     facts |= {"rank": r_max, "r_max": r_max, "scaling": "alpha/r", "ordered": True, "squeezed": True}
     write_adapter(target, tensors, config, facts)

@@ -165,7 +165,7 @@ def load_adapter(
     files = read_directory(path) if path.is_dir() else None
     if files is not None and rank is not None:
         files.refuse_unordered(rank)
-        if {"components_at", "spread"} & files.facts.keys():
+        if {"components_at", "spread", "strength_at"} & files.facts.keys():
             files, rank = cut(files, min(rank, files.rank)), None  # each layer has a rank of its own
     tensors = files.tensors if files else read_bin(path)
     to_inject = []

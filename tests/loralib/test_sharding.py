@@ -55,6 +55,12 @@ def test_frozen_components_stay_where_they_are(answers):
         assert found["frozen"]["trained"] < 1e-5 and found["frozen"]["undrawn moved by"] == 0
 
 
+def test_strengths_are_fitted_on_the_batches_of_all_processes(answers):
+    for found in (each["strengths"] for each in answers):
+        assert found["apart"] < 1e-5 < 1e-2 < found["moved"]
+        assert "fit its saved adapter in one process" in found["under FSDP"]
+
+
 def test_what_fsdp_would_not_see_is_refused(answers):
     for found in (each["inject"] for each in answers):
         assert "from a batch of 2 or more in each" in found["one example beside two"]

@@ -168,6 +168,21 @@ def frozen() -> dict:
     return {"trained": of_factors(model, parts), "undrawn moved by": still}
 
 
+def strengths() -> dict:
+    """Fitted by two processes with a batch each, and by one with both batches; the ranks, of which there are 4, fall
+    on the same rows."""
+    batches = [{"input_ids": ids, "labels": ids} for ids in (IDS, IDS.flip(0), torch.cat([IDS, IDS.flip(0)]))]
+    together, alone = build("inject", False), build("inject", False)
+    lora.fit_strengths(together, [batches[dist.get_rank()]], updates=5)
+    dist.barrier()
+    gather, torch.distributed.is_initialized = torch.distributed.is_initialized, lambda: False
+    lora.fit_strengths(alone, [batches[2]], updates=5)
+    torch.distributed.is_initialized = gather
+    tables = [torch.tensor([layer.strength_at for _, layer in lora_layers(model)]) for model in (together, alone)]
+    refused = sentence(lambda: lora.fit_strengths(build("inject", True), batches))
+    return {"apart": apart(*tables), "moved": float((tables[0] - 1).abs().max()), "under FSDP": refused}
+
+
 def both(layer):
     return whole(layer.lora_A.detach()), whole(layer.lora_B.detach())
 
@@ -237,7 +252,7 @@ def answer(me: int, count: int, directory: str) -> None:
     dist.init_process_group("gloo", rank=me, world_size=count)
     where = Path(directory)
     found = {"inject": own_loop("inject", where), "peft": own_loop("peft", where)}
-    found |= {"frozen": frozen(), "trainer": trainer(where)}
+    found |= {"frozen": frozen(), "strengths": strengths(), "trainer": trainer(where)}
     (where / f"answers-{me}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

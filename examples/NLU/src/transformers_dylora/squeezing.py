@@ -34,7 +34,7 @@ MAX_LENGTH = 512  # tokens of an example, for a model that does not say how many
 # What saving an adapter tells by itself, of dylora.json's facts.
 FOUND_ANEW = (
     *("rank", "r_max", "lora_alpha", "scaling", "labels", "num_labels", "made_by", "files"),
-    *("base_sample", "base_sample_of", "projections", "components_at", "spread"),
+    *("base_sample", "base_sample_of", "projections", "components_at", "strength_at", "spread"),
 )
 OF_BASE = ("base_model_name_or_path", "revision")  # of adapter_config.json's fields
 LOOKED_AT = 1024  # examples that importance is measured on, at most

@@ -1,0 +1,108 @@
+"""How strong the update of each rank is in each layer, learnt once a training is over."""
+
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+
+from .inside_peft import warn_of_what_peft_drops
+from .layout import examples_in
+from .losses import Loss, finite_loss, on_device
+from .model import lora_layers, max_rank, set_rank
+from .sampling import RankSampler
+from .sharding import at_rest
+from .walking import modes_of, put_modes
+
+
+def fit_strengths(
+    model: nn.Module, batches: Iterable[dict], loss: Loss | None = None, updates: int = 60, rate: float = 0.03
+) -> None:
+    """Learn by how much each layer's update should be stronger or weaker at each rank, in place: from now on rank b
+    runs in layer l at
+
+        scale(b) * s[l, b],    s[l, b] > 0
+
+    The factors s alone are learnt, all others stay: by Adam on the loss of training data, an update for each batch,
+    whose examples run in turn at the ranks 1, 2, 4, .. r_max. Between these ranks log s is linear in log b. What is
+    learnt for r_max becomes part of lora_B, so that s[l, r_max] is 1.
+
+    For an adapter whose training is over. Adapters are saved and loaded with s (``layer.strength_at``); cut to a rank,
+    they hold it in lora_B, and stock PEFT computes the same. ``order_components`` and ``order_by_importance`` forget s.
+
+    Args:
+        batches: of training data, at random, as the model is called, ``labels`` among them; they are moved to the
+            model's device, and come again if there are fewer than ``updates``.
+        loss: of the model and a batch, the mean over examples; default the ``loss`` that the model returns.
+        updates: how many, of batches of 64 examples.
+        rate: the learning rate, which falls to zero evenly.
+
+    The model runs in evaluation mode, keeps its modes, and is at r_max afterwards. In a distributed run all processes
+    call this together, each with its own batches. Raises ValueError if there is no batch, a loss is no finite scalar,
+    ranks are spread over layers by importance, or FSDP has spread the model; RuntimeError if a layer is merged.
+    Nothing is changed then.
+    """
+    layers = [layer for _, layer in lora_layers(model)]
+    if any(layer.components_at for layer in layers):
+        raise ValueError("Ranks are spread over the layers by importance; strengths are for ranks as trained.")
+    if at_rest(model):
+        raise ValueError("The model is spread over processes by FSDP; fit its saved adapter in one process.")
+    device, ranks = layers[0].lora_A.device, torch.tensor(RankSampler(max_rank(model)).ladder(), device="cpu")
+    between = [interpolation(RankSampler(layer.r).ladder()) for layer in layers]
+    logs = torch.zeros(sum(matrix.shape[1] for matrix in between), device="cpu", requires_grad=True)
+    optimizer, seen = torch.optim.Adam([logs], lr=rate), 0
+
+    def tables() -> list[torch.Tensor]:
+        own = logs.split([matrix.shape[1] for matrix in between])
+        return [(matrix @ part).exp() for matrix, part in zip(between, own, strict=True)]
+
+    before, modes = [(layer.state, layer.strength_at) for layer in layers], modes_of(model)
+    model.eval()
+    try:
+        for number, batch in enumerate(itertools.islice(itertools.cycle(batches), updates)):
+            batch = on_device(batch, device)
+            n = examples_in(batch)
+            with torch.enable_grad():
+                for layer, table in zip(layers, tables(), strict=True):
+                    layer.strength_at = table  # type: ignore[assignment]  # a tensor as long as it is learnt
+                set_rank(model, ranks[(seen + torch.arange(n, device="cpu")) % len(ranks)])
+                value = finite_loss(model, batch, loss, f"batch {number + 1}")
+                (logs.grad,) = torch.autograd.grad(value, [logs])
+            _average(logs.grad, device)
+            optimizer.param_groups[0]["lr"] = rate * (1 - number / updates)
+            optimizer.step()
+            seen += n
+        if not seen:
+            raise ValueError("There are no batches to fit strengths on; give some of the training data.")
+    except BaseException:
+        for layer, (state, strength_at) in zip(layers, before, strict=True):
+            layer.state, layer.strength_at = state, strength_at
+        raise
+    finally:
+        put_modes(modes)
+    with torch.no_grad():
+        for layer, table in zip(layers, tables(), strict=True):
+            layer.lora_B.mul_(table[-1].to(device))
+            layer.strength_at = tuple((table / table[-1]).tolist())
+    set_rank(model, max_rank(model))
+    warn_of_what_peft_drops(model, "the strengths of its ranks")
+
+
+def interpolation(ladder: Sequence[int]) -> torch.Tensor:
+    """(r, ranks): what the ranks 1..r take of values at the ranks of ``ladder``, from 1 to r, linear in log b."""
+    matrix = torch.zeros(ladder[-1], len(ladder), dtype=torch.float32, device="cpu")
+    matrix[-1, -1] = 1
+    for i, (low, high) in enumerate(itertools.pairwise(ladder)):
+        for b in range(low, high):
+            share = math.log(b / low) / math.log(high / low)
+            matrix[b - 1, i], matrix[b - 1, i + 1] = 1 - share, share
+    return matrix
+
+
+def _average(gradient: torch.Tensor, device: torch.device) -> None:
+    """The mean over processes, in place, on the device that they talk through."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        total = gradient.to(device)
+        torch.distributed.all_reduce(total)
+        gradient.copy_(total / torch.distributed.get_world_size())
