@@ -140,6 +140,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="examples of the training data: ranks then keep the components of all layers that matter most on them",
     )
+    squeeze.add_argument(
+        "--strengths",
+        metavar="FILE",
+        help="examples of the training data: on them each layer learns how strong its update should be at each rank",
+    )
     squeeze.add_argument("--base", metavar="MODEL", help="the base model (default: the one that the adapter names)")
     squeeze.add_argument("--labels", help="a classifier's label names, in the order of its outputs, as in no,yes")
     _add_choice(squeeze, of_splits=False)

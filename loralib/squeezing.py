@@ -19,15 +19,18 @@ def squeeze(args) -> None:
         refuse_unused(args, args.rank, "within", "max_parameters")
     elif args.data is None and args.within is not None:
         raise ValueError("--within compares the ranks' scores; give the data to measure them on with --data.")
-    runs = args.data is not None or args.importance is not None
+    if args.importance is not None and args.strengths is not None:
+        raise ValueError("--importance spreads ranks over the layers, --strengths is for ranks as they are; give one.")
+    runs = any(file is not None for file in (args.data, args.importance, args.strengths))
     if not runs and (args.base or args.labels):
         raise ValueError(
-            "--base and --labels are for running the model; give --data or --importance, or leave them out."
+            "--base and --labels are for running the model; give --data, --importance or --strengths, or leave them "
+            "out."
         )
     if Path(args.to).resolve() == Path(args.adapter).resolve():
         raise ValueError(f"--to {args.to} is the adapter itself; give another directory.")
     free_directory(args.to, EXPORTED)
-    for flag in ("data", "importance"):
+    for flag in ("data", "importance", "strengths"):
         if (file := getattr(args, flag)) is not None and not Path(file).is_file():
             raise ValueError(f"--{flag} {file} does not exist; give a CSV or JSON-lines file.")
     rank, results, adapted = args.rank, None, None
@@ -42,6 +45,8 @@ def squeeze(args) -> None:
             adapted = Adapted.load(directory, args.base, labels)
         if adapted and args.importance:
             adapted.spread_by_importance(args.importance)
+        if adapted and args.strengths:
+            adapted.fit_strengths(args.strengths)
         sizes = rank_sizes(directory)
         _print_sizes(sizes, None if args.importance else kept)
         if adapted and args.data:

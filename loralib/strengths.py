@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+from .checks import check_int, is_number
 from .inside_peft import warn_of_what_peft_drops
 from .layout import examples_in
 from .losses import Loss, finite_loss, on_device
@@ -17,32 +18,42 @@ from .walking import modes_of, put_modes
 
 
 def fit_strengths(
-    model: nn.Module, batches: Iterable[dict], loss: Loss | None = None, updates: int = 60, rate: float = 0.03
+    model: nn.Module,
+    batches: Iterable[dict],
+    loss: Loss | None = None,
+    updates: int = 60,
+    rate: float = 0.02,
+    accumulate: int = 1,
 ) -> None:
     """Learn by how much each layer's update should be stronger or weaker at each rank, in place: from now on rank b
     runs in layer l at
 
         scale(b) * s[l, b],    s[l, b] > 0
 
-    The factors s alone are learnt, all others stay: by Adam on the loss of training data, an update for each batch,
-    whose examples run in turn at the ranks 1, 2, 4, .. r_max. Between these ranks log s is linear in log b. What is
-    learnt for r_max becomes part of lora_B, so that s[l, r_max] is 1.
+    The factors s alone are learnt, all else stays: by Adam on the loss of training data, whose examples run in turn at
+    the ranks 1, 2, 4, .. r_max. Between these ranks log s is linear in log b. What is learnt for r_max becomes part of
+    lora_B, so that s[l, r_max] is 1.
 
     For an adapter whose training is over. Adapters are saved and loaded with s (``layer.strength_at``); cut to a rank,
     they hold it in lora_B, and stock PEFT computes the same. ``order_components`` and ``order_by_importance`` forget s.
 
     Args:
         batches: of training data, at random, as the model is called, ``labels`` among them; they are moved to the
-            model's device, and come again if there are fewer than ``updates``.
+            model's device, and come again if there are too few.
         loss: of the model and a batch, the mean over examples; default the ``loss`` that the model returns.
-        updates: how many, of batches of 64 examples.
+        updates: how many; each should have 32 examples, or 8 texts of which every token counts.
         rate: the learning rate, which falls to zero evenly.
+        accumulate: batches to an update.
 
     The model runs in evaluation mode, keeps its modes, and is at r_max afterwards. In a distributed run all processes
     call this together, each with its own batches. Raises ValueError if there is no batch, a loss is no finite scalar,
-    ranks are spread over layers by importance, or FSDP has spread the model; RuntimeError if a layer is merged.
-    Nothing is changed then.
+    a number is out of range, ranks are spread over layers by importance, or FSDP has spread the model; RuntimeError if
+    a layer is merged. Nothing is changed then.
     """
+    check_int("updates", updates, 1, math.inf, "give how many updates to learn in, 1 or more.")
+    check_int("accumulate", accumulate, 1, math.inf, "give the batches to an update, 1 or more.")
+    if not is_number(rate) or not 0 < rate < math.inf:
+        raise ValueError(f"rate is {rate!r}; give a number above 0, for example 0.02.")
     layers = [layer for _, layer in lora_layers(model)]
     if any(layer.components_at for layer in layers):
         raise ValueError("Ranks are spread over the layers by importance; strengths are for ranks as trained.")
@@ -60,19 +71,22 @@ def fit_strengths(
     before, modes = [(layer.state, layer.strength_at) for layer in layers], modes_of(model)
     model.eval()
     try:
-        for number, batch in enumerate(itertools.islice(itertools.cycle(batches), updates)):
+        for number, batch in enumerate(itertools.islice(itertools.cycle(batches), updates * accumulate)):
             batch = on_device(batch, device)
             n = examples_in(batch)
             with torch.enable_grad():
                 for layer, table in zip(layers, tables(), strict=True):
                     layer.strength_at = table  # type: ignore[assignment]  # a tensor as long as it is learnt
                 set_rank(model, ranks[(seen + torch.arange(n, device="cpu")) % len(ranks)])
-                value = finite_loss(model, batch, loss, f"batch {number + 1}")
-                (logs.grad,) = torch.autograd.grad(value, [logs])
-            _average(logs.grad, device)
-            optimizer.param_groups[0]["lr"] = rate * (1 - number / updates)
-            optimizer.step()
+                value = finite_loss(model, batch, loss, f"batch {number + 1}") / accumulate
+                (gradient,) = torch.autograd.grad(value, [logs])
+            logs.grad = gradient if logs.grad is None else logs.grad + gradient
             seen += n
+            if (number + 1) % accumulate == 0:
+                _average(logs.grad, device)
+                optimizer.param_groups[0]["lr"] = rate * (1 - number // accumulate / updates)
+                optimizer.step()
+                optimizer.zero_grad()
         if not seen:
             raise ValueError("There are no batches to fit strengths on; give some of the training data.")
     except BaseException:
@@ -87,6 +101,11 @@ def fit_strengths(
             layer.strength_at = tuple((table / table[-1]).tolist())
     set_rank(model, max_rank(model))
     warn_of_what_peft_drops(model, "the strengths of its ranks")
+
+
+def has_strengths(model: nn.Module) -> bool:
+    """Whether ranks have strengths that were fitted."""
+    return any(layer.strength_at for _, layer in lora_layers(model))
 
 
 def interpolation(ladder: Sequence[int]) -> torch.Tensor:

@@ -3,8 +3,13 @@
 from .schedule import FACTS, RankSchedule
 
 
-def title_of(facts: dict, r_max: int) -> str:
-    """The title of the training that ``facts`` (of an adapter's ``dylora.json``) tell, as far as they tell one."""
+def title_of(facts: dict, r_max: int, fitted: bool = False) -> str:
+    """The title of the training that ``facts`` (of an adapter's ``dylora.json``) tell, as far as they tell one;
+    ``fitted``: whether strengths of each rank's own were learnt after it."""
+    return _training(facts, r_max) + (", then strengths of each rank's own" if fitted else "")
+
+
+def _training(facts: dict, r_max: int) -> str:
     known = {name: facts[name] for name in (*FACTS, "p", "reduce") if facts.get(name) is not None}
     if facts.get("gate_ranks"):
         known["gate_ranks"] = tuple(facts["gate_ranks"])

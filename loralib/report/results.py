@@ -96,6 +96,7 @@ class RankResults:
     full_rank_share: float | None = None
     frozen: bool | None = None
     paced: bool | None = None
+    fitted: bool | None = None  # whether strengths of each rank's own were learnt after the training
     r_min: int | None = None
     scaling: str | None = None
     max_rank: int | None = None
@@ -131,7 +132,7 @@ class RankResults:
         if self.sampling is None:
             return self.method
         if self.sampling == "fixed":
-            return f"LoRA r={self.max_rank}"
+            return f"LoRA r={self.max_rank}" + (", own strengths" if self.fitted else "")
         if self.sampling == "matryoshka":
             return "fixed gate"
         as_released = self.sampling == "step" and self.frozen and self.distribution in (None, "uniform")
@@ -144,6 +145,7 @@ class RankResults:
         parts += ["not ordered"] if not share else [f"ordered at {100 * share:g} %"] if share != USUAL_SHARE else []
         parts += ["frozen"] if self.frozen else []
         parts += ["paced"] if self.paced else []
+        parts += ["own strengths"] if self.fitted else []
         parts += [f"from rank {self.r_min}"] if (self.r_min or 1) > 1 else []
         return ", ".join(["DyLoRA", *parts])
 
@@ -177,6 +179,7 @@ class RankResults:
             "metrics": list(self.metrics),
             "splits": {name: [row.to_json() for row in rows] for name, rows in self.splits.items()},
             "aurac": {name: _null(value) for name, value in self.aurac.items()},
+            **({"fitted": True} if self.fitted else {}),
             **({"data": self.data} if self.data else {}),
             **({"adapter": self.adapter} if self.adapter else {}),
             "selected_rank": None if self.selected_rank is None else self.selected_rank.to_json(),

@@ -20,6 +20,7 @@ from ..report.choice import aurac, choose, nothing_learnt
 from ..report.results import Choice, RankResults, RankRow
 from ..report.writing import remove_tables, write_run
 from ..schedule import FACTS, BoundSchedule
+from ..strengths import has_strengths
 from ..titles import title_of
 from .metrics import Scored, by_rank
 from .part import TrainerPart
@@ -105,7 +106,8 @@ class Measurements(TrainerPart):
         config = getattr(self.model, "config", None)
         return RankResults(
             task=task,
-            method=title_of(facts, bound.r_max),
+            method=title_of(facts, bound.r_max, has_strengths(self.model)),
+            fitted=has_strengths(self.model) or None,
             metric=metric,
             splits={split: rows},
             aurac={split: aurac(self.eval_ranks, curve)},

@@ -23,6 +23,7 @@ from ..schedule import BoundSchedule, RankSchedule, Setting
 from .around import AroundTraining, AtFullRank
 from .batching import Place
 from .evaluation import EvaluationOfRanks
+from .fitting import Fitting
 from .loading import ExactBatches
 from .measuring import Measurements
 from .refusing import refuse_scattered_factors
@@ -59,7 +60,9 @@ def _as_adapted(model):
             model._hf_peft_config_loaded = bool(before)
 
 
-class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoints, AroundTraining, WeighedLosses):
+class DyLoRAMixin(
+    ExactBatches, EvaluationOfRanks, Measurements, Fitting, AdapterCheckpoints, AroundTraining, WeighedLosses
+):
     """Put before Trainer or a subclass of it: ``class MyTrainer(DyLoRAMixin, Seq2SeqTrainer)``.
 
     For a model with loralib layers; one without any gets plain training with exact batches.
@@ -75,6 +78,8 @@ class DyLoRAMixin(ExactBatches, EvaluationOfRanks, Measurements, AdapterCheckpoi
     tokens), however batches are cut, ``eval_loss`` the mean over ranks; language models' own losses have
     ``eval_r1_perplexity`` too. Without ``compute_metrics`` the losses alone are reported. Predictions come in the
     data's order.
+
+    ``fit_strengths`` learns, after a training, how strong each layer's update should be at each rank.
 
     ``measure_ranks`` also writes the results, so that ``dylora select``, ``report`` and ``export --rank auto`` work on
     the output directory.

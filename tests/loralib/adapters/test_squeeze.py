@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers_dylora.squeezing import completing
 
 import loralib as lora
 from loralib.adapters.directory import cut_adapter, describe_adapter
@@ -97,7 +98,7 @@ def test_the_command_cuts_without_data_and_wants_a_rank(roberta_checkpoint, tmp_
     assert "Give the rank with --rank or --max-parameters, or --data to choose it by." in capsys.readouterr().err
     idle = ["--rank", "2", "--labels", "no,yes"]
     assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), *idle]) == 2
-    assert "give --data or --importance, or leave them out" in capsys.readouterr().err
+    assert "give --data, --importance or --strengths, or leave them out" in capsys.readouterr().err
     for flag, value in (("--max-parameters", "9"), ("--within", "1se")):
         idle = ["--rank", "2", flag, value]
         assert main(["squeeze", str(tmp_path / "theirs"), "--to", str(tmp_path / "small"), *idle]) == 2
@@ -221,7 +222,32 @@ def test_ranks_spread_by_importance_hold_as_many_numbers_and_run_in_stock_peft(
     assert main(["squeeze", str(tmp_path / "s2"), "--rank", "1", "--to", str(tmp_path / "again")]) == 0
 
 
-@pytest.mark.parametrize("flag", ["--data", "--importance"])
+def test_strengths_learnt_on_training_data_lower_the_loss_and_are_in_a_stock_adapter(
+    llama_checkpoint, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    options = {"target_modules": ["q_proj", "v_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    foreign(llama_checkpoint, tmp_path / "theirs", AutoModelForCausalLM, **options)
+    rows = [{"prompt": f"w{i} w{i + 1} ", "completion": f"w{i * 7} w{i}"} for i in range(6)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["squeeze", str(tmp_path / "theirs"), "--rank", "2"]
+    fitted = [*command, "--base", str(llama_checkpoint), "--strengths", str(tmp_path / "t.jsonl")]
+    examples, collate, _ = completing(str(tmp_path / "t.jsonl"), AutoTokenizer.from_pretrained(llama_checkpoint), 64)
+    batch, found = dict(collate(list(examples))), {}
+    for name, line in (("plain", command), ("fitted", fitted)):
+        assert main([*line, "--to", str(tmp_path / name)]) == 0
+        ours = AutoModelForCausalLM.from_pretrained(llama_checkpoint)
+        lora.load_adapter(ours, tmp_path / name)
+        with torch.no_grad():
+            found[name] = loaded(llama_checkpoint, tmp_path / name, AutoModelForCausalLM)(**batch)
+            torch.testing.assert_close(ours(**batch).logits, found[name].logits, atol=1e-4, rtol=1e-4)
+    assert found["fitted"].loss < found["plain"].loss - 0.001
+    capsys.readouterr()
+    assert main([*fitted, "--importance", str(tmp_path / "t.jsonl"), "--to", str(tmp_path / "both")]) == 2
+    assert "--strengths is for ranks as they are; give one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--data", "--importance", "--strengths"])
 def test_half_precision_stays_half_after_running(flag, llama_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     options = {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}

@@ -18,6 +18,7 @@ from loralib.report.results import RankResults, RankRow
 from loralib.report.scores import decide, score
 from loralib.report.writing import write_run
 from loralib.schedule import FACTS
+from loralib.strengths import has_strengths
 from loralib.titles import title_of
 from loralib.training.metrics import by_rank
 
@@ -65,6 +66,7 @@ def assemble(
     adapted = has_lora(trainer.model)
     facts = how_trained(model_args, training_args, trainer) if adapted else {}
     r_max = lora.max_rank(trainer.model) if adapted else 0
+    fitted = adapted and has_strengths(trainer.model)
     metric = task.main_metric
     curves = {name: [row.scores[metric] for row in split["rows"]] for name, split in splits.items()}
     first = next(iter(splits))
@@ -77,7 +79,8 @@ def assemble(
     return RankResults(
         task=task.name,
         model_name_or_path=model_args.model_name_or_path,
-        method=title_of(facts, r_max) if adapted else "full fine-tuning",
+        method=title_of(facts, r_max, fitted) if adapted else "full fine-tuning",
+        fitted=fitted or None,
         seed=training_args.seed if training_args.do_train or not adapted else facts.get("seed"),
         **{name: facts.get(name) for name in FACTS},
         scaling=scaling,

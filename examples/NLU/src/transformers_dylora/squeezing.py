@@ -38,6 +38,7 @@ FOUND_ANEW = (
 )
 OF_BASE = ("base_model_name_or_path", "revision")  # of adapter_config.json's fields
 LOOKED_AT = 1024  # examples that importance is measured on, at most
+FITTED_WITH, FITTED_WITH_OF_TEXT = 32, 8  # examples in a batch that strengths are fitted on
 
 
 @dataclass
@@ -126,16 +127,27 @@ class Adapted:
 
     def spread_by_importance(self, data: str) -> None:
         """Spread the ranks over the layers by the importance of components on a file of examples, and save that."""
-        dataset, collate, _ = self.examples(data)
-        looked_at = dataset.shuffle(seed=0).select(range(min(LOOKED_AT, len(dataset))))
-        wanted = {"input_ids", "attention_mask", "token_type_ids", "label", "labels"}
+        lora.order_by_importance(self.model, self.batches(data, 1, LOOKED_AT))
+        self._save()
 
-        def one_by_one() -> Iterator[dict]:
-            for row in looked_at:
-                yield dict(collate([{name: value for name, value in row.items() if name in wanted}]))
+    def fit_strengths(self, data: str) -> None:
+        """Learn strengths of each rank's own on a file of examples, and save them."""
+        lora.fit_strengths(self.model, self.batches(data, FITTED_WITH if self.names else FITTED_WITH_OF_TEXT))
+        self._save()
 
+    def batches(self, data: str, size: int, most: int | None = None) -> Iterator[dict]:
+        """A file's examples in random order, at most so many, as the model takes them, which is moved to where it
+        runs fastest; the last batch may be smaller."""
         self.model.to(torch.accelerator.current_accelerator() or "cpu")
-        lora.order_by_importance(self.model, one_by_one())
+        dataset, collate, _ = self.examples(data)
+        chosen = dataset.shuffle(seed=0).select(range(min(most or len(dataset), len(dataset))))
+        wanted = {"input_ids", "attention_mask", "token_type_ids", "label", "labels"} & set(chosen.column_names)
+        rows = chosen.select_columns(sorted(wanted))
+        return (
+            dict(collate([rows[i] for i in range(at, min(at + size, len(rows)))])) for at in range(0, len(rows), size)
+        )
+
+    def _save(self) -> None:
         lora.save_adapter(self.model, self.directory, extra=self.kept_facts())
         self._keep()
 
@@ -156,7 +168,9 @@ class Adapted:
         results = trainer.measure_ranks(task=Path(data).stem)
         self._keep()
         told = {name: self.facts.get(name) for name in FACTS}
-        return replace(results, method=title_of(self.facts, r_max), seed=self.facts.get("seed"), **told)
+        return replace(
+            results, method=title_of(self.facts, r_max, bool(results.fitted)), seed=self.facts.get("seed"), **told
+        )
 
     def _keep(self) -> None:
         """Write what was saved in the precision of what was given, and for its base model, wherever that was run."""
