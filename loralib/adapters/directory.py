@@ -26,7 +26,7 @@ from .fingerprint import of_factors
 from .keys import factor_in
 from .kinds import head_outputs
 from .refusing import refuse_bad_numbers, refuse_facts_of_other_weights, refuse_half_pairs
-from .spreading import up_to
+from .spreading import refuse_other_strengths, up_to
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -179,12 +179,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
             raise ValueError(
                 f"{path / EXTRA} has components_at for other ranks than the weights; save the adapter anew."
             )
-    if strengths := facts.get("strength_at"):
-        held = {name: files.components(name, value) for _, name, factor, value in files.factors() if factor == "A"}
-        if any(held.get(name) != len(own) for name, own in strengths.items()):
-            raise ValueError(
-                f"{path / EXTRA} has strength_at for other layers or ranks than the weights; save the adapter anew."
-            )
+    refuse_other_strengths(files, path / EXTRA)
     return files
 
 

@@ -2,6 +2,8 @@
 (``loralib.importance``), and strengths of their own (``loralib.strengths``)."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from ..layers import LoRALayer
 from .peft_format import PREFIX, clean
@@ -27,6 +29,16 @@ def up_to(rank: int, strength_at: Sequence[float]) -> list[float]:
     """The factors of a layer's strengths, once the one at ``rank`` is part of lora_B."""
     kept = [float(factor) for factor in strength_at[:rank]]
     return [factor / kept[-1] for factor in kept]
+
+
+def refuse_other_strengths(files: Any, told: Path) -> None:
+    """Raise ValueError where the strengths that ``dylora.json`` tells are not those of a directory's layers."""
+    if strengths := files.facts.get("strength_at"):
+        held = {name: files.components(name, value) for _, name, factor, value in files.factors() if factor == "A"}
+        if any(held.get(name) != len(own) for name, own in strengths.items()):
+            raise ValueError(
+                f"{told} has strength_at for other layers or ranks than the weights; save the adapter anew."
+            )
 
 
 def take_spread(layers: list[tuple[str, LoRALayer]], facts: dict) -> None:
