@@ -20,3 +20,11 @@ def deep_copy(model: nn.Module, memo: dict[int, Any] | None = None) -> Any:
                 if isinstance(tensor, torch.Tensor) and not tensor.is_leaf:
                     memo.setdefault(id(tensor), tensor.detach().clone())
     return copy.deepcopy(model, memo)
+
+
+def replica_of_base(layer: nn.Module, base: nn.Module) -> nn.Module:
+    """The base layer with the parameters of a replica of ours, which nn.DataParallel has put on another device."""
+    replica = base._replicate_for_data_parallel()
+    for name in (*base._parameters, *base._buffers):
+        setattr(replica, name, getattr(layer, name))
+    return replica

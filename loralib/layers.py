@@ -28,6 +28,7 @@ from torch import nn
 
 from .checks import check_int, is_number
 from .components import Components
+from .copying import replica_of_base
 from .gate import check_rank, check_scaling, rank_gate, scale
 from .layout import FIRST, Layout, LayoutError, layout_of
 from .merging import Merging
@@ -225,15 +226,7 @@ class LoRALayer(Components, Merging):
         """W0 x, by the base layer."""
         if self._base is None:
             return self.own_base(x)
-        return (self._replica_of_base() if "_is_replica" in self.__dict__ else self._base)(x)
-
-    def _replica_of_base(self) -> nn.Module:
-        """The base layer with the parameters of this replica, which nn.DataParallel has put on another device."""
-        assert self._base is not None
-        replica = self._base._replicate_for_data_parallel()
-        for name in (*self._base._parameters, *self._base._buffers):
-            setattr(replica, name, getattr(self, name))
-        return replica
+        return (replica_of_base(self, self._base) if "_is_replica" in self.__dict__ else self._base)(x)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The base layer's output plus the update; called as torch's layers are, ``input=`` included."""
