@@ -148,8 +148,8 @@ class Cut:
     ``by``: "rank" (the same in every layer), or what chooses as many components as at rank b over all layers:
     "importance", "values" (one threshold on singular values: PARA, arXiv 2604.27796), "energy" (one share of each
     layer's squared singular values: PEFT's ``convert_to_lora`` with a threshold) or "whitened" (one threshold on how
-    much of the data's input passes). Or what a rank gets for itself on top of "rank": "heads" or "strengths"
-    (private.py). ``tried``: measured with the leads alone.
+    much of the data's input passes). Or what a rank gets for itself on top of "rank": "strengths"
+    (``loralib.fit_strengths``) or "heads" (private.py). ``tried``: measured with the leads alone.
     """
 
     title: str
@@ -168,14 +168,14 @@ CUTS = {
     "cut-alpha/b": Cut("LoRA r=8, cut, alpha/b"),
     "cut-alpha/r": Cut("LoRA r=8, cut, alpha/r"),
     **{
-        f"{short}-{by}": Cut(f"{title}, {what}", of, by, tried=True)
+        f"{short}-{by}": Cut(f"{title}, {what}", of, by, tried)
         for short, title, of in [
             ("cut", "LoRA r=8, reduced by SVD", "lora-8"),
             ("mixed-0.8", "our default", "mixed-0.8"),
         ]
-        for by, what in [
-            ("heads", "a head for each rank"),
-            ("strengths", "strengths for each rank"),
+        for by, what, tried in [
+            ("heads", "a head for each rank", True),
+            ("strengths", "strengths fitted", False),
         ]
     },
 }

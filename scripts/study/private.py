@@ -1,23 +1,19 @@
-"""What a rank may have for itself once the training is over: a head refitted to its features, or strengths of its own.
+"""What a rank may have for itself once the training is over: a head refitted to its features.
 
-Both leave the adapter's components to all ranks, and add a few numbers for each rank, learnt on the training data.
+It leaves the adapter's components to all ranks, as ``loralib.fit_strengths`` does.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from itertools import chain, islice, repeat
 
 import torch
 from torch import nn
 
 import loralib as lora
-from loralib.model import lora_layers
 
 from .methods import SHOWN
-from .reducing import as_trained
 
 STRENGTHS = [0.001, 0.01, 0.1, 1.0]  # of the head's regularisation, as scikit-learn counts: the inverse
-UPDATES, RATE = 60, 0.02  # what a rank's strengths are learnt in, by Adam
 Autocast = Callable[[], AbstractContextManager]
 
 
@@ -74,33 +70,3 @@ def refitted(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     if len(weight) == 1:  # of two labels: the second's, beside nothing
         weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
     return weight, bias
-
-
-def with_strengths(model: nn.Module, batches: Iterable[dict], autocast: Autocast) -> Iterator[int]:
-    """Yield each rank with the update of every layer as strong as suits that rank's loss; afterwards all is whole."""
-    restore = as_trained(model)
-    for b in SHOWN:
-        found = learnt_strengths(model, b, batches, autocast)
-        for (_, layer), own in zip(lora_layers(model), found, strict=True):
-            layer.lora_B.data.mul_(own.to(layer.lora_B.device))
-        yield b
-        restore()
-
-
-def learnt_strengths(model: nn.Module, b: int, batches: Iterable[dict], autocast: Autocast) -> torch.Tensor:
-    """A factor of the update at rank b for each layer, which starts at 1."""
-    layers = [layer for _, layer in lora_layers(model)]
-    lora.set_rank(model, b)
-    gates = [(torch.arange(layer.r) < b) * layer.strength() for layer in layers]
-    own = torch.ones(len(layers), requires_grad=True)
-    optimizer = torch.optim.Adam([own], lr=RATE)
-    model.eval()
-    for batch in islice(chain.from_iterable(repeat(batches)), UPDATES):
-        for layer, gate, factor in zip(layers, gates, own, strict=True):
-            layer.set_gate(gate * factor)
-        with autocast():
-            loss = model(**batch).loss
-        (own.grad,) = torch.autograd.grad(loss, [own])
-        optimizer.step()
-    lora.set_rank(model, b)
-    return own.detach()

@@ -12,13 +12,16 @@ LOOKED_AT = 1024  # training examples from which importance is measured
 
 
 def as_trained(model) -> Callable[[], None]:
-    """What puts the factors back as they are now."""
-    factors = [factor for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)]
+    """What puts the factors back as they are now, and ranks of which no strengths were learnt."""
+    layers = [layer for _, layer in lora_layers(model)]
+    factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
     values = [factor.detach().clone() for factor in factors]
 
     def restore() -> None:
         for factor, value in zip(factors, values, strict=True):
             factor.data.copy_(value)
+        for layer in layers:
+            layer.strength_at = None
 
     return restore
 

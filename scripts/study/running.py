@@ -15,10 +15,10 @@ from transformers import TrainerCallback
 from loralib.training.precision import cpu_multiplies_bf16
 
 from .adalora import Allocate
-from .cells import BUDGETS, Cell, area, read_records
+from .cells import BUDGETS, LANGUAGE, Cell, area, read_records
 from .loading import Loaded, load, updates
 from .methods import CUTS, MIXED, PARTS, R_MAX, SHOWN, shown_up_to
-from .private import with_heads, with_strengths
+from .private import with_heads
 from .reducing import LOOKED_AT, as_trained, cut, to_keep, with_components
 from .trainer import StudyTrainer
 
@@ -77,7 +77,11 @@ def run_cell(cell: Cell, base: str, data: str | None, keep: str | None = None) -
             if restore:
                 restore()
                 cut(loaded.model, name)
-            if made.by == "rank":
+            if made.by == "strengths":
+                of = "cut-svd" if cell.is_trunk else cell.method
+                before = next(each["scores"] for each in records if each["method"] == of)
+                records.append(fitted(own, trainer, loaded, facts, before))
+            elif made.by == "rank":
                 trainer.eval_ranks = list(shown_up_to(cell.r_max))
                 records.append(record(own, trainer, loaded) | facts)
             else:
@@ -89,6 +93,8 @@ def measured(cell: Cell, name: str) -> bool:
     """Whether this way to cut is measured for the cell."""
     if CUTS[name].tried:
         return cell.is_lead
+    if CUTS[name].by == "strengths" and cell.task in LANGUAGE:
+        return True
     return cell.usual or name in CUT_EVERYWHERE
 
 
@@ -176,10 +182,10 @@ def record(cell: Cell, trainer, loaded: Loaded) -> dict:
 def reduced(cell: Cell, by: str, trainer, loaded: Loaded) -> dict:
     """The record of the model with as many components as at ranks 1, 2, 4 and 8, chosen over all layers, or at these
     ranks with what each gets for itself."""
-    found, private = {}, {"heads": with_heads, "strengths": with_strengths}.get(by)
+    found, private = {}, by == "heads"
     examples = trainer.train_dataset.shuffle(seed=0)
     if private:
-        levels = private(trainer.model, trainer.get_eval_dataloader(examples), trainer.accelerator.autocast)
+        levels = with_heads(trainer.model, trainer.get_eval_dataloader(examples), trainer.accelerator.autocast)
     else:
         looked_at = examples.select(range(min(LOOKED_AT, len(examples))))
         kept = to_keep(trainer.model, by, SHOWN, trainer.get_eval_dataloader(looked_at))
@@ -190,6 +196,18 @@ def reduced(cell: Cell, by: str, trainer, loaded: Loaded) -> dict:
     scores = {str(b): each["scores"][str(b if private else R_MAX)] for b, each in found.items()}
     seconds = sum(each["evaluation_seconds"] for each in found.values())
     return found[R_MAX] | {"scores": scores, "evaluation_seconds": round(seconds, 1)}
+
+
+def fitted(cell: Cell, trainer, loaded: Loaded, facts: dict, before: dict) -> dict:
+    """The record of every rank once strengths of each rank's own are learnt, the time of that counted, with the scores
+    of the same weights ``before``; the model is then as it was."""
+    restore, start = as_trained(trainer.model), time.perf_counter()
+    trainer.fit_strengths()
+    seconds = round(facts["seconds"] + time.perf_counter() - start, 1)
+    trainer.eval_ranks = list(shown_up_to(cell.r_max))
+    found = record(cell, trainer, loaded) | facts | {"seconds": seconds, "before": before}
+    restore()
+    return found
 
 
 def commit() -> str:

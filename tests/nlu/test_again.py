@@ -11,6 +11,8 @@ from transformers_dylora.output_dir import resume_point
 from transformers_dylora.squeezing import completing
 from transformers_dylora.stopping import _how_to_go_on
 
+from loralib.adapters.directory import read_facts
+
 from .test_own_files import parts, write
 from .test_run_glue import cache, command, glue, run_glue
 
@@ -152,3 +154,23 @@ def test_other_encodings_are_one_sentence(tmp_path):
     (tmp_path / "t.jsonl").write_bytes('{"text": "café", "label": "a"}\n'.encode("latin-1"))
     with pytest.raises(UsageError, match=r"t\.jsonl cannot be read as jsonl"):
         load_files({"train": str(tmp_path / "t.jsonl")}, str(tmp_path / "cache"))
+
+
+def test_strengths_are_fitted_once_the_training_is_over(roberta_checkpoint, glue, tmp_path, capsys):
+    """In the run itself, or by the same command with the flag once it is over; what it told of other weights goes."""
+    saved = ["--save_strategy", "steps", "--save_steps", "1", "--learning_rate", "1e-2"]
+    fitted = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "at once", "rte", *saved, "--fit_strengths"))
+    assert "strengths of each rank's own are learnt" in capsys.readouterr().out
+    plain = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "later", "rte", *saved))
+    assert fitted.fitted and not plain.fitted
+    assert fitted.method == plain.method + ", then strengths of each rank's own"
+    later = run_glue().main(command(roberta_checkpoint, glue, tmp_path / "later", "rte", *saved, "--fit_strengths"))
+    one, other = (read_facts(tmp_path / name)["strength_at"] for name in ("at once", "later"))
+    assert one == other and any(table[0] != 1 for table in one.values())
+    assert [row.loss for row in later.splits["validation"]] == [row.loss for row in fitted.splits["validation"]]
+    # measured again, alone, it is called the same
+    alone = [a for a in command(roberta_checkpoint, glue, tmp_path / "again") if a != "--do_train"]
+    again = run_glue().main([*alone, "--lora_path", str(tmp_path / "later")])
+    assert again.method == fitted.method and again.fitted
+    with pytest.raises(UsageError, match="dylora squeeze ADAPTER --strengths"):
+        run_glue().main([*alone, "--lora_path", str(tmp_path / "later"), "--fit_strengths"])

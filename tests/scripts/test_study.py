@@ -243,7 +243,8 @@ def test_rates_runs_tables_and_a_cell_again(tiny, tmp_path, capfd, monkeypatch):
     assert {method for _, method in runs} == {"lora-1", "lora-8", "example", *cuts}
     for task in ("rte", "cola"):
         whole = runs[task, "lora-8"]["scores"]["8"]
-        assert all(runs[task, cut]["scores"]["8"] == whole for cut in cuts)  # at rank 8 nothing is cut
+        unchanged = {runs[task, cut]["scores"]["8"] for cut in cuts if study_methods.CUTS[cut].by != "strengths"}
+        assert unchanged == {whole}  # at rank 8 nothing is cut
     capfd.readouterr()
     study.main(["cell", "rte", "example", "0", *tiny[:-2]])
     again = json.loads(capfd.readouterr().out.splitlines()[-1])
@@ -450,7 +451,10 @@ def test_a_language_model_from_its_rates_to_its_table(tmp_path, monkeypatch, as_
     study.main(["language", *given, "--processes", "1", "--keep", str(tmp_path / "keep"), *few])
     lines = cells.read_records(tmp_path / "results" / "runs.jsonl")
     runs = {r["method"]: r for r in lines if r["split"] == "validation"}
-    assert set(runs) == {"lora-1", "lora-8", "cut-svd", study_methods.DEFAULT}
+    strengths = {"cut-strengths", "mixed-0.8-strengths"}
+    assert set(runs) == {"lora-1", "lora-8", "cut-svd", study_methods.DEFAULT, *strengths}
+    assert runs["mixed-0.8-strengths"]["before"] == runs[study_methods.DEFAULT]["scores"]
+    assert runs["cut-strengths"]["before"] == runs["cut-svd"]["scores"] != runs["cut-strengths"]["scores"]
     assert runs[study_methods.DEFAULT]["from"] == "lora-8" and runs["lora-8"]["metric"] == "loss"
     assert runs["cut-svd"]["scores"]["8"] == pytest.approx(runs["lora-8"]["scores"]["8"], abs=2e-4)
     assert 0 < runs["lora-8"]["scores"]["8"] < math.log(64)

@@ -1,4 +1,4 @@
-"""What a rank gets for itself after the training: a refitted head, strengths of the layers."""
+"""What a rank gets for itself after the training: a refitted head."""
 
 from contextlib import nullcontext
 
@@ -7,7 +7,6 @@ import torch
 from sklearn.linear_model import LogisticRegressionCV
 
 import loralib as lora
-from loralib.model import lora_layers
 from scripts.study import cells, private
 from scripts.study import methods as study_methods
 
@@ -56,27 +55,9 @@ def test_each_rank_has_its_own_head_and_the_model_is_whole_again(small):
     torch.testing.assert_close(model(input_ids=inputs).logits, before, rtol=0, atol=0)
 
 
-def test_each_rank_has_its_own_strengths_and_the_model_is_whole_again(small):
-    """Learnt strengths lower that rank's loss, and as much where lora_B carries them."""
-    model, batches, inputs, labels = small
-    before = model(input_ids=inputs).logits
-    factors = [layer.lora_B for _, layer in lora_layers(model)]
-    whole = [factor.detach().clone() for factor in factors]
-    for b in private.with_strengths(model, batches, nullcontext):
-        with lora.use_rank(model, b):
-            found = model(input_ids=inputs, labels=labels).loss.item()
-            ratios = [(factor.detach() / own)[:, 0] for factor, own in zip(factors, whole, strict=True)]
-            assert all(ratio.std() < 1e-9 for ratio in ratios) and ratios[0][0] != ratios[1][0]
-            for factor, own in zip(factors, whole, strict=True):
-                factor.data.copy_(own)
-            assert found < model(input_ids=inputs, labels=labels).loss.item()
-    lora.set_rank(model, 3)
-    torch.testing.assert_close(model(input_ids=inputs).logits, before, rtol=0, atol=0)
-
-
 def test_they_are_measured_with_the_leads_alone():
     tried = {name for name, made in study_methods.CUTS.items() if made.tried}
-    assert tried == {"cut-whitened", "cut-heads", "cut-strengths", "mixed-0.8-heads", "mixed-0.8-strengths"}
+    assert tried == {"cut-whitened", "cut-heads", "mixed-0.8-heads"}
     assert cells.Cell("mnli", "lora-8", 0, cells.TRIED_RATE, "held_out").is_lead
     assert not cells.Cell("mnli", "lora-8", 0, cells.TRIED_RATE, "validation").is_lead
     assert not cells.Cell("cola", "lora-8", 0, cells.TRIED_RATE, "held_out").is_lead

@@ -52,7 +52,7 @@ SCHEDULE_FLAGS = {
 
 # What says nothing without --apply_lora.
 OF_ADAPTER = {
-    *("lora_r", "lora_alpha", "lora_dropout", "lora_scaling", "lora_target_modules", "eval_ranks"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_scaling", "lora_target_modules", "eval_ranks", "fit_strengths"),
     *SCHEDULE_FLAGS.values(),
 }
 SWITCH = {"nargs": "?", "const": True}  # of a flag that may be true, false or left out: alone it is true
@@ -258,6 +258,13 @@ class ModelArguments:
             **SWITCH,
             "help": "Once ranks are drawn, component k learns min(r_max, 8)/k times as fast, never slower than usual. "
             "Default: with --rank_distribution halving at one strength, alpha/r.",
+        },
+    )
+    fit_strengths: bool = field(
+        default=False,
+        metadata={
+            "help": "After the training learn, in 60 updates more, how strong each layer's update should be at each "
+            "rank."
         },
     )
     eval_ranks: str | None = field(default=None, metadata={"help": "Ranks to measure, as in 1,2,4,8. Default: all."})

@@ -76,6 +76,11 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
         say(note)
     if not (training_args.do_train or training_args.do_eval or training_args.do_predict):
         raise UsageError(f"Nothing to do; add {', '.join(FLAGS.values())}.")
+    if model_args.fit_strengths and not training_args.do_train:
+        raise UsageError(
+            "--fit_strengths belongs to a training: add --do_train. For an adapter that is there: dylora squeeze "
+            "ADAPTER --strengths FILE."
+        )
     if training_args.prediction_loss_only:
         raise UsageError("--prediction_loss_only leaves no predictions to score; leave it out.")
     if training_args.should_save:
@@ -155,8 +160,12 @@ def run(model_args, data_args, training_args, argv: list[str], program: str) -> 
             trained = trainer.train(resume_from_checkpoint=checkpoint)
         except FloatingPointError as error:
             raise UsageError(str(error)) from error
+        if model_args.fit_strengths:
+            trainer.fit_strengths()
+            say("strengths of each rank's own are learnt")
         trainer.save_model()
-        if trainer.is_world_process_zero() and trained.global_step > (step_of(checkpoint) if checkpoint else 0):
+        trained_on = trained.global_step > (step_of(checkpoint) if checkpoint else 0)
+        if trainer.is_world_process_zero() and (trained_on or model_args.fit_strengths):
             remove_tables(training_args.output_dir)  # of the weights that were there
         trainer.save_state()
         trainer.log_metrics("train", trained.metrics)
