@@ -48,12 +48,13 @@ OTHERS = (
         "kasa_config",
     ),
 )
-# Facts of an adapter that only layers of ours keep.
+# Facts of an adapter that only layers of ours keep, and what to do with one.
+CUT = "cut it to a rank (dylora export)"
 ELSEWHERE = {
-    "components_at": "ranks that importance spread over the layers",
-    "strength_at": "strengths that were learnt for each rank",
-    "scalings": "several rules of strength",
-    "projections": "layers of several projections",
+    "components_at": ("ranks that importance spread over the layers", CUT),
+    "strength_at": ("strengths that were learnt for each rank", "give no config, for its whole rank alone"),
+    "scalings": ("several rules of strength", CUT),
+    "projections": ("layers of several projections", CUT),
 }
 
 
@@ -113,11 +114,11 @@ class DyLoraConfig(LoraConfig):
         facts = read_facts(
             local(pretrained_model_name_or_path, kwargs.get("token"), kwargs.get("revision")) / (subfolder or "")
         )
-        for name, what in ELSEWHERE.items():
+        for name, (what, instead) in ELSEWHERE.items():
             if name in facts:
                 raise ValueError(
-                    f"{pretrained_model_name_or_path} holds {what}, which PEFT has no place for: cut it to a rank "
-                    "(dylora export), or load it with loralib.load_adapter."
+                    f"{pretrained_model_name_or_path} holds {what}, which PEFT has no place for: {instead}, or load it "
+                    "with loralib.load_adapter."
                 )
         scaling = facts.get("scaling", "alpha/r")
         return cls(**given, rank_scaling="alpha/r" if scaling == "alpha/sqrt(b)" else scaling)

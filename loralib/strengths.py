@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from .walking import modes_of, put_modes
 
 def fit_strengths(
     model: nn.Module,
-    batches: Iterable[dict],
+    batches: Iterable[Any],
     loss: Loss | None = None,
     updates: int = 60,
     rate: float = 0.02,
@@ -38,8 +39,8 @@ def fit_strengths(
     they hold it in lora_B, and stock PEFT computes the same. ``order_components`` and ``order_by_importance`` forget s.
 
     Args:
-        batches: of training data, at random, as the model is called, ``labels`` among them; they are moved to the
-            model's device, and come again if there are too few.
+        batches: of training data, at random, as the model is called, ``labels`` among them, or as ``loss`` takes them;
+            they are moved to the model's device, and come again if there are too few.
         loss: of the model and a batch, the mean over examples; default the ``loss`` that the model returns.
         updates: how many; each should have 32 examples, or 8 texts of which every token counts.
         rate: the learning rate, which falls to zero evenly.
@@ -48,7 +49,7 @@ def fit_strengths(
     The model runs in evaluation mode, keeps its modes, and is at r_max afterwards. In a distributed run all processes
     call this together, each with its own batches. Raises ValueError if there is no batch, a loss is no finite scalar,
     a number is out of range, ranks are spread over layers by importance, or FSDP has spread the model; RuntimeError if
-    a layer is merged. Nothing is changed then.
+    a layer is merged; TypeError if the model gives no loss. Nothing is changed then.
     """
     check_int("updates", updates, 1, math.inf, "give how many updates to learn in, 1 or more.")
     check_int("accumulate", accumulate, 1, math.inf, "give the batches to an update, 1 or more.")

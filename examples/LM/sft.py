@@ -55,6 +55,12 @@ class Arguments:
             "help": "Whether first components learn faster once ranks are drawn. Default: with halving.",
         },
     )
+    fit_strengths: bool = field(
+        default=False,
+        metadata={
+            "help": "After the training learn, in 60 updates more, how strong each layer's update is at each rank."
+        },
+    )
     targets: str = field(
         default="q_proj,k_proj,v_proj,o_proj", metadata={"help": "The layers to adapt, or all-linear."}
     )
@@ -115,6 +121,8 @@ def main(argv: list[str] | None = None):
     )
     checkpoint = config.resume_from_checkpoint  # a directory, or "true": the last one of the output directory
     trainer.train(resume_from_checkpoint=True if str(checkpoint).lower() == "true" else checkpoint)
+    if args.fit_strengths:
+        trainer.fit_strengths()
     results = trainer.measure_ranks()
     print_table(results)
     return trainer, results

@@ -1,5 +1,6 @@
 """The part of the trainer that fits strengths of each rank's own, once a training is over."""
 
+import warnings
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ class Fitting(TrainerPart):
             if self.train_dataset is None:
                 raise ValueError("There are no training data to fit strengths on; give a dataset.")
             batches, accumulate = self.get_train_dataloader(), self.args.gradient_accumulation_steps
-            with self._savings(), without_notes(self):
+            with self._savings(), without_notes(self), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "PEFT's save_pretrained")  # which this trainer does not use
                 fit_strengths(self.model, batches, self._loss_of, updates, rate, accumulate)
         finally:
             self.train_dataset, self.place = before

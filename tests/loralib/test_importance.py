@@ -67,7 +67,7 @@ def test_mode_ranks_and_gradients_are_kept():
     ("given", "loss_of", "sentence"),
     [
         ([], loss, "no examples"),
-        (examples(2), lambda model, example: model(example["x"])[0], "needs a finite number"),
+        (examples(2), lambda model, example: model(example["x"])[0], "a finite number is needed"),
         (examples(2), lambda model, example: loss(model, example) * float("nan"), "example 1 is nan"),
     ],
 )

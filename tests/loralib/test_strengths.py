@@ -225,7 +225,7 @@ def test_inside_peft(tmp_path):
         lora.set_rank(model, b)
         stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / str(b))
         torch.testing.assert_close(stock(x), model(x))
-    with pytest.raises(ValueError, match="strengths that were learnt for each rank"):
+    with pytest.raises(ValueError, match=r"strengths that were learnt for each rank.*give no config"):
         DyLoraConfig.from_pretrained(tmp_path / "4")
     again = get_peft_model(copy.deepcopy(base), DyLoraConfig(r=4, lora_alpha=8, target_modules=["0", "2"]))
     lora.load_adapter(again, tmp_path / "4")
@@ -259,6 +259,29 @@ def test_what_cannot_be_fitted_changes_nothing(data, message):
     assert lora_layers(model)[1][1].strength_at == TABLE and lora.get_rank(model) == 2 and model.training
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("data", [batches(1), [(torch.randn(4, 6), torch.zeros(4).long())]], ids=["dict", "pair"])
+def test_a_model_without_a_loss_needs_one(data):
+    class Named(nn.Sequential):
+        def forward(self, x, y=None):
+            return super().forward(x)
+
+    model = Named(nn.Linear(6, 4))
+    lora.inject(model, ["0"], r=2)
+    with pytest.raises(TypeError, match="Named gives no loss for batch 1; give loss"):
+        lora.fit_strengths(model, data)
+
+
+def test_pairs_are_batches_too():
+    one, other = small_model(), small_model()
+    lora.fit_strengths(one, batches(), loss, updates=3)
+    pairs = [(batch["x"], batch["y"]) for batch in batches()]
+    lora.fit_strengths(
+        other, pairs, lambda model, pair: nn.functional.cross_entropy(model(pair[0]), pair[1]), updates=3
+    )
+    for (_, a), (_, b) in zip(lora_layers(one), lora_layers(other), strict=True):
+        assert a.strength_at == b.strength_at
 
 
 def test_merged_and_spread_models_are_refused():

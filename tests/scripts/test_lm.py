@@ -27,7 +27,11 @@ def sft():
     return module
 
 
-@pytest.mark.parametrize("more", [{}, {"peft": True}, {"bits": 8}], ids=["inject", "peft", "8 bits"])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"peft": True, "fit_strengths": True}, {"bits": 8, "fit_strengths": True}],
+    ids=["inject", "peft", "8 bits"],
+)
 def test_from_files_to_an_adapter_in_stock_peft(more, tmp_path, capsys):
     language_model(None).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
@@ -53,6 +57,7 @@ def test_from_files_to_an_adapter_in_stock_peft(more, tmp_path, capsys):
             sft().main(resumed)
     table = RankResults.read(tmp_path / "out")
     assert table == results and [row.rank for row in table.splits["validation"]] == [1, 2, 8] and table.metric == "loss"
+    assert bool(table.fitted) == ("fit_strengths" in more)
     assert all(row.scores["perplexity"] > 1 for row in table.splits["validation"])
     assert main(["select", str(tmp_path / "out")]) == 0
     assert main(["export", str(tmp_path / "out"), "--rank", "2", "--to", str(tmp_path / "adapter")]) == 0
