@@ -38,11 +38,8 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
     for _, layer in layers:
         layer.check_unmerged()
     at_rest(model)
-    held: dict[int, str] = {}
+    refuse_shared_factors(layers)
     for name, layer in layers:
-        for factor in (layer.lora_A, layer.lora_B):
-            if (other := held.setdefault(id(factor), name)) != name:
-                raise ValueError(f"{other} and {name} share a factor, so neither can be turned without the other.")
         if not all(bool(torch.isfinite(whole(factor)).all()) for factor in (layer.lora_A, layer.lora_B)):
             raise ValueError(
                 f"{name} holds a number that is not finite, so its components have no order; train anew with a lower "
@@ -71,6 +68,15 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
         )
     if spread and isinstance(rank, int):
         set_rank(model, rank)  # whose parts were those of the other order
+
+
+def refuse_shared_factors(layers: list[tuple[str, LoRALayer]]) -> None:
+    """Raise ValueError for a factor of two layers, which would be changed twice."""
+    held: dict[int, str] = {}
+    for name, layer in layers:
+        for factor in (layer.lora_A, layer.lora_B):
+            if (other := held.setdefault(id(factor), name)) != name:
+                raise ValueError(f"{other} and {name} share a factor, so neither can be changed without the other.")
 
 
 def _rewrite(tensor: torch.Tensor, see: Callable, change: Callable) -> None:

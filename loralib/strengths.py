@@ -13,9 +13,10 @@ from .inside_peft import warn_of_what_peft_drops
 from .layout import examples_in
 from .losses import Loss, finite_loss, on_device
 from .model import lora_layers, max_rank, set_rank
+from .ordering import refuse_shared_factors
 from .sampling import RankSampler
 from .sharding import at_rest
-from .walking import modes_of, put_modes
+from .walking import modes_of, put_modes, unwrapped
 
 
 def fit_strengths(
@@ -36,7 +37,8 @@ def fit_strengths(
     lora_B, so that s[l, r_max] is 1.
 
     For an adapter whose training is over. Adapters are saved and loaded with s (``layer.strength_at``); cut to a rank,
-    they hold it in lora_B, and stock PEFT computes the same. ``order_components`` and ``order_by_importance`` forget s.
+    they hold it in lora_B, and stock PEFT computes the same. A state dict does not hold s; ``order_components`` and
+    ``order_by_importance`` forget it.
 
     Args:
         batches: of training data, at random, as the model is called, ``labels`` among them, or as ``loss`` takes them;
@@ -48,14 +50,16 @@ def fit_strengths(
 
     The model runs in evaluation mode, keeps its modes, and is at r_max afterwards. In a distributed run all processes
     call this together, each with its own batches. Raises ValueError if there is no batch, a loss is no finite scalar,
-    a number is out of range, ranks are spread over layers by importance, or FSDP has spread the model; RuntimeError if
-    a layer is merged; TypeError if the model gives no loss. Nothing is changed then.
+    a number is out of range, layers share a factor, ranks are spread over layers by importance, or FSDP has spread the
+    model; RuntimeError if a layer is merged; TypeError if the model gives no loss. Nothing is changed then.
     """
     check_int("updates", updates, 1, math.inf, "give how many updates to learn in, 1 or more.")
     check_int("accumulate", accumulate, 1, math.inf, "give the batches to an update, 1 or more.")
     if not is_number(rate) or not 0 < rate < math.inf:
         raise ValueError(f"rate is {rate!r}; give a number above 0, for example 0.02.")
+    model = unwrapped(model)  # DistributedDataParallel would wait for a backward pass
     layers = [layer for _, layer in lora_layers(model)]
+    refuse_shared_factors(lora_layers(model))
     if any(layer.components_at for layer in layers):
         raise ValueError("Ranks are spread over the layers by importance; strengths are for ranks as trained.")
     if at_rest(model):

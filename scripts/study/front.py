@@ -3,6 +3,7 @@
 from .averages import average_tables, beside_each, interval, paired, task_by_task, with_most_seeds
 from .cells import BUDGETS
 from .curves import not_drawn
+from .fitted import fitted_tables
 from .headline import failures, headline, mended
 from .held_out import BAR
 from .language_tables import validation_tables
@@ -44,9 +45,8 @@ SETUP = [
     "each task has one validation set.",
 ]
 PEERS = (
-    "What the names mean stands with [all tables](tables.md); there too, on three tasks alone, are ranks drawn "
-    "geometrically and a fixed gate that sums. MatryoshkaLoRA's authors trained language models of 1 and 8 "
-    "billion parameters; a classifier as small as this one may be far from what suits their settings. AdaLoRA's "
+    "What the names mean stands with [all tables](tables.md). MatryoshkaLoRA's authors trained language models of 1 "
+    "and 8 billion parameters; a classifier as small as this one may be far from what suits their settings. AdaLoRA's "
     "trained CoLA for 25 epochs, here it is 4: two seeds of it tell no more than that it is no better in the mean."
 )
 RUNS = "    python -m scripts.study runs --encoder encoder --data glue --methods \\\n       "
@@ -92,6 +92,7 @@ def front_page(founds: dict[str, Found], records: list[dict], everything: list[d
         lines += task_by_task(founds[device], device, BAR)
     lines += validation_tables(everything)
     if founds:
+        lines += fitted_tables(records, everything)
         lines += ["## Beside every peer", "", PEERS, "", *beside_each(founds)]
     again = (
         "A run that has its line in runs.jsonl is not repeated; `--results DIR` begins anew. `cell` runs one again "

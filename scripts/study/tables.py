@@ -29,7 +29,8 @@ WORDS = [
     "the b largest singular values, as PEFT's `convert_to_lora` keeps them. **one threshold** (PARA, arXiv "
     "2604.27796): those above one threshold over all layers, at rank b as many in all as b in each layer. **one share "
     "of energy** (`convert_to_lora` with a threshold): of each layer those that make up one share of its squared "
-    "singular values. **by Fisher information**: the components that the loss depends on most, over all layers.",
+    "singular values. **by Fisher information**: the components that the loss depends on most, over all layers. "
+    "**strengths fitted**: each layer's strength at each rank learnt after the training.",
     "- **LoRA-Squeeze** (arXiv 2602.10993): the LoRA of rank 8 for 0.8 of the steps, reduced by SVD to a rank, then "
     "that rank alone; our settings. **AdaLoRA** (arXiv 2303.10512): a training for each rank, in the "
     "end with as many components over all layers; by PEFT, at its authors' settings for GLUE but for the rate. They "

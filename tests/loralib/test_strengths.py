@@ -284,6 +284,20 @@ def test_pairs_are_batches_too():
         assert a.strength_at == b.strength_at
 
 
+@pytest.mark.parametrize(("option", "value"), [("updates", 0), ("accumulate", 1.5), ("rate", -1), ("rate", "fast")])
+def test_numbers_out_of_range_are_named(option, value):
+    with pytest.raises((ValueError, TypeError), match=f"{option} is {value!r}"):
+        lora.fit_strengths(small_model(), batches(), loss, **{option: value})
+
+
+def test_a_shared_factor_is_not_changed_twice():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    lora.inject(model, ["0", "1"], r=2)
+    model[1].lora_B = model[0].lora_B
+    with pytest.raises(ValueError, match="0 and 1 share a factor"):
+        lora.fit_strengths(model, batches(), loss)
+
+
 def test_merged_and_spread_models_are_refused():
     model = small_model()
     examples = [{name: value[:1] for name, value in batch.items()} for batch in batches()]

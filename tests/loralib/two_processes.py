@@ -173,7 +173,9 @@ def strengths() -> dict:
     on the same rows."""
     batches = [{"input_ids": ids, "labels": ids} for ids in (IDS, IDS.flip(0), torch.cat([IDS, IDS.flip(0)]))]
     together, alone = build("inject", False), build("inject", False)
-    lora.fit_strengths(together, [batches[dist.get_rank()]], updates=5)
+    wrapped = nn.parallel.DistributedDataParallel(together)
+    lora.fit_strengths(wrapped, [batches[dist.get_rank()]], updates=5)
+    wrapped(**batches[0]).loss.backward()  # which waits for nothing that was left open
     dist.barrier()
     gather, torch.distributed.is_initialized = torch.distributed.is_initialized, lambda: False
     lora.fit_strengths(alone, [batches[2]], updates=5)
