@@ -327,6 +327,8 @@ def _inspect(args) -> None:
             value = list(dict.fromkeys(target.rpartition(".")[2] for target in value))
         if value not in (None, [], {}):
             print(f"{name:16} {', '.join(map(str, value)) if isinstance(value, list) else value}")
+    if facts.get("strength_at"):
+        print(f"{'strengths':16} of each rank's own, learnt after the training")
     print(f"{'parameters':16} {facts['adapter_parameters']:,} in the adapter, {facts['head_parameters']:,} in the head")
     longest = max([*facts["norms"], 1e-12])
     rows = [

@@ -55,8 +55,6 @@ class LoRALayer(Components, Merging):
     The defaults of alpha and scaling are microsoft/LoRA's and the paper's; ``inject`` has 2 r and "alpha/r".
     A new layer runs at rank r and computes what its base layer computes, since one factor is zero. A layer made by its
     constructor is its own base layer; ``around`` makes one that holds another module and calls it.
-
-    A layer has one rank at a time: two threads must not run one model at different ranks (give each a copy).
     """
 
     module_name: str | None = None  # where the layer stands in its model, for error messages
@@ -145,6 +143,7 @@ class LoRALayer(Components, Merging):
     def reset_parameters(self) -> None:
         super().reset_parameters()  # type: ignore[misc]  # of the torch layer that a subclass derives from
         if hasattr(self, "lora_A"):
+            self.strength_at = None
             self.reset_adapter()
 
     def reset_adapter(self) -> None:
@@ -287,7 +286,7 @@ class LoRALayer(Components, Merging):
     def strength(self) -> float:
         """scale(b) at the int rank in use, and what was learnt of it."""
         b = self.state.rank
-        own = 1.0 if self.strength_at is None else self.strength_at[max(b, 1) - 1]
+        own = 1.0 if self.strength_at is None else float(self.strength_at[max(b, 1) - 1])
         return scale(b, self.r, self.lora_alpha, self.scaling) * own
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from .layers import Embedding, LoRALayer
 from .model import get_rank, lora_layers, set_rank
 from .momenta import GRADIENT, SQUARE, VALUE, kept_for, unwrapped_optimizer
 from .sharding import at_rest, put, whole
+from .state import renew_gates
 
 
 @torch.no_grad()
@@ -47,6 +48,7 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
             )
     setattr(model, "lora_trained", {**getattr(model, "lora_trained", {}), "ordered": True})  # noqa: B010
     spread, rank = any(layer.components_at for _, layer in layers), get_rank(model)
+    fitted = any(layer.strength_at for _, layer in layers)
     unknown: set[str] = set()
     for _, layer in layers:
         layer.components_at = layer.strength_at = None  # of another order
@@ -68,6 +70,8 @@ def order_components(model: nn.Module, optimizer: torch.optim.Optimizer | None =
         )
     if spread and isinstance(rank, int):
         set_rank(model, rank)  # whose parts were those of the other order
+    elif spread or fitted:
+        renew_gates([layer for _, layer in layers])
 
 
 def refuse_shared_factors(layers: list[tuple[str, LoRALayer]]) -> None:

@@ -18,6 +18,7 @@ from .pacing import set_paces, usual_paces
 from .sampling import RankSampler
 from .setting import Setting
 from .sharding import at_rest
+from .strengths import forget_strengths
 
 T = TypeVar("T")
 Sampling = Literal["example", "step", "matryoshka", "fixed"]
@@ -267,6 +268,7 @@ class BoundSchedule:
             bound = replace(self, steps=self.steps or updates)
             bound._check_updates(updates)
         number = 0
+        forget_strengths(model)
         setattr(model, "lora_trained", bound.facts())  # noqa: B010  # plain data, which adapters are saved with
         try:
             for _ in range(epochs):

@@ -75,3 +75,10 @@ def set_states(states: Iterable[tuple[HasState, RankState]]) -> None:
         layer.check_unmerged()
     for layer, state in states:
         vars(layer)["state"] = state  # without nn.Module's search for a parameter of that name
+
+
+def renew_gates(layers: list[Any]) -> None:
+    """For layers whose ranks have come to mean something else: where a gate is in use, which was made of what they
+    meant before, the layers run at their whole rank from now on."""
+    if any(layer.state.gate is not None for layer in layers):
+        set_states([(layer, RankState(layer.r)) for layer in layers])

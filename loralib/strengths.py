@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import nn
 
 from .checks import check_int, is_number
 from .inside_peft import warn_of_what_peft_drops
-from .layout import examples_in
+from .layout import LayoutError, examples_in
 from .losses import Loss, finite_loss, on_device
-from .model import lora_layers, max_rank, set_rank
+from .model import has_lora, lora_layers, max_rank, set_rank
 from .ordering import refuse_shared_factors
 from .sampling import RankSampler
 from .sharding import at_rest
+from .state import renew_gates
 from .walking import modes_of, put_modes, unwrapped
 
 
@@ -49,9 +51,10 @@ def fit_strengths(
         accumulate: batches to an update.
 
     The model runs in evaluation mode, keeps its modes, and is at r_max afterwards. In a distributed run all processes
-    call this together, each with its own batches. Raises ValueError if there is no batch, a loss is no finite scalar,
-    a number is out of range, layers share a factor, ranks are spread over layers by importance, or FSDP has spread the
-    model; RuntimeError if a layer is merged; TypeError if the model gives no loss. Nothing is changed then.
+    call this together, each with its own batches. Raises ValueError if there is no batch, a loss is no finite scalar, a
+    number is out of range, the model cannot run with a rank per example, layers share a factor, ranks are spread over
+    layers by importance, or FSDP has spread the model; RuntimeError if a layer is merged; TypeError if the model gives
+    no loss. Nothing is changed then.
     """
     check_int("updates", updates, 1, math.inf, "give how many updates to learn in, 1 or more.")
     check_int("accumulate", accumulate, 1, math.inf, "give the batches to an update, 1 or more.")
@@ -83,7 +86,16 @@ def fit_strengths(
                 for layer, table in zip(layers, tables(), strict=True):
                     layer.strength_at = table  # type: ignore[assignment]  # a tensor as long as it is learnt
                 set_rank(model, ranks[(seen + torch.arange(n, device="cpu")) % len(ranks)])
-                value = finite_loss(model, batch, loss, f"batch {number + 1}") / accumulate
+                try:
+                    value = finite_loss(model, batch, loss, f"batch {number + 1}") / accumulate
+                except LayoutError as error:
+                    raise LayoutError(
+                        f"Strengths are fitted with a rank per example, and this model cannot have one: {error}"
+                    ) from error
+                if not value.requires_grad:
+                    raise ValueError(
+                        f"The loss of batch {number + 1} depends on no adapted layer, or keeps no gradient."
+                    )
                 (gradient,) = torch.autograd.grad(value, [logs])
             logs.grad = gradient if logs.grad is None else logs.grad + gradient
             seen += n
@@ -94,6 +106,9 @@ def fit_strengths(
                 optimizer.zero_grad()
         if not seen:
             raise ValueError("There are no batches to fit strengths on; give some of the training data.")
+        found = [table.detach() for table in tables()]
+        if not all(bool((torch.isfinite(table) & (table > 0)).all()) for table in found):
+            raise ValueError("The strengths came to no finite numbers above 0; give a lower rate.")
     except BaseException:
         for layer, (state, strength_at) in zip(layers, before, strict=True):
             layer.state, layer.strength_at = state, strength_at
@@ -101,8 +116,8 @@ def fit_strengths(
     finally:
         put_modes(modes)
     with torch.no_grad():
-        for layer, table in zip(layers, tables(), strict=True):
-            layer.lora_B.mul_(table[-1].to(device))
+        for layer, table in zip(layers, found, strict=True):
+            layer.lora_B.mul_(float(table[-1]))
             layer.strength_at = tuple((table / table[-1]).tolist())
     set_rank(model, max_rank(model))
     warn_of_what_peft_drops(model, "the strengths of its ranks")
@@ -111,6 +126,20 @@ def fit_strengths(
 def has_strengths(model: nn.Module) -> bool:
     """Whether ranks have strengths that were fitted."""
     return any(layer.strength_at for _, layer in lora_layers(model))
+
+
+def forget_strengths(model: nn.Module) -> None:
+    """Before a training: strengths that were fitted are of the weights before it. Warns where there were some."""
+    if has_lora(model) and has_strengths(model):
+        layers = [layer for _, layer in lora_layers(model)]
+        for layer in layers:
+            layer.strength_at = None
+        renew_gates(layers)
+        warnings.warn(
+            "The strengths that were fitted are of the weights before this training, which begins without them: fit "
+            "them again when it is over.",
+            stacklevel=3,
+        )
 
 
 def interpolation(ladder: Sequence[int]) -> torch.Tensor:

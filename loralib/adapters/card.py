@@ -127,7 +127,8 @@ def _what(config: dict, facts: dict, base: str, merged: bool) -> str:
     else:
         how = f", cut from an adapter of rank {r_max}" if rank < r_max else ""
     spread = " It keeps the components of all layers that matter most, as many numbers as at one rank in every layer."
-    return f"{what}{how} {strength}." + (spread if facts.get("spread") else "")
+    fitted = " How strong each layer's update is at this rank was learnt once the training was over."
+    return f"{what}{how} {strength}." + spread * bool(facts.get("spread")) + fitted * bool(facts.get("strength_at"))
 
 
 def _loading(config: dict, facts: dict, base: str, name: str, merged: bool, tokenizer: str) -> list[str]:

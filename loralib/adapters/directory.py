@@ -26,7 +26,7 @@ from .fingerprint import of_factors
 from .keys import factor_in
 from .kinds import head_outputs
 from .refusing import refuse_bad_numbers, refuse_facts_of_other_weights, refuse_half_pairs
-from .spreading import refuse_other_strengths, up_to
+from .spreading import digest_of_strengths, refuse_other_strengths, take_strengths_of, up_to
 
 CONFIG, WEIGHTS, EXTRA = "adapter_config.json", "adapter_model.safetensors", "dylora.json"
 STRENGTH = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -111,7 +111,7 @@ def write_adapter(directory: str | os.PathLike, tensors: dict[str, torch.Tensor]
     configuration, ``read_directory`` goes by theirs. ``dylora.json`` knows the factors that it is of: others may write
     theirs over these, and leave it."""
     strength = {key: config[key] for key in STRENGTH if key in config}
-    strength |= {"scaling": facts["scaling"], "rank": facts["rank"]}
+    strength |= {"scaling": facts["scaling"], "rank": facts["rank"], **digest_of_strengths(facts)}
     metadata = {"format": "pt", "dylora": json.dumps(strength)}
     facts = facts | {"factors": of_factors(tensors)}
     write_together(
@@ -167,6 +167,7 @@ def read_directory(path: str | os.PathLike) -> AdapterFiles:
     fields.check(strength, fields.CONFIG | fields.FACTS, file)
     if not strength and file.exists():
         refuse_facts_of_other_weights(facts, tensors, path / EXTRA)
+    take_strengths_of(strength, facts, path / EXTRA)
     scaling = strength.pop("scaling", None) or facts.get("scaling")
     rank = strength.pop("rank", None) or facts.get("rank")
     config |= strength

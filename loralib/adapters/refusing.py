@@ -1,5 +1,6 @@
 """What is refused among an adapter's tensors, in a file and before it is written."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,9 +16,17 @@ def refuse_facts_of_other_weights(facts: dict, tensors: dict[str, torch.Tensor],
 
 
 def refuse_half_pairs(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Raise ValueError for a factor without its other half, and for halves of different ranks."""
+    """Raise ValueError for a factor without its other half, for halves of different ranks, and for what stands beside a
+    layer's factors or in their place and is none."""
+    layers = {found[0] for key in tensors if (found := factor_in(key))}
     for key, value in tensors.items():
         if factor_in(key) is None:
+            layer, beside, _ = key.rpartition(".lora_")
+            if beside and (layer in layers or re.search(r"\.lora_(embedding_)?[AB]\.", key)):
+                raise ValueError(
+                    f"{path} holds {key!r}, which is no factor of a plain LoRA as PEFT's save_pretrained writes them; "
+                    "save the adapter so, without DoRA and biases."
+                )
             continue
         other = other_half(key)
         if other not in tensors:

@@ -1,11 +1,14 @@
 """What a rank is in each layer, in an adapter's files: ranks that importance spread over the layers
 (``loralib.importance``), and strengths of their own (``loralib.strengths``)."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..layers import LoRALayer
+from ..state import renew_gates
 from .peft_format import PREFIX, clean
 
 
@@ -31,6 +34,22 @@ def up_to(rank: int, strength_at: Sequence[float]) -> list[float]:
     return [factor / kept[-1] for factor in kept]
 
 
+def digest_of_strengths(facts: dict) -> dict:
+    """What the weights' file tells of the strengths beside it."""
+    told = facts.get("strength_at")
+    return {"strengths": hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]} if told else {}
+
+
+def take_strengths_of(of_weights: dict, facts: dict, told: Path) -> None:
+    """Leave out of ``dylora.json``'s facts strengths that the weights beside it do not name: they are of an earlier
+    adapter. Raises ValueError where the weights name others. ``of_weights``: what their file tells."""
+    named = of_weights.pop("strengths", None)
+    if named is None:
+        facts.pop("strength_at", None)
+    elif digest_of_strengths(facts).get("strengths") != named:
+        raise ValueError(f"{told} has not the strength_at of the weights beside it; save the adapter anew.")
+
+
 def refuse_other_strengths(files: Any, told: Path) -> None:
     """Raise ValueError where the strengths that ``dylora.json`` tells are not those of a directory's layers."""
     if strengths := files.facts.get("strength_at"):
@@ -43,7 +62,12 @@ def refuse_other_strengths(files: Any, told: Path) -> None:
 
 def take_spread(layers: list[tuple[str, LoRALayer]], facts: dict) -> None:
     """Give the layers of a model the counts and strengths of a file."""
+    changed = False
     for name, layer in layers:
         for fact in ("components_at", "strength_at"):
             own = (facts.get(fact) or {}).get(file_name(name))
-            setattr(layer, fact, tuple(own) if own else None)
+            own = tuple(own) if own else None
+            changed |= own != getattr(layer, fact)
+            setattr(layer, fact, own)
+    if changed:
+        renew_gates([layer for _, layer in layers])

@@ -9,6 +9,7 @@ from ..schedule import BoundSchedule
 from ..strengths import fit_strengths
 from .batching import Place
 from .part import TrainerPart, without_notes
+from .weighing import counts_nothing
 
 
 class Fitting(TrainerPart):
@@ -33,8 +34,10 @@ class Fitting(TrainerPart):
         before = self.train_dataset, self.place
         self.train_dataset, self.place = self.train_dataset if dataset is None else dataset, Place()
         try:
-            if self.train_dataset is None:
-                raise ValueError("There are no training data to fit strengths on; give a dataset.")
+            if self.train_dataset is None or isinstance(self.train_dataset, (str, dict)):
+                raise ValueError(
+                    f"Strengths are fitted on training data, which are {self.train_dataset!r:.60}; give one dataset."
+                )
             batches, accumulate = self.get_train_dataloader(), self.args.gradient_accumulation_steps
             with self._savings(), without_notes(self), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "PEFT's save_pretrained")  # which this trainer does not use
@@ -43,5 +46,7 @@ class Fitting(TrainerPart):
             self.train_dataset, self.place = before
 
     def _loss_of(self, model, batch: dict) -> torch.Tensor:
+        says_nothing = counts_nothing(batch.get("labels"))
         with self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(batch))
+            loss = self.compute_loss(model, self._prepare_inputs(batch))
+        return loss.nan_to_num(nan=0.0) if says_nothing else loss  # as in training

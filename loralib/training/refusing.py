@@ -5,10 +5,10 @@ from typing import Any
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..adapters.keys import factor_in
 from ..adapters.of_peft import is_peft_model
 from ..heads import is_inside, modules_to_save
 from ..inside_peft import trained_beside_ranks
+from ..layers import adapted_layers
 
 # What PEFT's modules to save and new tokens are called within a name.
 OF_PEFT = {"modules_to_save", "trainable_tokens_delta"}
@@ -17,14 +17,15 @@ OF_PEFT = {"modules_to_save", "trainable_tokens_delta"}
 def refuse_what_is_not_saved(model: nn.Module) -> None:
     """Raise ValueError for a parameter that trains though no checkpoint would hold it."""
     heads = modules_to_save(model)
+    factors = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.lora_A, layer.lora_B)}
 
-    def is_kept(name: str) -> bool:
-        if is_inside(name, heads) or factor_in(name):
+    def is_kept(name: str, parameter: nn.Parameter) -> bool:
+        if id(parameter) in factors or is_inside(name, heads):
             return True
-        # PEFT saves what its own configuration says, and its names of factors hold the adapter's.
+        # PEFT saves what its own configuration says.
         return is_peft_model(model) and (".lora_" in name or bool(OF_PEFT & {*name.split(".")}))
 
-    others = [name for name, p in model.named_parameters() if p.requires_grad and not is_kept(f".{name}")]
+    others = [name for name, p in model.named_parameters() if p.requires_grad and not is_kept(f".{name}", p)]
     if others:
         raise ValueError(
             f"{others[0]!r} (one of {len(others)}) would train, and checkpoints hold the adapter and the modules to "

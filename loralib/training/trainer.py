@@ -20,6 +20,7 @@ from ..momenta import unwrapped_optimizer
 from ..ordering import order_components
 from ..pacing import set_paces
 from ..schedule import BoundSchedule, RankSchedule, Setting
+from ..strengths import forget_strengths
 from .around import AroundTraining, AtFullRank
 from .batching import Place
 from .evaluation import EvaluationOfRanks
@@ -168,6 +169,8 @@ class DyLoRAMixin(
         """As Trainer's; afterwards the model runs at r_max."""
         self.ordered, self.cut_short, self.began = False, False, True  # a checkpoint to go on from may know better
         try:
+            if self.model is not None:
+                forget_strengths(self.model)
             with contextlib.ExitStack() as self.contexts:
                 self._enter()
                 output = super().train(*args, **kwargs)

@@ -34,7 +34,7 @@ class WeighedLosses(TrainerPart):
         told = type(self).loss_is_scaled_for_ga
 
         def weighing(model, inputs, return_outputs=False, num_items_in_batch=None):
-            says_nothing = _counts_nothing(inputs.get("labels"))  # before Trainer takes them out
+            says_nothing = counts_nothing(inputs.get("labels"))  # before Trainer takes them out
             found = compute(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
             loss, *outputs = found if return_outputs else (found,)
             if says_nothing:
@@ -90,7 +90,7 @@ class WeighedLosses(TrainerPart):
         return self.place.weight(self.args.world_size) / times
 
 
-def _counts_nothing(labels: Any) -> bool:
+def counts_nothing(labels: Any) -> bool:
     """Whether all labels are -100: a micro-batch of masked language modelling without a masked token."""
     whole = isinstance(labels, torch.Tensor) and not labels.is_floating_point() and bool(labels.numel())
     return whole and bool((labels == -100).all())

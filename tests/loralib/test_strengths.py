@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import loralib as lora
@@ -296,6 +297,80 @@ def test_a_shared_factor_is_not_changed_twice():
     model[1].lora_B = model[0].lora_B
     with pytest.raises(ValueError, match="0 and 1 share a factor"):
         lora.fit_strengths(model, batches(), loss)
+
+
+def test_convolutions_are_fitted_in_a_first_call():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    lora.inject(model, ["0"], r=4)
+    nn.init.normal_(model[0].lora_B)
+    batch = {"x": torch.randn(8, 3, 6, 6), "y": torch.arange(8) % 2}
+    lora.fit_strengths(model, [batch], loss, updates=20)
+    assert model[0].strength_at[0] != 1
+
+
+@pytest.mark.parametrize("way", ["order_components", "load_adapter"])
+@pytest.mark.parametrize("how", ["example", "gate"])
+def test_a_gate_of_other_strengths_is_not_left(way, how, tmp_path):
+    """What was set before runs at r_max afterwards, at which strengths do not matter."""
+    model, x = with_tables(), torch.randn(3, 6)
+    lora.save_adapter(small_model(), tmp_path / "other")
+    lora.set_rank(model, torch.tensor([1, 2, 3])) if how == "example" else lora.set_matryoshka_gate(model)
+    lora.order_components(model) if way == "order_components" else lora.load_adapter(model, tmp_path / "other")
+    found = model(x)
+    lora.set_rank(model, 4)
+    torch.testing.assert_close(found, model(x))
+
+
+def test_factors_that_are_drawn_anew_have_none():
+    model = with_tables()
+    model[0].reset_parameters()
+    assert model[0].strength_at is None and model[2].strength_at == TABLE
+
+
+def test_strengths_belong_to_the_weights_beside_them(tmp_path):
+    """As a kill between two files, or another program that writes the weights anew, leaves them."""
+    fitted, plain = with_tables(), small_model()
+    for name, model in (("fitted", fitted), ("plain", plain)):
+        lora.save_adapter(model, tmp_path / name)
+    told = {name: (tmp_path / name / "dylora.json").read_text() for name in ("fitted", "plain")}
+    (tmp_path / "plain/dylora.json").write_text(told["fitted"])
+    lora.load_adapter(small_model(), tmp_path / "plain")
+    (tmp_path / "fitted/dylora.json").write_text(told["plain"])
+    with pytest.raises(ValueError, match="has not the strength_at of the weights"):
+        lora.load_adapter(small_model(), tmp_path / "fitted")
+    (tmp_path / "fitted/dylora.json").write_text(told["fitted"])
+    weights = tmp_path / "fitted/adapter_model.safetensors"
+    save_file(load_file(weights), weights)  # without our words in it
+    model = with_tables()
+    lora.load_adapter(model, tmp_path / "fitted")
+    assert all(layer.strength_at is None for _, layer in lora_layers(model))
+
+
+def test_strengths_that_run_away_are_refused_and_leave_the_model():
+    model = with_tables()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="give a lower rate"):
+        lora.fit_strengths(model, batches(), loss, updates=1, rate=1e4)
+    assert lora_layers(model)[1][1].strength_at == TABLE
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+
+
+def test_a_loss_without_a_gradient_is_said():
+    with pytest.raises(ValueError, match="batch 1 depends on no adapted layer"):
+        lora.fit_strengths(small_model(), batches(), lambda model, batch: torch.ones(()))
+
+
+def test_a_training_begins_without_them():
+    model = with_tables()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    schedule = lora.RankSchedule(full_rank_share=0.0).resolve(4, "alpha/r")
+    with pytest.warns(UserWarning, match="begins without them: fit them again"):
+        for batch in schedule.over(batches(2), model, optimizer):
+            loss(model, batch).backward()
+            optimizer.step()
+    assert all(layer.strength_at is None for _, layer in lora_layers(model))
 
 
 def test_merged_and_spread_models_are_refused():

@@ -29,6 +29,7 @@ from transformers import (
 
 import loralib as lora
 from loralib.adapters.directory import cut_adapter, describe_adapter
+from loralib.adapters.squeeze import squeeze_adapter
 from loralib.model import lora_layers
 from loralib.peft import DyLoraConfig
 
@@ -647,6 +648,23 @@ def test_equal_adapters_are_equal_files(roberta_config, tmp_path):
         assert all(
             torch.equal(opened.get_tensor(k), v) for k, v in load_file(tmp_path / "adapter_model.safetensors").items()
         )
+
+
+@pytest.mark.parametrize("beside", ["lora_magnitude_vector", "lora_B.bias", "lora_C.weight", "lora_A.default.weight"])
+def test_what_stands_beside_factors_and_is_none_is_refused(beside, tmp_path):
+    """Also where nothing is loaded: a cut without it would be another update."""
+    model = lora.inject(nn.Sequential(OrderedDict(fc=nn.Linear(4, 4))), ["fc"], r=4)
+    lora.save_adapter(model, tmp_path / "a")
+    file = tmp_path / "a/adapter_model.safetensors"
+    save_file(load_file(file) | {f"base_model.model.fc.{beside}": torch.ones(4)}, file)
+    for use in (
+        lambda: lora.load_adapter(model, tmp_path / "a"),
+        lambda: cut_adapter(tmp_path / "a", tmp_path / "cut", 2),
+        lambda: squeeze_adapter(tmp_path / "a", tmp_path / "squeezed"),
+    ):
+        with pytest.raises(ValueError, match="is no factor of a plain LoRA"):
+            use()
+    assert not (tmp_path / "cut").exists() and not (tmp_path / "squeezed").exists()
 
 
 @pytest.mark.parametrize("name", ["lora_A", "lora_x", "base_layer", "lora_B.base_layer"])

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
-from transformers import RobertaForSequenceClassification, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+    TrainingArguments,
+)
 
 import loralib as lora
 from loralib.model import lora_layers
+from loralib.peft import DyLoraConfig
 from loralib.trainer import DyLoRATrainer
 
-from .test_trainer import trainer
+from .test_trainer import data, trainer
 
 
 def table(model):
@@ -52,8 +59,34 @@ def test_it_needs_an_adapter_and_data(roberta_config, tmp_path):
     with pytest.raises(ValueError, match=r"no loralib layer.*call loralib.inject"):
         DyLoRATrainer(model=model, args=args, train_dataset=[{}] * 8).fit_strengths()
     lora.inject(model, ["query"], r=2)
-    with pytest.raises(ValueError, match="give a dataset"):
+    with pytest.raises(ValueError, match="which are None; give one dataset"):
         DyLoRATrainer(model=model, args=args).fit_strengths()
+
+
+def test_a_batch_whose_labels_do_not_count_adds_nothing(roberta_config, roberta_checkpoint, tmp_path):
+    """As in training: masked language modelling with batches of one."""
+    torch.manual_seed(0)
+    model = lora.inject(RobertaForMaskedLM(roberta_config), ["query"], r=2)
+    rows = [{"input_ids": torch.arange(4, 10), "labels": torch.arange(4, 10)} for _ in range(4)]
+    rows[2]["labels"] = torch.full((6,), -100)
+    options = {"per_device_train_batch_size": 1, "report_to": "none", "use_cpu": True}
+    masked = DyLoRATrainer(model=model, args=TrainingArguments(str(tmp_path), **options), train_dataset=rows)
+    for _, layer in lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B)
+    masked.fit_strengths(updates=4)
+    assert torch.isfinite(table(model)).all() and (table(model) != 1).any()
+
+
+def test_what_add_adapter_put_in_trains(roberta_checkpoint, tmp_path):
+    """PEFT names its factors after the adapter."""
+    model = RobertaForSequenceClassification.from_pretrained(roberta_checkpoint, num_labels=3)
+    model.add_adapter(DyLoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"]))
+    options = {"per_device_train_batch_size": 8, "max_steps": 2, "report_to": "none", "use_cpu": True}
+    DyLoRATrainer(
+        model=model, args=TrainingArguments(str(tmp_path), **options), train_dataset=data(16).remove_columns("row"),
+        data_collator=DataCollatorWithPadding(AutoTokenizer.from_pretrained(roberta_checkpoint)),
+    ).train()  # fmt: skip
+    assert (tmp_path / "checkpoint-2/adapter_model.safetensors").exists()
 
 
 def test_other_data_serve_as_well_and_the_trainers_stay(roberta_config, roberta_checkpoint, tmp_path):
