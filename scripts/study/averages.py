@@ -9,7 +9,7 @@ from loralib.report.choice import mean_and_error
 from loralib.report.tables import markdown_table
 
 from .held_out import BAR
-from .methods import DEFAULT, SHOWN
+from .methods import CUTS, DEFAULT, SHOWN
 from .naming import HEAD, NAMES, called, order, strength_of
 from .shown import AVERAGED, Found, by_row, sweep_methods
 
@@ -46,8 +46,10 @@ def paired(found: Found, peer: str, ranks, method: str = DEFAULT, tasks: tuple[s
 
 
 def trainings(row: str) -> str:
-    """How many trainings give the row. Of LoRA-Squeeze the first 0.8 of the steps are shared."""
-    return {"sweep": "4", "plain-sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(row, "1")
+    """How many trainings give the row. Of LoRA-Squeeze the first 0.8 of the steps are shared; fitting strengths takes a
+    tenth of the updates, about."""
+    fitted = row in CUTS and CUTS[row].by == "strengths"
+    return {"sweep": "4", "plain-sweep": "4", "adalora": "4", "squeeze": "1.6"}.get(row, "1.1" if fitted else "1")
 
 
 def average_tables(found: Found, records: list[dict], peer: str, rows: tuple[str, ...] = ()) -> list[str]:

@@ -4,7 +4,7 @@ from loralib.report.tables import markdown_table
 
 from .averages import RANKS, interval
 from .cells import LANGUAGE, LEAD_RUNS
-from .methods import CUTS, SHOWN
+from .methods import CUTS, DEFAULT, SHOWN
 from .naming import NAMES, title, with_error
 from .shown import AVERAGED
 
@@ -65,6 +65,22 @@ def fitted_tables(records: list[dict], everything: list[dict]) -> list[str]:
     ]
 
 
+def in_short(records: list[dict]) -> list[str]:
+    """The figures in a sentence for the top of the page, on validation."""
+    told = {}
+    for name in ("cut-strengths", f"{DEFAULT}-strengths"):
+        found = gains(records, name, "validation")
+        if len(by_seed(found, SHOWN)) < 2:
+            return []
+        told[name] = f"{interval(by_seed(found, SHOWN))} ({interval(by_seed(found, (1,)))} at rank 1)"
+    of_svd, of_default = told.values()
+    return [
+        "- **Strengths of each rank's own**, learnt in a few updates once a training is over, add to the reduced LoRA "
+        f"{of_svd} in the mean of the ranks, to the default {of_default}; they lower the language model's losses too "
+        "([figures](#strengths-of-each-ranks-own)).",
+    ]
+
+
 def share(records: list[dict]) -> str:
     """Which part of a training's updates that is, over the tasks, where it is known."""
     plain = [r for r in records if r["split"] == "validation" and r["method"] == "lora-8" and r["task"] in AVERAGED]
@@ -75,8 +91,9 @@ def share(records: list[dict]) -> str:
 
 def language_table(records: list[dict]) -> list[str]:
     """The same of the language model's loss."""
-    rows = []
+    rows, steps = [], 1
     for method, of in FITTED.items():
+        steps = max([steps, *(r.get("steps", 0) for r in records if r["method"] == method and r["task"] in LANGUAGE)])
         for split in ("validation", "held_out"):
             found = [curve for (task, _), curve in sorted(gains(records, method, split).items()) if task in LANGUAGE]
             if found:
@@ -85,7 +102,8 @@ def language_table(records: list[dict]) -> list[str]:
     if not rows:
         return []
     return [
-        "On the language model, in nats of the loss (less is better; ± one standard error):",
+        f"On the language model, in nats of the loss (less is better; ± one standard error); there {UPDATES} updates "
+        f"are {round(100 * UPDATES / steps)} percent of a training's:",
         "",
         markdown_table(["added to", "on", *(f"rank {b}" for b in SHOWN), "seeds"], rows, "l"),
         "",

@@ -3,7 +3,7 @@
 from .averages import average_tables, beside_each, interval, paired, task_by_task, with_most_seeds
 from .cells import BUDGETS
 from .curves import not_drawn
-from .fitted import fitted_tables
+from .fitted import fitted_tables, in_short
 from .headline import failures, headline, mended
 from .held_out import BAR
 from .language_tables import validation_tables
@@ -16,7 +16,7 @@ ABOVE = tuple(b for b in SHOWN if b > 1)
 HALVING = "halving"
 ADVICE = [
     "*Take it* where one training is to serve small ranks too, rank 1 above all, on tasks like these. *LoRA and "
-    "`dylora squeeze`* do as well where rank 1 is never used (not on CoLA), and better at ranks 4 and 8 of a language "
+    "`dylora squeeze --strengths`* do as well where rank 1 is never used, and better at ranks 4 and 8 of a language "
     "model. Take r_max no larger than you need.",
     "",
 ]
@@ -76,8 +76,8 @@ COMMANDS = [
 def front_page(founds: dict[str, Found], records: list[dict], everything: list[dict]) -> list[str]:
     """``records``: those of the main tables; ``everything``: wider ones and the language model's too."""
     lines = ["# Does one DyLoRA run match a LoRA sweep?", ""]
-    told = verdict(founds)
-    lines += [*told, *(ADVICE if told else [])]
+    if told := verdict(founds):
+        lines += [*told, *in_short(records), "", *ADVICE]
     if founds:
         lines += ["## Is one training as good as one for each rank?", "", *headline(founds, records)]
     lines += ["## What was compared", "", *SETUP, ""]
@@ -131,7 +131,6 @@ def verdict(founds: dict[str, Found]) -> list[str]:
         "- **From a larger r_max** its low ranks fall short of LoRAs of these ranks on CoLA, as those of such a LoRA "
         "reduced by SVD do: at r_max 16 rank 1 (two seeds), at 64 ranks 1 to 8 (one seed, no rate searched there; "
         "[all tables](tables.md#larger-r_max)).",
-        "",
     ]
 
 

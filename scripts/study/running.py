@@ -227,7 +227,7 @@ def run_all(cells: list[Cell], options) -> None:
         for number, future in enumerate(as_completed(waiting), 1):
             records = future.result()
             with open(file, "a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps(found) + "\n" for found in records)
+                lines.writelines(json.dumps(found, separators=(",", ":")) + "\n" for found in records)
             cell, found = waiting[future], records[0]
             print(
                 f"{number}/{len(missing)} {cell.task} {cell.method} seed {cell.seed} rate {cell.rate:g} {cell.split}: "

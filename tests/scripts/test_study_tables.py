@@ -478,7 +478,8 @@ def test_each_cut_in_the_repository_is_of_the_training_whose_line_is_there():
     for r in records:
         if r["method"] in study_methods.CUTS:
             whole = trained[(study_methods.CUTS[r["method"]].of, *(r[name] for name in place))]
-            assert r["seconds"] == whole["seconds"], r  # of the training
+            fitted = study_methods.CUTS[r["method"]].by == "strengths"  # whose time counts too
+            assert r["seconds"] > whole["seconds"] if fitted else r["seconds"] == whole["seconds"], r
 
 
 def test_of_a_cell_on_two_devices_the_first_line_counts():
