@@ -39,8 +39,9 @@ def fit_strengths(
     lora_B, so that s[l, r_max] is 1.
 
     For an adapter whose training is over. Adapters are saved and loaded with s (``layer.strength_at``); cut to a rank,
-    they hold it in lora_B, and stock PEFT computes the same. A state dict does not hold s; ``order_components`` and
-    ``order_by_importance`` forget it.
+    they hold it in lora_B, and stock PEFT computes the same. Other ways to put weights in (a state dict, PEFT's own
+    ``load_adapter``) neither bring nor clear s. ``order_components``, ``order_by_importance`` and a new training forget
+    it.
 
     Args:
         batches: of training data, at random, as the model is called, ``labels`` among them, or as ``loss`` takes them;
