@@ -11,6 +11,7 @@ from torch import nn
 
 from .checks import check_int, is_number
 from .inside_peft import warn_of_what_peft_drops
+from .layers import LoRALayer
 from .layout import LayoutError, examples_in
 from .losses import Loss, finite_loss, on_device
 from .model import has_lora, lora_layers, max_rank, set_rank
@@ -20,13 +21,15 @@ from .sharding import at_rest
 from .state import renew_gates
 from .walking import modes_of, put_modes, unwrapped
 
+UPDATES, RATE = 60, 0.02  # as the study has them
+
 
 def fit_strengths(
     model: nn.Module,
     batches: Iterable[Any],
     loss: Loss | None = None,
-    updates: int = 60,
-    rate: float = 0.02,
+    updates: int = UPDATES,
+    rate: float = RATE,
     accumulate: int = 1,
 ) -> None:
     """Learn by how much each layer's update should be stronger or weaker at each rank, in place: from now on rank b
@@ -62,54 +65,17 @@ def fit_strengths(
     if not is_number(rate) or not 0 < rate < math.inf:
         raise ValueError(f"rate is {rate!r}; give a number above 0, for example 0.02.")
     model = unwrapped(model)  # DistributedDataParallel would wait for a backward pass
-    layers = [layer for _, layer in lora_layers(model)]
-    refuse_shared_factors(lora_layers(model))
+    named = lora_layers(model)
+    layers = [layer for _, layer in named]
+    refuse_shared_factors(named)
     if any(layer.components_at for layer in layers):
         raise ValueError("Ranks are spread over the layers by importance; strengths are for ranks as trained.")
     if at_rest(model):
         raise ValueError("The model is spread over processes by FSDP; fit its saved adapter in one process.")
-    device, ranks = layers[0].lora_A.device, torch.tensor(RankSampler(max_rank(model)).ladder(), device="cpu")
-    between = [interpolation(RankSampler(layer.r).ladder()) for layer in layers]
-    logs = torch.zeros(sum(matrix.shape[1] for matrix in between), device="cpu", requires_grad=True)
-    optimizer, seen = torch.optim.Adam([logs], lr=rate), 0
-
-    def tables() -> list[torch.Tensor]:
-        own = logs.split([matrix.shape[1] for matrix in between])
-        return [(matrix @ part).exp() for matrix, part in zip(between, own, strict=True)]
-
     before, modes = [(layer.state, layer.strength_at) for layer in layers], modes_of(model)
     model.eval()
     try:
-        for number, batch in enumerate(itertools.islice(itertools.cycle(batches), updates * accumulate)):
-            batch = on_device(batch, device)
-            n = examples_in(batch)
-            with torch.enable_grad():
-                for layer, table in zip(layers, tables(), strict=True):
-                    layer.strength_at = table  # type: ignore[assignment]  # a tensor as long as it is learnt
-                set_rank(model, ranks[(seen + torch.arange(n, device="cpu")) % len(ranks)])
-                try:
-                    value = finite_loss(model, batch, loss, f"batch {number + 1}") / accumulate
-                except LayoutError as error:
-                    raise LayoutError(
-                        f"Strengths are fitted with a rank per example, and this model cannot have one: {error}"
-                    ) from error
-                if not value.requires_grad:
-                    raise ValueError(
-                        f"The loss of batch {number + 1} depends on no adapted layer, or keeps no gradient."
-                    )
-                (gradient,) = torch.autograd.grad(value, [logs])
-            logs.grad = gradient if logs.grad is None else logs.grad + gradient
-            seen += n
-            if (number + 1) % accumulate == 0:
-                _average(logs.grad, device)
-                optimizer.param_groups[0]["lr"] = rate * (1 - number // accumulate / updates)
-                optimizer.step()
-                optimizer.zero_grad()
-        if not seen:
-            raise ValueError("There are no batches to fit strengths on; give some of the training data.")
-        found = [table.detach() for table in tables()]
-        if not all(bool((torch.isfinite(table) & (table > 0)).all()) for table in found):
-            raise ValueError("The strengths came to no finite numbers above 0; give a lower rate.")
+        found = _learn(model, layers, batches, loss, updates, rate, accumulate)
     except BaseException:
         for layer, (state, strength_at) in zip(layers, before, strict=True):
             layer.state, layer.strength_at = state, strength_at
@@ -122,6 +88,56 @@ def fit_strengths(
             layer.strength_at = tuple((table / table[-1]).tolist())
     set_rank(model, max_rank(model))
     warn_of_what_peft_drops(model, "the strengths of its ranks")
+
+
+def _learn(
+    model: nn.Module,
+    layers: list[LoRALayer],
+    batches: Iterable[Any],
+    loss: Loss | None,
+    updates: int,
+    rate: float,
+    accumulate: int,
+) -> list[torch.Tensor]:
+    """Each layer's factors at its ranks 1..r. Leaves the layers at what ran last."""
+    device, ranks = layers[0].lora_A.device, torch.tensor(RankSampler(max_rank(model)).ladder(), device="cpu")
+    between = [interpolation(RankSampler(layer.r).ladder()) for layer in layers]
+    logs = torch.zeros(sum(matrix.shape[1] for matrix in between), device="cpu", requires_grad=True)
+    optimizer, seen = torch.optim.Adam([logs], lr=rate), 0
+
+    def tables() -> list[torch.Tensor]:
+        own = logs.split([matrix.shape[1] for matrix in between])
+        return [(matrix @ part).exp() for matrix, part in zip(between, own, strict=True)]
+
+    for number, batch in enumerate(itertools.islice(itertools.cycle(batches), updates * accumulate)):
+        batch = on_device(batch, device)
+        n = examples_in(batch)
+        with torch.enable_grad():
+            for layer, table in zip(layers, tables(), strict=True):
+                layer.strength_at = table  # type: ignore[assignment]  # a tensor as long as it is learnt
+            set_rank(model, ranks[(seen + torch.arange(n, device="cpu")) % len(ranks)])
+            try:
+                value = finite_loss(model, batch, loss, f"batch {number + 1}") / accumulate
+            except LayoutError as error:
+                raise LayoutError(
+                    f"Strengths are fitted with a rank per example, and this model cannot have one: {error}"
+                ) from error
+            if not value.requires_grad:
+                raise ValueError(f"The loss of batch {number + 1} depends on no adapted layer, or keeps no gradient.")
+            (gradient,) = torch.autograd.grad(value, [logs])
+        logs.grad = gradient if logs.grad is None else logs.grad + gradient
+        seen += n
+        if (number + 1) % accumulate == 0:
+            _average(logs.grad, device)
+            optimizer.param_groups[0]["lr"] = rate * (1 - number // accumulate / updates)
+            optimizer.step()
+            optimizer.zero_grad()
+    if not seen:
+        raise ValueError("There are no batches to fit strengths on; give some of the training data.")
+    found = [table.detach() for table in tables()]
+    if not all(bool((torch.isfinite(table) & (table > 0)).all()) for table in found):
+        raise ValueError("The strengths came to no finite numbers above 0; give a lower rate.")
+    return found
 
 
 def has_strengths(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..schedule import BoundSchedule
-from ..strengths import fit_strengths
+from ..strengths import RATE, UPDATES, fit_strengths
 from .batching import Place
 from .part import TrainerPart, without_notes
 from .weighing import counts_nothing
@@ -19,7 +19,7 @@ class Fitting(TrainerPart):
     train_dataset: Any
     place: Place
 
-    def fit_strengths(self, dataset=None, updates: int = 60, rate: float = 0.02) -> None:
+    def fit_strengths(self, dataset=None, updates: int = UPDATES, rate: float = RATE) -> None:
         """``loralib.fit_strengths`` of the trained model, on the batches and the loss of a training. Measure and save
         the model afterwards.
 

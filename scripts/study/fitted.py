@@ -1,6 +1,7 @@
 """What strengths of each rank's own add to the very weights that they were fitted to."""
 
 from loralib.report.tables import markdown_table
+from loralib.strengths import UPDATES
 
 from .averages import RANKS, interval
 from .cells import LANGUAGE, LEAD_RUNS
@@ -9,7 +10,6 @@ from .naming import NAMES, title, with_error
 from .shown import AVERAGED
 
 FITTED = {name: "cut-svd" if made.of == "lora-8" else made.of for name, made in CUTS.items() if made.by == "strengths"}
-UPDATES = 60
 Gains = dict[tuple[str, int], dict[int, float]]  # {(task, seed): {rank: what was added}}
 
 
